@@ -1,0 +1,161 @@
+"""How sLSTM and mLSTM run: which implementations there are, which is chosen, how to ask for one.
+
+    with keras_xlstm.backends.use("native"):
+        model.export("model")
+
+The choice is made when a function is traced: argument, then `use`, then the environment variable
+KERAS_XLSTM_IMPLEMENTATION, then the layer's `use_kernel`, then what fits. Changing it after the
+first `fit` does not trace again.
+"""
+
+if __name__ != "keras_xlstm.backends":
+    raise ImportError("import keras_xlstm.backends, not the source folder backends/")
+
+import contextlib
+import contextvars
+import importlib
+import os
+
+import keras
+from keras import ops
+
+from keras_xlstm.backends import native
+
+__all__ = ["available", "mlstm", "prefer", "slstm", "use"]
+
+# Which backend each kernel language belongs to.
+_KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
+_OPS = ("mlstm", "slstm")
+_VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
+_scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
+
+
+def _unsupported(op, implementation):
+    """Why `implementation` cannot run `op` here, or None."""
+    if implementation == "native":
+        return None
+    home, active = _KERNELS[implementation], keras.backend.backend()
+    if home != active:
+        return f"it belongs to the {home} backend and Keras runs on {active}"
+    return f"this version of keras_xlstm has no {implementation} kernel for {op} yet"
+
+
+def available():
+    """What can run here: `{op: {implementation: True, or the reason why not}}`.
+
+    Example:
+        >>> keras_xlstm.backends.available()["mlstm"]["native"]
+        True
+    """
+    return {op: {name: _unsupported(op, name) or True for name in ("native", *_KERNELS)} for op in _OPS}
+
+
+def _known(implementation, where):
+    if implementation not in (None, "native", *_KERNELS):
+        raise ValueError(
+            f"Unknown implementation. Received: {where}={implementation!r}. Expected None or one "
+            f"of 'native', 'triton', 'pallas', 'xla'. None picks what fits."
+        )
+    return implementation
+
+
+@contextlib.contextmanager
+def use(implementation):
+    """Runs every op and layer that is traced inside with one implementation.
+
+    Args:
+        implementation: "native", "triton", "pallas" or "xla"; None takes the choice back.
+    """
+    token = _scope.set(_known(implementation, "implementation"))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _asked():
+    """What `use` or the environment asks for, or None."""
+    return _scope.get() or _known(os.environ.get(_VARIABLE) or None, _VARIABLE)
+
+
+def prefer(use_kernel):
+    """The `implementation` argument for a layer with this `use_kernel`.
+
+    "kernel" stands for the active backend's own kernel.
+    """
+    return _asked() or {"auto": None, True: "kernel", False: "native"}[use_kernel]
+
+
+def _choose(op, implementation):
+    """The function that runs `op`, or a ValueError that says why the one asked for cannot."""
+    if implementation == "kernel":
+        active = keras.backend.backend()
+        implementation = next((k for k, home in _KERNELS.items() if home == active), "triton")
+        remedy = 'Use use_kernel="auto" or False.'
+    else:
+        implementation = _known(implementation, "implementation") or _asked() or "native"
+        remedy = 'Use implementation=None or "native".'
+    reason = _unsupported(op, implementation)
+    if reason is not None:
+        raise ValueError(
+            f"The {implementation} implementation of {op} was asked for and cannot run: {reason}. "
+            f"{remedy} keras_xlstm.backends.available() lists what can run."
+        )
+    if op == "slstm" and keras.backend.backend() == "torch":
+        return importlib.import_module("keras_xlstm.backends.torch.slstm").slstm
+    return getattr(native, op)
+
+
+def _working(x):
+    """float32, or float64 as it is: the dtype of all arithmetic and of states."""
+    if x is None:
+        return None
+    return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
+
+
+def mlstm(
+    q, k, v, i, f, state=None, segment_ids=None, *,
+    input_gate="exp", eps=1e-6, chunk_size=None, implementation=None,
+):  # fmt: skip
+    """`ops.mlstm` below its checks: masks are in the gates, `segment_ids` never fall from 0.
+
+    Returns:
+        h (B, T, H, V) in v's dtype and (C, n, m) in float32.
+    """
+    run = _choose("mlstm", implementation)
+    dtype = v.dtype
+    q, k, v, i, f = (_working(x) for x in (q, k, v, i, f))
+    if state is None:
+        C = ops.zeros_like(k[:, 0])[..., None] * ops.zeros_like(v[:, 0])[..., None, :]
+        state = (C, ops.zeros_like(k[:, 0]), ops.zeros_like(i[:, 0]))
+    state = tuple(_working(s) for s in state)
+    h, state = run(
+        q, k, v, i, f, state, segment_ids, input_gate=input_gate, eps=eps, chunk_size=chunk_size
+    )
+    return ops.cast(h, dtype), state
+
+
+def slstm(
+    x, recurrent_kernel, bias=None, state=None, mask=None, segment_ids=None, *,
+    forget_gate="sigmoid", recurrent_gradient_clip=None, recurrent_scale=None, implementation=None,
+):  # fmt: skip
+    """`ops.slstm` below its checks: `segment_ids` never fall from 0. A masked step holds h too,
+    which is a recurrent input, so here the mask goes down to the loop.
+
+    Returns:
+        h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
+    """
+    run = _choose("slstm", implementation)
+    dtype = x.dtype
+    x, recurrent_kernel, bias, recurrent_scale = (
+        _working(a) for a in (x, recurrent_kernel, bias, recurrent_scale)
+    )
+    if state is None:
+        state = (ops.zeros_like(x[:, 0, 0]),) * 4
+    hold = None if mask is None else ops.logical_not(mask)
+    reset = None if segment_ids is None else native.segment_starts(segment_ids)
+    h, state = run(
+        x, recurrent_kernel, bias, tuple(_working(s) for s in state), hold, reset, recurrent_scale,
+        forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip,
+    )  # fmt: skip
+    return ops.cast(h, dtype), state

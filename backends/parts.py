@@ -1,0 +1,41 @@
+"""What the native forms share: constants of log space, states, segments, the framework."""
+
+import importlib
+
+import keras
+from keras import ops
+
+# The log of "nothing": finite, so that differences of it are never NaN.
+NEVER = -1e30
+# Forget gates below exp(LEAST_LOG) are taken as this: their exact sums still fit a float32.
+LEAST_LOG = -1e5
+
+
+def framework():
+    """The active backend's folder: its `scan` and its `differentiable`."""
+    return importlib.import_module(f"{__package__}.{keras.backend.backend()}")
+
+
+def carried(state_m, carries):
+    """m of an initial state; a state that holds nothing (the official zeros) is a fresh start."""
+    return ops.where(carries, state_m, NEVER)
+
+
+def reported(m):
+    """m as it is returned: a state that still holds nothing is the official zero state."""
+    return ops.where(m <= NEVER / 2, ops.zeros_like(m), m)
+
+
+def holds_something(C, n):
+    return ops.any(n != 0, axis=-1) | ops.any(C != 0, axis=(-2, -1))
+
+
+def bound(r, m, eps):
+    """max(|q n|, exp(-m)) + eps, the denominator of eq. 21; finite where exp(-m) is not."""
+    return framework().maximum(ops.abs(r), ops.exp(ops.where(m > -80.0, -m, 80.0))) + eps
+
+
+def segment_starts(segment_ids):
+    """(B, T) ids to (B, T) bool: the steps that start from an empty state."""
+    before = ops.concatenate([ops.zeros_like(segment_ids[:, :1]), segment_ids[:, :-1]], axis=1)
+    return segment_ids != before

@@ -1,0 +1,68 @@
+"""What the native forms need from TensorFlow: a scan, and a function with a hand-written gradient."""
+
+import tensorflow as tf
+
+# keras.ops turns float64 into float32 in these, on one backend or another.
+tanh, maximum = tf.tanh, tf.maximum
+
+
+def scan(step, init, xs, reverse=False):
+    """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
+
+    `tf.scan` and `keras.ops.scan` cannot be compiled by XLA with a length that is unknown when the
+    graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
+    has neither limit.
+    """
+    length = tf.shape(xs[0])[0]
+    inputs = [
+        tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs
+    ]
+    # An abstract trace of one step, for the number, dtypes and shapes of the outputs.
+    x_specs = [tf.TensorSpec(x.shape[1:], x.dtype) for x in xs]
+    init_specs = [tf.TensorSpec(x.shape, x.dtype) for x in init]
+    count = len(init_specs)
+
+    def flat_step(*arguments):
+        return step(arguments[:count], arguments[count:])
+
+    traced = tf.function(flat_step).get_concrete_function(*init_specs, *x_specs)
+    y_specs = traced.structured_outputs[1]
+    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in y_specs)
+
+    def body(index, carry, outputs):
+        t = length - 1 - index if reverse else index
+        carry, ys = step(carry, tuple(x.read(t) for x in inputs))
+        outputs = tuple(array.write(t, y) for array, y in zip(outputs, ys, strict=True))
+        return index + 1, carry, outputs
+
+    _, carry, outputs = tf.while_loop(
+        lambda index, *_: index < length,
+        body,
+        (tf.constant(0), tuple(init), outputs),
+        maximum_iterations=length,
+    )
+    return carry, tuple(array.stack() for array in outputs)
+
+
+def differentiable(forward, backward, tensors, **options):
+    """Calls `forward(*tensors, **options) -> (outputs, residuals)` with the gradient
+    `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
+
+    `tensors` may hold None.
+    """
+    present = [index for index, tensor in enumerate(tensors) if tensor is not None]
+
+    @tf.custom_gradient
+    def function(*given):
+        arguments = list(tensors)
+        for index, tensor in zip(present, given, strict=True):
+            arguments[index] = tensor
+        outputs, residuals = forward(*arguments, **options)
+
+        def gradient(*output_gradients):
+            gradients = backward(residuals, output_gradients, **options)
+            return [gradients[index] for index in present]
+
+        return outputs, gradient
+
+    return function(*(tensors[index] for index in present))

@@ -1,0 +1,81 @@
+"""What the tests share: gradients on the active backend, inputs, comparisons."""
+
+import keras
+import numpy as np
+
+BACKEND = keras.backend.backend()
+# Relative RMS error against the float64 oracle, by dtype of the inputs.
+TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+def array(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+def tensor(x, dtype="float32"):
+    return keras.ops.convert_to_tensor(np.asarray(x), dtype=dtype)
+
+
+def error(got, want):
+    """Relative RMS error; NaN and inf never pass."""
+    got, want = np.asarray(array(got), np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    if not np.isfinite(got).all():
+        return np.inf
+    scale = np.sqrt(np.mean(want**2))
+    return np.sqrt(np.mean((got - want) ** 2)) / (scale if scale > 0 else 1.0)
+
+
+def assert_close(got, want, tolerance, name=""):
+    e = error(got, want)
+    assert e <= tolerance, f"{name}: relative error {e:.2e} > {tolerance:.0e}"
+
+
+def vjp(function, arguments, cotangents, compiled=True):
+    """Outputs of function(*arguments), a flat tuple, and the arguments' gradients.
+
+    A cotangent of None stands for an output that nothing depends on.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        def loss(*arguments):
+            outputs = function(*arguments)
+            return _inner(outputs, cotangents), outputs
+
+        indices = tuple(range(len(arguments)))
+        run = jax.value_and_grad(loss, argnums=indices, has_aux=True)
+        (_, outputs), gradients = (jax.jit(run) if compiled else run)(*arguments)
+        return outputs, gradients
+    if BACKEND == "torch":
+        import torch
+
+        leaves = [a.detach().clone().requires_grad_() for a in arguments]
+        outputs = function(*leaves)
+        gradients = torch.autograd.grad(_inner(outputs, cotangents), leaves, allow_unused=True)
+        outputs = [o.detach() for o in outputs]
+        return outputs, [
+            torch.zeros_like(a) if g is None else g for a, g in zip(leaves, gradients, strict=True)
+        ]
+    import tensorflow as tf
+
+    def run(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            outputs = function(*arguments)
+            loss = _inner(outputs, cotangents)
+        return outputs, tape.gradient(
+            loss, arguments, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+
+    return (tf.function(run, jit_compile=True) if compiled else run)(*arguments)
+
+
+def _inner(outputs, cotangents):
+    ops = keras.ops
+    terms = [
+        ops.sum(ops.cast(o, c.dtype) * c)
+        for o, c in zip(outputs, cotangents, strict=True)
+        if c is not None
+    ]
+    return sum(terms[1:], terms[0])
