@@ -106,11 +106,11 @@ def _choose(op, implementation):
     return getattr(native, op)
 
 
-def _working(x):
-    """float32, or float64 as it is: the dtype of all arithmetic and of states."""
-    if x is None:
-        return None
-    return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
+def _working(like, *tensors):
+    """The tensors in the dtype of all arithmetic and of states: float32, or float64 for float64."""
+    double = keras.backend.standardize_dtype(like.dtype) == "float64"
+    dtype = "float64" if double else "float32"
+    return [None if x is None else ops.cast(x, dtype) for x in tensors]
 
 
 def mlstm(
@@ -124,11 +124,11 @@ def mlstm(
     """
     run = _choose("mlstm", implementation)
     dtype = v.dtype
-    q, k, v, i, f = (_working(x) for x in (q, k, v, i, f))
+    q, k, v, i, f = _working(v, q, k, v, i, f)
     if state is None:
         C = ops.zeros_like(k[:, 0])[..., None] * ops.zeros_like(v[:, 0])[..., None, :]
         state = (C, ops.zeros_like(k[:, 0]), ops.zeros_like(i[:, 0]))
-    state = tuple(_working(s) for s in state)
+    state = tuple(_working(v, *state))
     h, state = run(
         q, k, v, i, f, state, segment_ids, input_gate=input_gate, eps=eps, chunk_size=chunk_size
     )
@@ -147,15 +147,15 @@ def slstm(
     """
     run = _choose("slstm", implementation)
     dtype = x.dtype
-    x, recurrent_kernel, bias, recurrent_scale = (
-        _working(a) for a in (x, recurrent_kernel, bias, recurrent_scale)
+    x, recurrent_kernel, bias, recurrent_scale = _working(
+        x, x, recurrent_kernel, bias, recurrent_scale
     )
     if state is None:
         state = (ops.zeros_like(x[:, 0, 0]),) * 4
     hold = None if mask is None else ops.logical_not(mask)
     reset = None if segment_ids is None else native.segment_starts(segment_ids)
     h, state = run(
-        x, recurrent_kernel, bias, tuple(_working(s) for s in state), hold, reset, recurrent_scale,
+        x, recurrent_kernel, bias, tuple(_working(x, *state)), hold, reset, recurrent_scale,
         forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip,
     )  # fmt: skip
     return ops.cast(h, dtype), state

@@ -47,9 +47,11 @@ def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **opti
     Returns:
         h (B, T, H, D) and the last (h, c, n, m).
     """
-    h, c, n, m = state
-    tensors = (x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale)
-    h, *state = framework().differentiable(slstm_forward, slstm_backward, tensors, **options)
+    tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale)
+    if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
+        (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
+    else:
+        h, *state = framework().differentiable(slstm_forward, slstm_backward, tensors, **options)
     return h, tuple(state)
 
 
@@ -91,7 +93,7 @@ def slstm_forward(
         recurrent = (h if scale is None else h * scale) @ R
         g = x + ops.reshape(recurrent, (H, B, 4, D))
         i, log_f, _, z, o = _gates(g, forget_gate)
-        new_m = framework().maximum(log_f + m, i)  # eq. 15
+        new_m = ops.stop_gradient(framework().maximum(log_f + m, i))  # eq. 15
         i = ops.exp(i - new_m)  # eq. 16
         f = ops.exp((m - new_m) + log_f)  # eq. 17
         new_c = f * c + i * z  # eq. 8
@@ -102,7 +104,11 @@ def slstm_forward(
             new = tuple(ops.where(held, a, b) for a, b in zip(carry, new, strict=True))
         return new, new
 
-    last, states = framework().scan(step, initial, (x, *flags))
+    if x.shape[0] == 1:
+        last, _ = step(initial, tuple(a[0] for a in (x, *flags)))
+        states = tuple(s[None] for s in last)
+    else:
+        last, states = framework().scan(step, initial, (x, *flags))
     output = ops.transpose(states[0], (2, 0, 1, 3))
     h, c, n, m = (ops.transpose(s, (1, 0, 2)) for s in last)
     residuals = (x, R, initial, states, hold, reset, scale, bias is not None)

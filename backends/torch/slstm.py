@@ -19,8 +19,10 @@ def slstm(
 ):  # fmt: skip
     """As `native.slstm`."""
     arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        # An exported file must run without this package: only PyTorch's own operators.
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if exporting or (x.shape[1] == 1 and recurrent_gradient_clip is None):
+        # An exported file must run without this package: only PyTorch's own operators. And one
+        # step alone needs no loop.
         return native.slstm(
             *arguments, forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip
         )

@@ -1,0 +1,7 @@
+"""Keras layers of xLSTM."""
+
+from keras_xlstm.layers.mlstm import mLSTM
+from keras_xlstm.layers.parts import MultiHeadNorm
+from keras_xlstm.layers.slstm import sLSTM, sLSTMCell
+
+__all__ = ["MultiHeadNorm", "mLSTM", "sLSTM", "sLSTMCell"]

@@ -1,0 +1,275 @@
+"""mLSTM: matrix memory, exponential gating, parallel over time."""
+
+import keras
+from keras import ops
+
+from keras_xlstm import backends, initializers
+from keras_xlstm import ops as xlstm_ops
+from keras_xlstm.layers.parts import MultiHeadNorm, check_heads, soft_cap
+from keras_xlstm.layers.recurrent import Recurrent
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class mLSTM(Recurrent):
+    """mLSTM: every head writes key-value pairs into a matrix memory and reads it with queries.
+
+    No hidden state enters its gates, so all steps of a chunk are computed at once. Queries, keys,
+    values and gates are linear in the input; each head's output is normalised, then gated:
+    [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517), section 2.3, with
+    the norm and gate of [xLSTM 7B](https://arxiv.org/abs/2503.13427). The equations are at
+    `keras_xlstm.ops.mlstm`.
+
+    There is no recurrent kernel, hence no `recurrent_initializer` and no `recurrent_dropout`.
+
+    Args:
+        units: size of the output; divisible by `num_heads`.
+        num_heads: memories, each (key_dim, value_dim).
+        key_dim: size of a head's queries and keys; units / num_heads by default.
+        value_dim: size of a head's values. By default units / num_heads, and the heads side by
+            side are the output; any given value adds a Dense that brings them to `units`.
+        input_gate: `"exponential"` or `"sigmoid"`.
+        gate_soft_cap: bounds the input and forget gate's pre-activations x to +-cap by
+            cap * tanh(x / cap); None for no bound. The 7B model used 15.
+        use_output_gate: multiply the output by sigmoid of a linear function of the input.
+        use_head_norm: normalise each head's output.
+        use_bias: biases for queries, keys, values, output gate and output. The input and forget
+            gates always have theirs.
+        kernel_initializer: of all kernels but those of the input and forget gates, which start at
+            zero.
+        bias_initializer: of the biases that `use_bias` adds.
+        input_gate_bias_initializer: `None` is normal(0, 0.1) as in the paper's models; the 7B
+            model used the constant -10.
+        forget_gate_bias_initializer: `"linspace"` from 3 to 6 over the heads, as published.
+        kernel_regularizer, bias_regularizer: regularisers of the same kernels and biases.
+        kernel_constraint, bias_constraint: constraints likewise.
+        activity_regularizer: of the outputs.
+        dropout: fraction of the inputs to drop, the same ones at all steps of a sequence.
+        seed: of the dropout.
+        return_sequences: return every step's output, not the last alone.
+        return_state: return the states too.
+        go_backwards: read the sequence from its end; outputs come in that order.
+        stateful: start each batch from the states that the last one left.
+        zero_output_for_mask: with `return_sequences`, zeros at masked steps, where otherwise the
+            output before them is repeated.
+        use_kernel: `"auto"`: a fused kernel where one fits; True: a kernel or an error; False:
+            never. Results agree; `keras_xlstm.backends.available()` says what there is.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        sequences: (batch, time, features), floating point; any time, known or not.
+        initial_state: `[C, n, m]` of shapes (batch, heads, key_dim, value_dim), (batch, heads,
+            key_dim) and (batch, heads); zeros or None start fresh.
+        mask: (batch, time) bool, True for real steps, in any pattern.
+        training: whether dropout is on.
+        sequences_mask: Keras's own way to bring the mask when `initial_state` is given.
+
+    Output: (batch, units), or (batch, time, units) with `return_sequences`, in the compute dtype;
+    with `return_state` followed by C, n and m, in float32.
+
+    Raises:
+        ValueError: where an argument cannot be honoured.
+
+    Example:
+
+    >>> x = np.random.normal(size=(2, 10, 8))
+    >>> keras_xlstm.layers.mLSTM(16, num_heads=4)(x).shape
+    (2, 16)
+    >>> layer = keras_xlstm.layers.mLSTM(16, return_sequences=True, return_state=True)
+    >>> outputs, C, n, m = layer(x)
+    >>> next_outputs, *_ = layer(x, initial_state=[C, n, m])
+    """
+
+    state_names = ("C", "n", "m")
+
+    def __init__(
+        self,
+        units,
+        num_heads=1,
+        key_dim=None,
+        value_dim=None,
+        input_gate="exponential",
+        gate_soft_cap=None,
+        use_output_gate=True,
+        use_head_norm=True,
+        use_bias=False,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        input_gate_bias_initializer=None,
+        forget_gate_bias_initializer="linspace",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        seed=None,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        zero_output_for_mask=False,
+        use_kernel="auto",
+        **kwargs,
+    ):
+        super().__init__(
+            units=units,
+            num_heads=num_heads,
+            dropout=dropout,
+            seed=seed,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            zero_output_for_mask=zero_output_for_mask,
+            use_kernel=use_kernel,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )
+        for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(
+                    f"`{name}` must be a positive integer, or None for units / num_heads. "
+                    f"Received: {name}={size!r}."
+                )
+        if input_gate not in ("exponential", "sigmoid"):
+            raise ValueError(
+                f'`input_gate` must be "exponential" or "sigmoid". Received: input_gate={input_gate!r}.'
+            )
+        if gate_soft_cap is not None and not gate_soft_cap > 0:
+            raise ValueError(
+                "`gate_soft_cap` must be a positive number, or None for no bound. "
+                f"Received: gate_soft_cap={gate_soft_cap!r}."
+            )
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.input_gate_activation = input_gate
+        self.gate_soft_cap = gate_soft_cap
+        self.use_output_gate = use_output_gate
+        self.use_head_norm = use_head_norm
+        self.use_bias = use_bias
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.input_gate_bias_initializer = initializers.get(
+            input_gate_bias_initializer or keras.initializers.RandomNormal(stddev=0.1)
+        )
+        self.forget_gate_bias_initializer = initializers.get(forget_gate_bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+
+        self._K = key_dim or units // num_heads
+        self._V = value_dim or units // num_heads
+        width = num_heads * self._V
+        self.query = self._dense(num_heads * self._K, "query", 0)
+        self.key = self._dense(num_heads * self._K, "key", 1)
+        self.value = self._dense(width, "value", 2)
+        self.input_gate = self._gate("input_gate", self.input_gate_bias_initializer)
+        self.forget_gate = self._gate("forget_gate", self.forget_gate_bias_initializer)
+        self.output_gate = self._dense(width, "output_gate", 3) if use_output_gate else None
+        self.output_projection = (
+            None if value_dim is None else self._dense(units, "output_projection", 4)
+        )
+        self.head_norm = (
+            MultiHeadNorm(num_heads, dtype=self.dtype_policy, name="head_norm")
+            if use_head_norm
+            else None
+        )
+
+    def _dense(self, units, name, offset):
+        return keras.layers.Dense(
+            units,
+            use_bias=self.use_bias,
+            kernel_initializer=initializers.reseeded(self.kernel_initializer, offset),
+            bias_initializer=initializers.reseeded(self.bias_initializer, offset),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def _gate(self, name, bias_initializer):
+        # In float32 whatever the policy: a gate is an exponent.
+        return keras.layers.Dense(
+            self.num_heads,
+            kernel_initializer="zeros",
+            bias_initializer=bias_initializer,
+            dtype=self.state_dtype,
+            name=name,
+        )
+
+    def _state_shapes(self, batch_size):
+        H, K, V = self.num_heads, self._K, self._V
+        return [(batch_size, H, K, V), (batch_size, H, K), (batch_size, H)]
+
+    def _build(self, dim):
+        check_heads(self.units, self.num_heads)
+        for layer in (self.query, self.key, self.value, self.input_gate, self.forget_gate):
+            layer.build((None, None, dim))
+        width = self.num_heads * self._V
+        if self.output_gate is not None:
+            self.output_gate.build((None, None, dim))
+        for layer in (self.head_norm, self.output_projection):
+            if layer is not None:
+                layer.build((None, None, width))
+
+    def _run(self, sequences, state, mask, training):
+        batch, time = ops.shape(sequences)[:2]
+
+        def heads(x, size):
+            # A cast that does nothing but under float64, which Keras's Dense leaves on some backends.
+            x = ops.cast(x, self.compute_dtype)
+            return ops.reshape(x, (batch, time, self.num_heads, size))
+
+        h, state = xlstm_ops.mlstm(
+            heads(self.query(sequences), self._K),
+            heads(self.key(sequences), self._K),
+            heads(self.value(sequences), self._V),
+            soft_cap(self.input_gate(sequences), self.gate_soft_cap),
+            soft_cap(self.forget_gate(sequences), self.gate_soft_cap),
+            initial_state=state,
+            mask=mask,
+            return_state=True,
+            input_gate="exp" if self.input_gate_activation == "exponential" else "sigmoid",
+            implementation=backends.prefer(self.use_kernel),
+        )
+        h = ops.reshape(h, (batch, time, self.num_heads * self._V))
+        if self.head_norm is not None:
+            h = self.head_norm(h)
+        if self.output_gate is not None:
+            h = h * ops.sigmoid(self.output_gate(sequences))
+        if self.output_projection is not None:
+            h = self.output_projection(h)
+        h = ops.cast(h, self.compute_dtype)
+        return h if mask is None else _held(h, mask), list(state)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "input_gate": self.input_gate_activation,
+            "gate_soft_cap": self.gate_soft_cap,
+            "use_output_gate": self.use_output_gate,
+            "use_head_norm": self.use_head_norm,
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "input_gate_bias_initializer": initializers.serialize(self.input_gate_bias_initializer),
+            "forget_gate_bias_initializer": initializers.serialize(
+                self.forget_gate_bias_initializer
+            ),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+        }
+
+
+def _held(outputs, mask):
+    """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
+    last = xlstm_ops.last_real_step(mask)[:, :, None]
+    held = ops.take_along_axis(outputs, ops.maximum(last, 0), axis=1)
+    return ops.where(last >= 0, held, ops.zeros_like(held))

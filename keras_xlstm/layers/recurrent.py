@@ -1,0 +1,238 @@
+"""The call surface of `keras.layers.LSTM`, shared by sLSTM and mLSTM."""
+
+import keras
+from keras import ops
+
+from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
+
+
+class Recurrent(keras.layers.Layer):
+    """A layer over time with a carried state; subclasses bring the weights and the recurrence.
+
+    A subclass sets `state_names`, and defines `_state_shapes(batch_size)`, `_build(dim)` and
+    `_run(sequences, state, mask, training)`, which returns outputs (B, T, units) that repeat the
+    last real one at masked steps, and the new state.
+
+    `keras.layers.RNN` cannot be the base: it has no place for a matrix state, casts states to the
+    compute dtype and hides stateful variables from JAX.
+    """
+
+    state_names = ()
+
+    def __init__(
+        self,
+        units,
+        num_heads,
+        dropout,
+        seed,
+        return_sequences,
+        return_state,
+        go_backwards,
+        stateful,
+        zero_output_for_mask,
+        use_kernel,
+        activity_regularizer=None,
+        **kwargs,
+    ):
+        check_heads(units, num_heads)
+        # States stay float32 under mixed precision only if Keras does not cast call arguments.
+        super().__init__(
+            autocast=False,
+            activity_regularizer=keras.regularizers.get(activity_regularizer),
+            **kwargs,
+        )
+        self.units = units
+        self.num_heads = num_heads
+        self.dropout = check_rate("dropout", dropout)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.return_sequences = return_sequences
+        self.return_state = return_state
+        self.go_backwards = go_backwards
+        self.stateful = stateful
+        self.zero_output_for_mask = zero_output_for_mask
+        self.use_kernel = check_use_kernel(use_kernel)
+        self.supports_masking = True
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+        self.states = None
+
+    # ------------------------------------------------------------------ shapes and states
+
+    @property
+    def state_dtype(self):
+        """float32, or float64 for a float64 layer."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def get_initial_state(self, batch_size):
+        """A fresh state: zeros."""
+        return [ops.zeros(shape, self.state_dtype) for shape in self._state_shapes(batch_size)]
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        if sequences_shape[-1] is None:
+            raise ValueError(
+                f"The last dimension of the input of {type(self).__name__} must be known. "
+                f"Received: input shape {tuple(sequences_shape)}. Give it in keras.Input."
+            )
+        self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: sequences_shape[-1]})
+        self._build(sequences_shape[-1])
+        if not self.stateful:
+            return
+        if sequences_shape[0] is None:
+            raise ValueError(
+                "`stateful=True` needs a batch size that is known. Received: input shape "
+                f"{tuple(sequences_shape)}. Use keras.Input(batch_shape=(batch, time, features))."
+            )
+        shapes = self._state_shapes(sequences_shape[0])
+        self.states = [
+            # Tracked, unlike the states of keras.layers.RNN: they carry in JAX's fit and predict.
+            self.add_weight(
+                name=f"state_{name}", shape=shape, dtype=self.state_dtype, initializer="zeros",
+                trainable=False, autocast=False,
+            )
+            for name, shape in zip(self.state_names, shapes, strict=True)
+        ]  # fmt: skip
+
+    def reset_state(self):
+        """Empties the carried state of a `stateful` layer."""
+        for variable in self.states or ():
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+
+    def reset_states(self):
+        """`reset_state`, under the name that keras.layers.LSTM also has."""
+        self.reset_state()
+
+    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
+        batch, time, _ = sequences_shape
+        output = (batch, time, self.units) if self.return_sequences else (batch, self.units)
+        return (output, *self._state_shapes(batch)) if self.return_state else output
+
+    def compute_output_spec(
+        self, sequences, initial_state=None, mask=None, training=False, sequences_mask=None
+    ):
+        shapes = self.compute_output_shape(sequences.shape)
+        if not self.return_state:
+            return keras.KerasTensor(shapes, dtype=self.compute_dtype)
+        output, *states = shapes
+        return (
+            keras.KerasTensor(output, dtype=self.compute_dtype),
+            *(keras.KerasTensor(s, dtype=self.state_dtype) for s in states),
+        )
+
+    def compute_mask(self, sequences, mask=None):
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        mask = mask if self.return_sequences else None
+        return (mask, *[None] * len(self.state_names)) if self.return_state else mask
+
+    # ------------------------------------------------------------------ the call
+
+    def call(self, sequences, initial_state=None, mask=None, training=False, sequences_mask=None):
+        # With initial_state there are two tensor arguments, and Keras hands the mask of the first
+        # over as <its name>_mask.
+        mask = sequences_mask if mask is None else mask
+        self._check(sequences)
+        state = self._initial_state(sequences, initial_state)
+        x = ops.cast(sequences, self.compute_dtype)
+        if mask is not None:
+            mask = self._check_mask(mask, sequences)
+            # Whatever padding holds, NaN too, must not reach a weight's gradient.
+            x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
+        if self.go_backwards:
+            x = ops.flip(x, axis=1)
+            mask = None if mask is None else ops.flip(mask, axis=1)
+        if training and self.dropout:
+            # One draw for all steps of a sequence, as in keras.layers.LSTM.
+            shape = (ops.shape(x)[0], 1, x.shape[-1])
+            x = x * self._drawn(shape, self.dropout, x.dtype)
+        outputs, state = self._run(x, state, mask, training)
+        if self.stateful:
+            for variable, value in zip(self.states, state, strict=True):
+                variable.assign(value)
+        if not self.return_sequences:
+            outputs = outputs[:, -1]
+        elif self.zero_output_for_mask and mask is not None:
+            outputs = ops.where(mask[:, :, None], outputs, ops.zeros_like(outputs))
+        return (outputs, *state) if self.return_state else outputs
+
+    def _drawn(self, shape, rate, dtype):
+        return keras.random.dropout(ops.ones(shape, dtype), rate, seed=self.seed_generator)
+
+    def _check(self, sequences):
+        dtype = keras.backend.standardize_dtype(sequences.dtype)
+        if "float" not in dtype:
+            raise ValueError(
+                f"{type(self).__name__} takes floating-point sequences. Received: dtype {dtype}. "
+                "Embed token ids with keras.layers.Embedding, or cast counts to float32."
+            )
+
+    def _check_mask(self, mask, sequences):
+        fits = len(mask.shape) == 2 and all(
+            a == b
+            for a, b in zip(mask.shape, sequences.shape[:2], strict=True)
+            if isinstance(a, int) and isinstance(b, int)
+        )
+        if not fits:
+            raise ValueError(
+                "`mask` must have shape (batch, time), True for real steps. Received: mask shape "
+                f"{tuple(mask.shape)} for sequences of shape {tuple(sequences.shape)}."
+            )
+        return ops.cast(mask, "bool")
+
+    def _initial_state(self, sequences, state):
+        """The given state, checked, or the carried one; None for a fresh start."""
+        if state is None:
+            # A copy: torch assigns in place, under the eyes of its autograd.
+            return [ops.copy(v.value) for v in self.states] if self.stateful else None
+        names = ", ".join(self.state_names)
+        if not isinstance(state, (list, tuple)) or len(state) != len(self.state_names):
+            got = f"{len(state)} tensors" if isinstance(state, (list, tuple)) else type(state).__name__
+            raise ValueError(
+                f"`initial_state` of {type(self).__name__} must be a list of the "
+                f"{len(self.state_names)} tensors ({names}), as `return_state=True` returns them. "
+                f"Received: {got}."
+            )
+        shapes = self._state_shapes(sequences.shape[0])
+        for name, value, shape in zip(self.state_names, state, shapes, strict=True):
+            got = tuple(value.shape)
+            fits = len(got) == len(shape) and all(
+                a == b
+                for a, b in zip(got, shape, strict=True)
+                if isinstance(a, int) and isinstance(b, int)
+            )
+            if not fits:
+                raise ValueError(
+                    f"`initial_state` {name} of {type(self).__name__} must have shape {shape}. "
+                    f"Received: shape {got}. The order is ({names})."
+                )
+        return [ops.cast(s, self.state_dtype) for s in state]
+
+    # ------------------------------------------------------------------ files
+
+    def _own_weights(self):
+        """The layer's own variables by name; states are not among them: they have a batch size."""
+        return {}
+
+    def save_own_variables(self, store):
+        for name, variable in self._own_weights().items():
+            store[name] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        for name, variable in self._own_weights().items():
+            if name not in store:
+                raise ValueError(f"The file has no {name} for layer {self.name}.")
+            variable.assign(store[name])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "num_heads": self.num_heads,
+            "dropout": self.dropout,
+            "seed": self.seed,
+            "return_sequences": self.return_sequences,
+            "return_state": self.return_state,
+            "go_backwards": self.go_backwards,
+            "stateful": self.stateful,
+            "zero_output_for_mask": self.zero_output_for_mask,
+            "use_kernel": self.use_kernel,
+            "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer),
+        }
