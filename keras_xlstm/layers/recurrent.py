@@ -207,19 +207,11 @@ class Recurrent(keras.layers.Layer):
 
     # ------------------------------------------------------------------ files
 
-    def _own_weights(self):
-        """The layer's own variables by name; states are not among them: they have a batch size."""
-        return {}
-
     def save_own_variables(self, store):
-        for name, variable in self._own_weights().items():
-            store[name] = ops.convert_to_numpy(variable)
+        """Writes nothing: weights belong to sub-layers, and states to a batch, not to a file."""
 
     def load_own_variables(self, store):
-        for name, variable in self._own_weights().items():
-            if name not in store:
-                raise ValueError(f"The file has no {name} for layer {self.name}.")
-            variable.assign(store[name])
+        """Reads nothing, as `save_own_variables` wrote nothing."""
 
     def get_config(self):
         return {

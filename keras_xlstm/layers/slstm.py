@@ -171,6 +171,19 @@ class sLSTMCell(keras.layers.Layer):
         # keras.layers.RNN scans with the dtype that it gave.
         return h[:, 0], [ops.cast(s, old.dtype) for s, old in zip(new, states, strict=True)]
 
+    def save_own_variables(self, store):
+        for variable in self._own():
+            store[variable.name] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        for variable in self._own():
+            if variable.name not in store:
+                raise ValueError(f"The file has no {variable.name} for layer {self.name}.")
+            variable.assign(store[variable.name])
+
+    def _own(self):
+        return [v for v in (self.recurrent_kernel, self.bias) if v is not None]
+
     def get_initial_state(self, batch_size=None):
         return [ops.zeros((batch_size, self.units), self.compute_dtype)] * 4
 

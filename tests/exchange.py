@@ -1,0 +1,42 @@
+"""Run in a process of its own, under any backend: writes a trained model and what it predicts.
+
+    KERAS_BACKEND=torch python tests/exchange.py FOLDER
+"""
+
+import pathlib
+import sys
+
+import keras
+import numpy as np
+
+from keras_xlstm.layers import mLSTM, sLSTM
+
+
+def build():
+    inputs = keras.Input((None, 3), name="inputs")
+    x = keras.layers.Masking()(inputs)
+    x = sLSTM(8, num_heads=2, return_sequences=True, forget_activation="exponential", name="s")(x)
+    x = keras.layers.Bidirectional(mLSTM(8, num_heads=2, key_dim=3, value_dim=5, gate_soft_cap=15.0))(x)
+    return keras.Model(inputs, keras.layers.Dense(1, name="head")(x))
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 11, 3)).astype("float32")
+    x[0, 7:] = x[1, :4] = 0  # masked
+    return x, rng.normal(size=(6, 1)).astype("float32")
+
+
+def write(folder):
+    keras.utils.set_random_seed(0)
+    x, y = data()
+    model = build()
+    model.compile("adam", "mse")
+    model.fit(x, y, epochs=3, verbose=0)
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    np.save(folder / "outputs.npy", model.predict(x, verbose=0))
+
+
+if __name__ == "__main__":
+    write(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,90 @@
+"""What gets installed, what gets imported, and who may import whom."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+from tools import BACKEND
+
+ROOT = pathlib.Path(__file__).parent.parent
+FRAMEWORKS = {"torch", "jax", "tensorflow"}
+
+
+def run(code, cwd, **env):
+    env = {**os.environ, "KERAS_BACKEND": BACKEND, **env}
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_package_list_is_the_disk():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {p.parent.relative_to(ROOT) for top in ("keras_xlstm", "backends") for p in (ROOT / top).rglob("*.py")}
+    names = {".".join(f.parts).replace("backends", "keras_xlstm.backends", 1) for f in folders}
+    assert set(listed) == names
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the same on every backend: built once")
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    # --no-isolation: the build requirement, setuptools, is in the test extra.
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"keras_xlstm"}
+    assert "keras_xlstm/py.typed" in names
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True)
+    code = "import keras_xlstm; keras_xlstm.backends.mlstm; print(keras_xlstm.__file__)"
+    assert run(code, tmp_path, PYTHONPATH=str(site)).startswith(str(site))
+    metadata = next(site.glob("*.dist-info/METADATA")).read_text()
+    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
+    assert sorted(line.split()[1].split(">")[0] for line in core) == ["keras", "numpy"]
+
+
+def test_imports_the_active_framework_alone(tmp_path):
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_xlstm\n"
+        "new = set(sys.modules) - before\n"
+        "print(sorted({m.split('.')[0] for m in new} & {'torch', 'jax', 'tensorflow', 'triton'}),\n"
+        "      'jax.experimental.pallas' in new)"
+    )
+    # Keras has imported its own backend before; the package adds none.
+    assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "[] False"
+
+
+def test_a_bare_checkout_imports(tmp_path):
+    code = "import keras_xlstm; print(keras_xlstm.backends.available()['slstm']['native'])"
+    assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "True"
+    assert run(code, ROOT) == "True"
+    with pytest.raises(AssertionError, match=r"import keras_xlstm\.backends, not"):
+        run("import backends", ROOT)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_who_imports_whom():
+    for path in (ROOT / "keras_xlstm").rglob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] not in FRAMEWORKS, path
+            assert not name.startswith("keras_xlstm.backends."), path
+            assert not name.startswith("keras.src"), path
+    for path in (ROOT / "backends").rglob("*.py"):
+        home = path.parent.name if path.parent.name in FRAMEWORKS else None
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in FRAMEWORKS - {home}, path
+            assert not name.startswith(("keras_xlstm.layers", "keras_xlstm.ops", "keras.src")), path

@@ -1,0 +1,69 @@
+"""Files written on any backend load on any other, compiled models too; old files keep loading."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import exchange
+import keras
+import numpy as np
+import pytest
+from tools import array
+
+import keras_xlstm
+
+HERE = pathlib.Path(__file__).parent
+GOLDEN = HERE / "golden"
+
+
+@pytest.fixture(scope="module", params=["jax", "tensorflow", "torch"])
+def written(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    env = {**os.environ, "KERAS_BACKEND": request.param, "PYTHONPATH": str(HERE.parent)}
+    subprocess.run([sys.executable, str(HERE / "exchange.py"), str(folder)], env=env, check=True)
+    return folder
+
+
+def test_every_backend_reads_every_backend(written):
+    x, y = exchange.data()
+    want = np.load(written / "outputs.npy")
+    model = keras.models.load_model(written / "model.keras")
+    np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
+    model.fit(x, y, verbose=0)  # compiled: the optimizer came along
+    assert int(array(model.optimizer.iterations)) == 4
+    model = exchange.build()
+    model.load_weights(written / "model.weights.h5")
+    np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
+
+
+def test_golden_file():
+    """Written by version 0.1: attribute names, class names and weight order are the file format."""
+    model = keras.models.load_model(GOLDEN / "model.keras", compile=False)
+    got = model.predict(exchange.data()[0], verbose=0)
+    np.testing.assert_allclose(got, np.load(GOLDEN / "outputs.npy"), atol=1e-5)
+
+
+@pytest.mark.parametrize("Layer", [keras_xlstm.layers.sLSTM, keras_xlstm.layers.mLSTM])
+def test_states_are_not_saved(Layer, tmp_path):
+    """A stateful model's file does not hold the batch's states, and loads at another batch size."""
+
+    def build(batch):
+        layer = Layer(4, stateful=True, name="layer")
+        return keras.Sequential([keras.Input(batch_shape=(batch, 5, 2)), layer])
+
+    one, two = build(3), build(2)
+    one(np.ones((3, 5, 2), "float32"))
+    one.save_weights(tmp_path / "x.weights.h5")
+    two.load_weights(tmp_path / "x.weights.h5")
+    assert not any(array(s).any() for s in two.layers[0].states)
+    a, b = (m.layers[0].trainable_weights for m in (one, two))
+    for v, w in zip(a, b, strict=True):
+        np.testing.assert_array_equal(array(v), array(w))
+
+
+def test_missing_weight_is_an_error(tmp_path):
+    layer = keras_xlstm.layers.sLSTM(4)
+    layer.build((None, None, 2))
+    with pytest.raises(ValueError, match="The file has no recurrent_kernel"):
+        layer.cell.load_own_variables({})
