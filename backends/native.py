@@ -51,7 +51,7 @@ def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **opti
     if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
         (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
     else:
-        h, *state = framework().differentiable(slstm_forward, slstm_backward, tensors, **options)
+        h, *state = framework.differentiable(slstm_forward, slstm_backward, tensors, **options)
     return h, tuple(state)
 
 
@@ -59,8 +59,8 @@ def _gates(g, forget_gate):
     """Pre-activations (..., 4, D) to i, log f, f's slope, z, o."""
     i, f, z, o = ops.unstack(g, 4, axis=-2)
     if forget_gate == "sigmoid":
-        return i, ops.log_sigmoid(f), ops.sigmoid(-f), framework().tanh(z), ops.sigmoid(o)
-    return i, f, None, framework().tanh(z), ops.sigmoid(o)
+        return i, ops.log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), ops.sigmoid(o)
+    return i, f, None, framework.tanh(z), ops.sigmoid(o)
 
 
 def _per_step(flags):
@@ -93,7 +93,7 @@ def slstm_forward(
         recurrent = (h if scale is None else h * scale) @ R
         g = x + ops.reshape(recurrent, (H, B, 4, D))
         i, log_f, _, z, o = _gates(g, forget_gate)
-        new_m = ops.stop_gradient(framework().maximum(log_f + m, i))  # eq. 15
+        new_m = ops.stop_gradient(framework.maximum(log_f + m, i))  # eq. 15
         i = ops.exp(i - new_m)  # eq. 16
         f = ops.exp((m - new_m) + log_f)  # eq. 17
         new_c = f * c + i * z  # eq. 8
@@ -108,7 +108,7 @@ def slstm_forward(
         last, _ = step(initial, tuple(a[0] for a in (x, *flags)))
         states = tuple(s[None] for s in last)
     else:
-        last, states = framework().scan(step, initial, (x, *flags))
+        last, states = framework.scan(step, initial, (x, *flags))
     output = ops.transpose(states[0], (2, 0, 1, 3))
     h, c, n, m = (ops.transpose(s, (1, 0, 2)) for s in last)
     residuals = (x, R, initial, states, hold, reset, scale, bias is not None)
@@ -168,7 +168,7 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
     to_steps = (1, 2, 0, 3)
     last = tuple(ops.transpose(s, (1, 0, 2)) for s in (dh_last, dc_last, dn_last))
     xs = (ops.transpose(dh, to_steps), f, *factors, *flags)
-    (dh, dc, dn), (dg,) = framework().scan(step, last, xs, reverse=True)
+    (dh, dc, dn), (dg,) = framework.scan(step, last, xs, reverse=True)
     dR = ops.reshape(ops.einsum("thbd,thbg->hdg", h_in, dg), (H, D, 4, D))
     dx = ops.transpose(ops.reshape(dg, ops.shape(x)), (2, 0, 3, 1, 4))
     dbias = ops.sum(dx, axis=(0, 1)) if has_bias else None
@@ -214,7 +214,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
         if segment_ids is not None:
             last = ops.repeat(segment_ids[:, -1:], chunk_size, axis=1)
             segment_ids = ops.concatenate([segment_ids, last[:, :short]], axis=1)
-    h, *state = framework().differentiable(
+    h, *state = framework.differentiable(
         chunkwise.forward,
         chunkwise.backward,
         (q, k, v, i, log_f, *state, None if segment_ids is None else segment_ids[..., None]),
@@ -238,7 +238,7 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
         q, k, v, i, log_f, *reset = xs
         for starts in reset:
             m = ops.where(starts[:, None], NEVER, m)
-        new_m = ops.stop_gradient(framework().maximum(log_f + m, i))
+        new_m = ops.stop_gradient(framework.maximum(log_f + m, i))
         i = ops.exp(i - new_m)
         f = ops.exp((m - new_m) + log_f)
         C = f[..., None, None] * C + (i[..., None] * k)[..., None] * v[..., None, :]
@@ -255,7 +255,7 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
         carry, (h,) = step(carry, tuple(x[:, 0] for x in xs))
         h = h[:, None]
     else:
-        carry, (h,) = framework().scan(step, carry, tuple(ops.moveaxis(x, 1, 0) for x in xs))
+        carry, (h,) = framework.scan(step, carry, tuple(ops.moveaxis(x, 1, 0) for x in xs))
         h = ops.moveaxis(h, 0, 1)
     C, n, m = carry
     return h, (C, n, reported(m))

@@ -5,15 +5,19 @@ import importlib
 import keras
 from keras import ops
 
+_BACKENDS = ("jax", "tensorflow", "torch")
+if keras.backend.backend() not in _BACKENDS:
+    raise ImportError(
+        f"keras_xlstm runs on {', '.join(_BACKENDS)}. Received: the Keras backend "
+        f"{keras.backend.backend()}. Set the environment variable KERAS_BACKEND."
+    )
+# The active backend's folder: its `scan`, its `differentiable`.
+framework = importlib.import_module(f"{__package__}.{keras.backend.backend()}")
+
 # The log of "nothing": finite, so that differences of it are never NaN.
 NEVER = -1e30
 # Forget gates below exp(LEAST_LOG) are taken as this: their exact sums still fit a float32.
 LEAST_LOG = -1e5
-
-
-def framework():
-    """The active backend's folder: its `scan` and its `differentiable`."""
-    return importlib.import_module(f"{__package__}.{keras.backend.backend()}")
 
 
 def carried(state_m, carries):
@@ -32,7 +36,7 @@ def holds_something(C, n):
 
 def bound(r, m, eps):
     """max(|q n|, exp(-m)) + eps, the denominator of eq. 21; finite where exp(-m) is not."""
-    return framework().maximum(ops.abs(r), ops.exp(ops.where(m > -80.0, -m, 80.0))) + eps
+    return framework.maximum(ops.abs(r), ops.exp(ops.where(m > -80.0, -m, 80.0))) + eps
 
 
 def segment_starts(segment_ids):

@@ -129,9 +129,9 @@ def test_scan(rng):
         return (total,), (total, x[1] * 2)
 
     zero = (keras.ops.zeros(2),)
-    carry, (sums, doubled) = framework().scan(step, zero, xs)
+    carry, (sums, doubled) = framework.scan(step, zero, xs)
     np.testing.assert_allclose(array(sums), np.cumsum(array(xs[0]), 0), rtol=1e-5)
     np.testing.assert_allclose(array(doubled), 2 * array(xs[1]))
-    _, (sums, _) = framework().scan(step, zero, xs, reverse=True)
+    _, (sums, _) = framework.scan(step, zero, xs, reverse=True)
     np.testing.assert_allclose(array(sums), np.cumsum(array(xs[0])[::-1], 0)[::-1], rtol=1e-5)
     np.testing.assert_allclose(array(carry[0]), array(xs[0]).sum(0), rtol=1e-5)
