@@ -2,6 +2,9 @@
 
 Linear in time and memory: a loop over chunks that keeps the state at each chunk's start, and a
 loop back over them with the exact gradient, written by hand. Shapes as in `native.py`.
+
+`a += b` is on fresh arrays alone: PyTorch then works in place, which spares it a buffer; the
+other frameworks read it as `a = a + b`.
 """
 
 from keras import ops
@@ -26,13 +29,16 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size):
     def step(carry, xs):
         C, n = carry  # relative to exp(round(m))
         q, k, v, entering, to_end, through, floor, row_eps, *rows = xs
-        S = (q @ _transposed(k)) * weights.within(*rows)  # (B, H, L, L)
+        S = q @ _transposed(k)  # (B, H, L, L)
+        S *= weights.within(*rows)
         q_in = q * entering[..., None]
         r = ops.sum(S, axis=-1) + ops.sum(q_in * n[..., None, :], axis=-1)
-        h = S @ v + q_in @ C
-        h = h / (framework.maximum(ops.abs(r), floor) + eps * row_eps)[..., None]
+        h = S @ v
+        h += q_in @ C
+        h /= (framework.maximum(ops.abs(r), floor) + eps * row_eps)[..., None]
         k_end = k * to_end[..., None]
-        new_C = through[..., None, None] * C + _transposed(k_end) @ v
+        new_C = _transposed(k_end) @ v
+        new_C += through[..., None, None] * C
         new_n = through[..., None] * n + ops.sum(k_end, axis=-2)
         return (new_C, new_n), (h, r, C, n)
 
@@ -64,17 +70,26 @@ def backward(residuals, gradients, eps, chunk_size):
         U = dh / (framework.maximum(size, floor) + eps * row_eps)[..., None]
         dr = ops.where(size > floor, -ops.sign(r) * ops.sum(U * h, axis=-1), 0.0)
 
-        S = (q @ _transposed(k)) * within
-        G = (U @ _transposed(v) + dr[..., None]) * within
-        dv = _transposed(S) @ U + to_end * (k @ dC)
-        dq = U @ _transposed(C) + dr[..., None] * n[..., None, :]
-        dq = G @ k + entering * dq
-        dk = v @ _transposed(dC) + dn[..., None, :]
-        dk = _transposed(G) @ q + to_end * dk
+        S = q @ _transposed(k)
+        S *= within
+        G = U @ _transposed(v)
+        G += dr[..., None]
+        G *= within
+        dv = (to_end * k) @ dC
+        dv += _transposed(S) @ U
+        dq = U @ _transposed(C)
+        dq += dr[..., None] * n[..., None, :]
+        dq *= entering
+        dq += G @ k
+        dk = v @ _transposed(dC)
+        dk += dn[..., None, :]
+        dk *= to_end
+        dk += _transposed(G) @ q
         di = ops.sum(k * dk, axis=-1)
         across = ops.sum(q * dq, axis=-1) - di
         q_in = q * entering
-        dC_in = through[..., None, None] * dC + _transposed(q_in) @ U
+        dC_in = _transposed(q_in) @ U
+        dC_in += through[..., None, None] * dC
         dn_in = through[..., None] * dn + ops.sum(q_in * dr[..., None], axis=-2)
         return (dC_in, dn_in), (dq, dk, dv, di, across, _inner(C, dC_in, n, dn_in))
 
@@ -108,7 +123,8 @@ class _LogWeights:
         self.b_rest = _running(ops.add, log_f - f_whole, 0.0)
         self.u = i_whole - self.b
         self.u_rest = (i - i_whole) - self.b_rest
-        self.causal = ops.tril(ops.ones((L, L), "bool"))
+        causal = ops.tril(ops.ones((L, L), "bool"))
+        self.future = ops.cast(ops.where(causal, 0.0, NEVER), i.dtype)
         self.total, self.total_rest = self.b[..., -1], self.b_rest[..., -1]
         self.end, self.end_rest = self.b[..., -1:] + self.u, self.b_rest[..., -1:] + self.u_rest
         self.ids = None
@@ -156,12 +172,13 @@ class _LogWeights:
 
     def within(self, row_b, b_rest, u, u_rest, ids=None):
         """(B, H, L, L) of one chunk: the weight of step j at step i."""
-        seen = self.causal
-        if ids is not None:
-            seen = seen & (ids[..., :, None] == ids[..., None, :])
         log = row_b[..., :, None] + u[..., None, :]
-        log = (log + u_rest[..., None, :]) + b_rest[..., :, None]
-        return ops.exp(ops.where(seen, log, NEVER))
+        log += u_rest[..., None, :]
+        log += b_rest[..., :, None]
+        log += self.future
+        if ids is not None:
+            log = ops.where(ids[..., :, None] == ids[..., None, :], log, NEVER)
+        return ops.exp(log)
 
     def after(self, x, leaving):
         """(N, B, H, L): sums of x from each step on, with what leaves, within the segment."""
@@ -178,7 +195,7 @@ def _running(op, x, fill, ids=None, reverse=False):
     """Inclusive running `op` over the last axis, within equal `ids`, by doubling."""
 
     def shifted(x, fill):
-        edge = ops.full_like(x[..., :distance], fill)
+        edge = ops.zeros_like(x[..., :distance]) + fill  # full_like fails on meta tensors
         parts = [x[..., distance:], edge] if reverse else [edge, x[..., :-distance]]
         return ops.concatenate(parts, axis=-1)
 

@@ -226,7 +226,9 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
 
 def _pad(x, length, fill):
     shape = ops.shape(x)
-    return ops.concatenate([x, ops.full((shape[0], length, *shape[2:]), fill, x.dtype)], axis=1)
+    # zeros + fill: keras.ops.full reads the fill from the device, which meta tensors have not.
+    end = ops.zeros((shape[0], length, *shape[2:]), x.dtype) + fill
+    return ops.concatenate([x, end], axis=1)
 
 
 def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):

@@ -10,7 +10,8 @@ tanh, maximum = torch.tanh, torch.maximum
 def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`."""
     # unbind, never x[t]: the gradient of an index fills a zero tensor of x's size at every step.
-    columns = [x.unbind(0) for x in xs]
+    # contiguous: a transposed view would be copied again by every product that it enters.
+    columns = [x.contiguous().unbind(0) for x in xs]
     length = len(columns[0])
     carry, outputs = init, None
     for t in reversed(range(length)) if reverse else range(length):

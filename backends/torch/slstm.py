@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from keras_xlstm.backends import native
 from keras_xlstm.backends.parts import NEVER, carried, reported
 
+_BLOCK = 32  # steps of the backward pass whose factors are computed at once
+
 
 def slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
@@ -108,81 +110,93 @@ def _backward(
     hs: Tensor, cs: Tensor, ns: Tensor, ms: Tensor, gates: Tensor, recurrent_kernel: Tensor,
     h0: Tensor, c0: Tensor, n0: Tensor, m0: Tensor,
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
-    exp_forget: bool, clip: float,
+    exp_forget: bool, clip: float, has_bias: bool,
 ) -> list[Tensor]:  # fmt: skip
     H, T, B, D = hs.shape
     R_transposed = recurrent_kernel.reshape(H, D, 4 * D).transpose(1, 2).contiguous()
     scale = None if recurrent_scale is None else recurrent_scale.transpose(0, 1)
-    starts = None if reset is None else _per_step(reset)
-    h0, c0, n0, m0 = (s.transpose(0, 1) for s in (h0, c0, n0, m0))
-    m0 = carried(m0, n0 != 0)
-
-    def before(states, first, fill=0.0):
-        states = torch.cat([first[:, None], states[:, :-1]], 1)
-        return states if starts is None else states.masked_fill_(starts, fill)
-
-    # Every factor that does not depend on later steps, for all steps at once.
-    i, f, z, o = gates.unbind(3)
-    i = (i - ms).exp_()
-    slope = None if exp_forget else torch.sigmoid(-f)
-    f = before(ms, m0, NEVER).sub_(ms).add_(f if exp_forget else F.logsigmoid(f)).exp_()
-    f_slope = f if slope is None else slope.mul_(f)
-    h_cn = torch.stack([o / ns, -hs / ns], 3)  # what c and n hear from h
-    c_ifz = torch.stack([i * z, f_slope * before(cs, c0), i * (1 - z * z)], 3)
-    n_if = torch.stack([i, f_slope * before(ns, n0)], 3)
-    h_o = torch.addcmul(hs, hs, o, value=-1)
-    f = f[:, :, :, None]
-    if hold is not None:
-        held = _per_step(hold)
-        f = f.masked_fill(held[:, :, None], 1.0)
-        for a in (h_cn, c_ifz, n_if):
-            a.masked_fill_(held[:, :, None], 0.0)
-        h_o.masked_fill_(held, 0.0)
-
-    dh = dh.contiguous()
-    dg = torch.empty_like(gates)
+    holds = None if hold is None else _per_step(hold)
+    resets = None if reset is None else _per_step(reset)
+    first = [s.transpose(0, 1) for s in (h0, c0, n0, carried(m0, n0 != 0))]
     dh_in = dh_last.clone()
     dcn = torch.stack([dc, dn], 2)
     dc, dn = dcn[:, :, :1], dcn[:, :, 1:]
-    columns = (dh, h_cn, c_ifz, n_if, h_o, f)
-    columns += (dg[:, :, :, :3], dg[:, :, :, :2], dg[:, :, :, 3], dg.view(H, T, B, 4 * D))
-    columns = (reversed(a.unbind(1)) for a in columns)
-    for t, (dh, h_cn, c_ifz, n_if, h_o, f, dg_ifz, dg_if, dg_o, dg_t) in zip(
-        reversed(range(T)), zip(*columns, strict=True), strict=True
-    ):
-        dh = dh_in.add_(dh)
-        dcn.addcmul_(dh[:, :, None], h_cn)
-        torch.mul(c_ifz, dc, out=dg_ifz)
-        dg_if.addcmul_(n_if, dn)
-        torch.mul(h_o, dh, out=dg_o)
-        dcn.mul_(f)
-        dh_in = torch.bmm(dg_t, R_transposed)
-        if scale is not None:
-            dh_in.mul_(scale)
-        if clip:
-            dh_in.clamp_(-clip, clip)
-        if starts is not None:
-            dh_in.masked_fill_(starts[t], 0.0)
-        if hold is not None:
-            dh_in = torch.where(held[t], dh, dh_in)
+    dx = gates.new_empty(B, T, 4, H, D)
+    dR = gates.new_zeros(H, D, 4 * D)
+    # In blocks of steps, so that what is computed for a block at once stays in the cache.
+    for start in reversed(range(0, T, _BLOCK)):
+        block = slice(start, min(start + _BLOCK, T))
+        steps = range(block.start, block.stop)
+        starts = None if resets is None else resets[block]
 
-    h_in = before(hs, h0)
-    h_in = h_in if scale is None else h_in.mul_(scale[:, None])
-    dR = torch.bmm(h_in.view(H, T * B, D).transpose(1, 2), dg.view(H, T * B, 4 * D))
+        def before(states, initial, fill=0.0, block=block, starts=starts):
+            if block.start:
+                states = states[:, block.start - 1 : block.stop - 1].clone()
+            else:
+                states = torch.cat([initial[:, None], states[:, : block.stop - 1]], 1)
+            return states if starts is None else states.masked_fill_(starts, fill)
+
+        h, c, n, m = (s[:, block] for s in (hs, cs, ns, ms))
+        i, f, z, o = gates[:, block].unbind(3)
+        i = (i - m).exp_()
+        slope = None if exp_forget else torch.sigmoid(-f)
+        log_f = f if exp_forget else F.logsigmoid(f)
+        f = before(ms, first[3], NEVER).sub_(m).add_(log_f).exp_()
+        f_slope = f if slope is None else slope.mul_(f)
+        h_cn = torch.stack([o / n, -h / n], 3)  # what c and n hear from h
+        c_ifz = torch.stack([i * z, f_slope * before(cs, first[1]), i * (1 - z * z)], 3)
+        n_if = torch.stack([i, f_slope * before(ns, first[2])], 3)
+        h_o = torch.addcmul(h, h, o, value=-1)
+        f = f[:, :, :, None]
+        if holds is not None:
+            held = holds[block][:, :, None]
+            f = f.masked_fill(held, 1.0)
+            for a in (h_cn, c_ifz, n_if):
+                a.masked_fill_(held, 0.0)
+            h_o.masked_fill_(held[:, :, 0], 0.0)
+
+        dg = gates.new_empty(H, len(steps), B, 4, D)
+        columns = (dh[:, block], h_cn, c_ifz, n_if, h_o, f)
+        columns += (dg[..., :3, :], dg[..., :2, :], dg[..., 3, :], dg.flatten(3))
+        columns = (reversed(a.unbind(1)) for a in columns)
+        for t, dh_t, h_cn, c_ifz, n_if, h_o, f, dg_ifz, dg_if, dg_o, dg_t in zip(
+            reversed(steps), *columns, strict=True
+        ):
+            dh_out = dh_in.add_(dh_t)
+            dcn.addcmul_(dh_out[:, :, None], h_cn)
+            torch.mul(c_ifz, dc, out=dg_ifz)
+            dg_if.addcmul_(n_if, dn)
+            torch.mul(h_o, dh_out, out=dg_o)
+            dcn.mul_(f)
+            dh_in = torch.bmm(dg_t, R_transposed)
+            if scale is not None:
+                dh_in.mul_(scale)
+            if clip:
+                dh_in.clamp_(-clip, clip)
+            if resets is not None:
+                dh_in.masked_fill_(resets[t], 0.0)
+            if holds is not None:
+                dh_in = torch.where(holds[t], dh_out, dh_in)
+
+        h_in = before(hs, first[0])
+        h_in = h_in if scale is None else h_in.mul_(scale[:, None])
+        dR.baddbmm_(h_in.flatten(1, 2).transpose(1, 2), dg.flatten(3).flatten(1, 2))
+        dx[:, block] = dg.permute(2, 1, 3, 0, 4)
+    dbias = dx.sum((0, 1)) if has_bias else dx.new_empty(0)
     dc, dn = dc.squeeze(2), dn.squeeze(2)
-    dm = c0 * dc + n0 * dn  # the state's true value is (c, n) exp(m)
-    dx = dg.permute(2, 1, 3, 0, 4).contiguous()
+    dm = first[1] * dc + first[2] * dn  # the state's true value is (c, n) exp(m)
     last = [s.transpose(0, 1).contiguous() for s in (dh_in, dc, dn, dm)]
-    return [dx, dR.view(H, D, 4, D), dg.sum((1, 2)).transpose(0, 1).contiguous(), *last]
+    return [dx, dR.view(H, D, 4, D), dbias, *last]
 
 
 @_backward.register_fake
 def _(
     dh, dh_last, dc, dn, hs, cs, ns, ms, gates, recurrent_kernel, h0, c0, n0, m0, hold, reset,
-    recurrent_scale, exp_forget, clip,
+    recurrent_scale, exp_forget, clip, has_bias,
 ):  # fmt: skip
     H, T, B, D = hs.shape
-    shapes = [(B, T, 4, H, D), (H, D, 4, D), (4, H, D), *[(B, H, D)] * 4]
+    bias = (4, H, D) if has_bias else (0,)
+    shapes = [(B, T, 4, H, D), (H, D, 4, D), bias, *[(B, H, D)] * 4]
     return [hs.new_empty(shape) for shape in shapes]
 
 
@@ -190,8 +204,7 @@ def _save(ctx, inputs, output):
     _, R, bias, *initial, hold, reset, scale, exp_forget, clip, _ = inputs
     hs, cs, ns, ms, gates, *_ = output
     ctx.save_for_backward(hs, cs, ns, ms, gates, R, *initial, hold, reset, scale)
-    ctx.options = exp_forget, clip
-    ctx.has_bias = bias is not None
+    ctx.options = exp_forget, clip, bias is not None
 
 
 def _gradient(ctx, gradients):
@@ -201,7 +214,7 @@ def _gradient(ctx, gradients):
     dh = torch.zeros_like(hs) if dh is None else dh
     dh_last, dc, dn = (torch.zeros_like(hs[:, 0]) if s is None else s for s in (dh_last, dc, dn))
     dx, dR, dbias, *dstate = _backward(dh, dh_last, dc, dn, *saved, *ctx.options)
-    return dx, dR, dbias if ctx.has_bias else None, *dstate, *[None] * 6
+    return dx, dR, dbias if ctx.options[-1] else None, *dstate, *[None] * 6
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
