@@ -18,8 +18,10 @@ from keras_xlstm.backends.parts import (
 )
 
 
-def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size):
+def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True):
+    """`keep`: whether a backward pass may come."""
     inputs = (q, k, v, i, log_f, segment_ids)
+    scale = q.shape[-1] ** -0.5
     m = carried(m, holds_something(C, n))
     rest_in = ops.exp(m - ops.round(m))
     weights = _LogWeights(inputs, chunk_size)
@@ -29,6 +31,7 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size):
     def step(carry, xs):
         C, n = carry  # relative to exp(round(m))
         q, k, v, entering, to_end, through, floor, row_eps, *rows = xs
+        q, k, v = (_swap(a) for a in (q * scale, k, v))  # (B, H, L, K)
         S = q @ _transposed(k)  # (B, H, L, L)
         S *= weights.within(*rows)
         q_in = q * entering[..., None]
@@ -40,29 +43,29 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size):
         new_C = _transposed(k_end) @ v
         new_C += through[..., None, None] * C
         new_n = through[..., None] * n + ops.sum(k_end, axis=-2)
-        return (new_C, new_n), (h, r, C, n)
+        return (new_C, new_n), (_swap(h),), (r, C, n) if keep else ()
 
-    xs = (*(_chunks(x, chunk_size) for x in (q, k, v)), *weights.per_chunk())
     carry = (C * rest_in[..., None, None], n * rest_in[..., None])
-    last, (h, r, C_in, n_in) = framework.scan(step, carry, xs)
-    h = _steps(h)
+    last, (h,), states = framework.scan_chunks(step, carry, (q, k, v), weights.per_chunk())
     rest_out = ops.exp(ops.round(m) - m)
     outputs = (h, last[0] * rest_out[..., None, None], last[1] * rest_out[..., None], reported(m))
-    return outputs, (inputs, h, r, C_in, n_in, m_in, m, last, (C, n), rest_in, rest_out)
+    return outputs, (inputs, h, states, m_in, m, last, (C, n), rest_in, rest_out)
 
 
 def backward(residuals, gradients, eps, chunk_size):
     """The gradients of i and f follow from those of q and k: scaling i_j scales k_j, and scaling
     f_t scales every k before t against every q from t on."""
-    inputs, h, r, C_in, n_in, m_in, m, last, (C0, n0), rest_in, rest_out = residuals
+    inputs, h, states, m_in, m, last, (C0, n0), rest_in, rest_out = residuals
     dh, dC, dn, _ = gradients
     q, k, v, *_ = inputs
+    scale = q.shape[-1] ** -0.5
     weights = _LogWeights(inputs, chunk_size)
     weights.settle(m_in, m)
 
     def step(carry, xs):
         dC, dn = carry
         q, k, v, h, dh, r, C, n, entering, to_end, through, floor, row_eps, *rows = xs
+        q, k, v, h, dh = (_swap(a) for a in (q * scale, k, v, h, dh))
         within = weights.within(*rows)
         entering, to_end = entering[..., None], to_end[..., None]
         # Through h = (numerator) / max(|r|, exp(-m)): U to the numerator, dr to r.
@@ -91,19 +94,19 @@ def backward(residuals, gradients, eps, chunk_size):
         dC_in = _transposed(q_in) @ U
         dC_in += through[..., None, None] * dC
         dn_in = through[..., None] * dn + ops.sum(q_in * dr[..., None], axis=-2)
-        return (dC_in, dn_in), (dq, dk, dv, di, across, _inner(C, dC_in, n, dn_in))
+        dq, dk, dv = (_swap(a) for a in (dq * scale, dk, dv))
+        return (dC_in, dn_in), (dq, dk, dv), (di, across, _inner(C, dC_in, n, dn_in))
 
-    xs = (*(_chunks(x, chunk_size) for x in (q, k, v, h, dh)), r, C_in, n_in)
     carry = (dC * rest_out[..., None, None], dn * rest_out[..., None])
     leaving = _inner(last[0], carry[0], last[1], carry[1])[None]
-    (dC, dn), (*gradients, across, entering) = framework.scan(
-        step, carry, (*xs, *weights.per_chunk()), reverse=True
+    (dC, dn), gradients, (di, across, entering) = framework.scan_chunks(
+        step, carry, (q, k, v, h, dh), (*states, *weights.per_chunk()), reverse=True
     )
     dlog_f = weights.after(across, ops.concatenate([entering[1:], leaving], axis=0))
     dC, dn = dC * rest_in[..., None, None], dn * rest_in[..., None]
-    gradients = [_steps(a) for a in (*gradients, dlog_f)]
     # The state's true value is (C, n) exp(m).
-    return (*gradients, dC, dn, _inner(C0, dC, n0, dn), None)
+    dm = _inner(C0, dC, n0, dn)
+    return (*gradients, _steps(di), _steps(dlog_f), dC, dn, dm, None)
 
 
 class _LogWeights:
@@ -210,17 +213,21 @@ def _running(op, x, fill, ids=None, reverse=False):
 
 
 def _chunks(x, L):
-    """(B, T, H, ...) to (N, B, H, L, ...)."""
-    B, _, *rest = ops.shape(x)
-    x = ops.reshape(x, (B, -1, L, *rest))
-    return ops.transpose(x, (1, 0, 3, 2, *range(4, len(x.shape))))
+    """(B, T, H) to (N, B, H, L)."""
+    B, _, H = ops.shape(x)
+    return ops.transpose(ops.reshape(x, (B, -1, L, H)), (1, 0, 3, 2))
 
 
 def _steps(x):
-    """(N, B, H, L, ...) back to (B, T, H, ...)."""
-    x = ops.transpose(x, (1, 0, 3, 2, *range(4, len(x.shape))))
-    B, _, _, *rest = ops.shape(x)
-    return ops.reshape(x, (B, -1, *rest))
+    """(N, B, H, L) back to (B, T, H)."""
+    x = ops.transpose(x, (1, 0, 3, 2))
+    B, _, _, H = ops.shape(x)
+    return ops.reshape(x, (B, -1, H))
+
+
+def _swap(x):
+    """(B, L, H, K) to (B, H, L, K), or back."""
+    return ops.swapaxes(x, 1, 2)
 
 
 def _transposed(x):

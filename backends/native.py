@@ -70,8 +70,9 @@ def _per_step(flags):
 
 def slstm_forward(
     x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale,
-    forget_gate, recurrent_gradient_clip,
+    forget_gate, recurrent_gradient_clip, keep=True,
 ):  # fmt: skip
+    """`keep`: whether a backward pass may come."""
     _, _, _, H, D = x.shape
     B = ops.shape(x)[0]
     x = x if bias is None else x + bias
@@ -102,7 +103,7 @@ def slstm_forward(
         new = (new_h, new_c, new_n, new_m)
         if hold is not None:
             new = tuple(ops.where(held, a, b) for a, b in zip(carry, new, strict=True))
-        return new, new
+        return new, new if keep else new[:1]
 
     if x.shape[0] == 1:
         last, _ = step(initial, tuple(a[0] for a in (x, *flags)))
@@ -194,7 +195,6 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
     """
     T = q.shape[1]
     dynamic = T is None or not isinstance(T, int)
-    q = q * q.shape[-1] ** -0.5
     i = ops.log_sigmoid(i) if input_gate == "sigmoid" else i
     log_f = ops.log_sigmoid(f)
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
@@ -238,6 +238,7 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
     def step(carry, xs):
         C, n, m = carry  # (B, H, K, V), (B, H, K), (B, H)
         q, k, v, i, log_f, *reset = xs
+        q = q * q.shape[-1] ** -0.5
         for starts in reset:
             m = ops.where(starts[:, None], NEVER, m)
         new_m = ops.stop_gradient(framework.maximum(log_f + m, i))

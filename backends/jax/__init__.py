@@ -13,6 +13,38 @@ def scan(step, init, xs, reverse=False):
     return jax.lax.scan(step, init, xs, reverse=reverse)
 
 
+def scan_chunks(step, init, long, short, reverse=False):
+    """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
+
+    `long` arrays (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
+    the step returns is put together likewise. A slice in the loop spares a transposed copy of the
+    whole.
+    """
+    count = short[0].shape[0]
+    L = long[0].shape[1] // count
+
+    def chunk(index):
+        return [jax.lax.dynamic_slice_in_dim(x, index * L, L, axis=1) for x in long]
+
+    _, shapes, _ = jax.eval_shape(
+        lambda: step(init, (*chunk(0), *(jax.numpy.zeros(x.shape[1:], x.dtype) for x in short)))
+    )
+    outputs = [jax.numpy.zeros((y.shape[0], L * count, *y.shape[2:]), y.dtype) for y in shapes]
+
+    def body(carry, xs):
+        (carry, outputs), (index, short) = carry, xs
+        carry, chunks, entries = step(carry, (*chunk(index), *short))
+        outputs = [
+            jax.lax.dynamic_update_slice_in_dim(o, y, index * L, axis=1)
+            for o, y in zip(outputs, chunks, strict=True)
+        ]
+        return (carry, outputs), entries
+
+    xs = (jax.numpy.arange(count), tuple(short))
+    (carry, outputs), entries = jax.lax.scan(body, (init, outputs), xs, reverse=reverse)
+    return carry, tuple(outputs), entries
+
+
 @functools.cache
 def _differentiable(forward, backward, options):
     """One compiled function per set of options, so that eager calls compile once per shape."""

@@ -44,6 +44,34 @@ def scan(step, init, xs, reverse=False):
     return carry, tuple(array.stack() for array in outputs)
 
 
+def scan_chunks(step, init, long, short, reverse=False):
+    """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
+
+    `long` tensors (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
+    the step returns is put together likewise.
+    """
+    count = tf.shape(short[0])[0]
+    L = short[0].shape[-1]
+    cut = [tf.reshape(x, tf.concat([[tf.shape(x)[0], count, L], tf.shape(x)[2:]], 0)) for x in long]
+    for c, x in zip(cut, long, strict=True):
+        c.set_shape([x.shape[0], short[0].shape[0], L, *x.shape[2:]])
+    cut = [tf.transpose(x, [1, 0, *range(2, len(x.shape))]) for x in cut]
+    sizes = []
+
+    def flat_step(carry, xs):
+        carry, chunks, entries = step(carry, xs)
+        sizes.append(len(chunks))
+        return carry, (*chunks, *entries)
+
+    carry, ys = scan(flat_step, init, (*cut, *short), reverse)
+    chunks, entries = ys[: sizes[0]], ys[sizes[0] :]
+    joined = []
+    for y in chunks:
+        y = tf.transpose(y, [1, 0, *range(2, len(y.shape))])
+        joined.append(tf.reshape(y, [tf.shape(y)[0], -1, *y.shape[3:]]))
+    return carry, tuple(joined), entries
+
+
 def differentiable(forward, backward, tensors, **options):
     """Calls `forward(*tensors, **options) -> (outputs, residuals)` with the gradient
     `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.

@@ -23,6 +23,31 @@ def scan(step, init, xs, reverse=False):
     return carry, outputs
 
 
+def scan_chunks(step, init, long, short, reverse=False):
+    """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
+
+    `long` tensors (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
+    the step returns is put together likewise.
+    """
+    count = short[0].shape[0]
+    L = long[0].shape[1] // count
+    chunks = [x.unflatten(1, (count, L)).unbind(1) for x in long]
+    entries = [x.unbind(0) for x in short]
+    carry, outputs = init, None
+    for t in reversed(range(count)) if reverse else range(count):
+        # contiguous: each is swapped and enters several products.
+        xs = (x[t].transpose(1, 2).contiguous().transpose(1, 2) for x in chunks)
+        carry, *ys = step(carry, (*xs, *(x[t] for x in entries)))
+        if outputs is None:
+            wholes = [y.new_empty(y.shape[0], count, *y.shape[1:]) for y in ys[0]]
+            outputs = wholes, [y.new_empty(count, *y.shape) for y in ys[1]]
+        for whole, y in zip(outputs[0], ys[0], strict=True):
+            whole[:, t].copy_(y)
+        for whole, y in zip(outputs[1], ys[1], strict=True):
+            whole[t].copy_(y)
+    return carry, tuple(o.flatten(1, 2) for o in outputs[0]), tuple(outputs[1])
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, options, *tensors):
@@ -53,4 +78,6 @@ def differentiable(forward, backward, tensors, **options):
 
     `tensors` may hold None. There is no second derivative: asking for one is PyTorch's error.
     """
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return forward(*tensors, **options, keep=False)[0]
     return _Differentiable.apply(forward, backward, options, *tensors)

@@ -205,6 +205,8 @@ def _save(ctx, inputs, output):
     hs, cs, ns, ms, gates, *_ = output
     ctx.save_for_backward(hs, cs, ns, ms, gates, R, *initial, hold, reset, scale)
     ctx.options = exp_forget, clip, bias is not None
+    # Otherwise every saved buffer, an output too, would come back with zeros as its gradient.
+    ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, gradients):

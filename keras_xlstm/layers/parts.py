@@ -81,7 +81,7 @@ class MultiHeadNorm(keras.layers.Layer):
         # Sums: keras.ops.mean turns float64 into float32 on torch.
         x = x - ops.sum(x, axis=-1, keepdims=True) / heads[-1]
         variance = ops.sum(x * x, axis=-1, keepdims=True) / heads[-1]
-        x = x / ops.sqrt(variance + self.epsilon)
+        x = x * (1.0 / ops.sqrt(variance + self.epsilon))
         x = ops.reshape(x, ops.shape(inputs)) * self.gamma
         return ops.cast(x, self.compute_dtype)
 
