@@ -18,7 +18,6 @@ import os
 
 import keras
 from keras import ops
-
 from keras_xlstm.backends import native
 
 __all__ = ["available", "mlstm", "prefer", "slstm", "use"]
@@ -47,7 +46,9 @@ def available():
         >>> keras_xlstm.backends.available()["mlstm"]["native"]
         True
     """
-    return {op: {name: _unsupported(op, name) or True for name in ("native", *_KERNELS)} for op in _OPS}
+    return {
+        op: {name: _unsupported(op, name) or True for name in ("native", *_KERNELS)} for op in _OPS
+    }
 
 
 def _known(implementation, where):

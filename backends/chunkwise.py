@@ -8,7 +8,6 @@ other frameworks read it as `a = a + b`.
 """
 
 from keras import ops
-
 from keras_xlstm.backends.parts import (
     NEVER,
     carried,

@@ -15,7 +15,6 @@ Equation numbers are those of "xLSTM: Extended Long Short-Term Memory" (arXiv 24
 
 import keras
 from keras import ops
-
 from keras_xlstm.backends import chunkwise
 from keras_xlstm.backends.parts import (
     LEAST_LOG,
@@ -114,13 +113,15 @@ def slstm_forward(
     h, c, n, m = (ops.transpose(s, (1, 0, 2)) for s in last)
     residuals = (x, R, initial, states, hold, reset, scale, bias is not None)
     return (output, h, c, n, reported(m)), residuals
+
+
 def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
     """Backpropagation through time: spec'd by eqs. 41-51, with every factor that does not depend
     on later steps computed for all steps at once, so that the loop itself stays thin."""
     x, R, initial, states, hold, reset, scale, has_bias = residuals
     dh, dh_last, dc_last, dn_last, _ = gradients
     _, H, _, _, D = x.shape
-    h, c, n, m = states
+    h, _, n, m = states
     h_in, c_in, n_in, m_in = (
         ops.concatenate([first[None], s[:-1]], axis=0)
         for first, s in zip(initial, states, strict=True)

@@ -46,7 +46,8 @@ def environment():
             versions.append(f"{name} {version(name)}")
         except ModuleNotFoundError:
             versions.append(f"{name} (checkout)")
-    return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, {', '.join(versions)}"
+    machine = f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+    return f"{machine}, {', '.join(versions)}"
 
 
 def keras_part(jit_compile):
@@ -115,7 +116,9 @@ def official_part():
     for batch, time_steps, K, V in ((4, 1024, 64, 128), (8, 512, 64, 64)):
         q, k, v = (leaf(batch, time_steps, H, d) for d in (K, K, V))
         i, f = leaf(batch, time_steps, H), leaf(batch, time_steps, H)
-        heads_first = [a.detach().transpose(1, 2).contiguous().requires_grad_() for a in (q, k, v, i, f)]
+        heads_first = [
+            a.detach().transpose(1, 2).contiguous().requires_grad_() for a in (q, k, v, i, f)
+        ]
         functions = {"ours": lambda a=(q, k, v, i, f): keras_xlstm.ops.mlstm(*a)}
         for name in ("native_autograd", "native_custbw"):
             kernel = get_mlstm_kernel(f"chunkwise--{name}")
@@ -127,7 +130,9 @@ def official_part():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = ("jax", "tensorflow", "tensorflow-jit", "torch", "official")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--here", choices=parts, help=argparse.SUPPRESS)

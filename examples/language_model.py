@@ -41,7 +41,10 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
         paths = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
         held_out = paths[::10]
         train = sorted(set(paths) - set(held_out))
-        return {"train": self._generate_examples(train), "validation": self._generate_examples(held_out)}
+        return {
+            "train": self._generate_examples(train),
+            "validation": self._generate_examples(held_out),
+        }
 
     def _generate_examples(self, paths):
         for path in paths:
@@ -78,7 +81,9 @@ def order_2_entropy(data):
     _, triple_counts = np.unique(pairs * 256 + data[2:], return_counts=True)
     _, pair_counts = np.unique(pairs, return_counts=True)
     n = len(pairs)
-    return (np.sum(pair_counts * np.log2(pair_counts)) - np.sum(triple_counts * np.log2(triple_counts))) / n
+    return (
+        np.sum(pair_counts * np.log2(pair_counts)) - np.sum(triple_counts * np.log2(triple_counts))
+    ) / n
 
 
 def bits_per_byte(y_true, y_pred):
@@ -92,7 +97,9 @@ def build(units, heads):
     x = layers.Embedding(256, units, name="embedding")(tokens)
     for index, Layer in enumerate((mLSTM, sLSTM)):
         y = layers.LayerNormalization(name=f"norm_{index}")(x)
-        y = Layer(units, num_heads=heads, return_sequences=True, return_state=True, name=f"cell_{index}")(y)[0]
+        y = Layer(
+            units, num_heads=heads, return_sequences=True, return_state=True, name=f"cell_{index}"
+        )(y)[0]
         x = layers.Add(name=f"add_{index}")([x, y])
         y = layers.LayerNormalization(name=f"norm_ff_{index}")(x)
         y = layers.Dense(2 * units, activation="gelu", name=f"up_{index}")(y)
@@ -132,21 +139,35 @@ def plot(history, entropy, path):
     epochs = np.arange(1, len(history["bits_per_byte"]) + 1)
     axis.plot(epochs, history["bits_per_byte"], marker="o", label="training")
     axis.plot(epochs, history["val_bits_per_byte"], marker="o", label="held-out files")
-    axis.axhline(entropy, color="gray", linestyle="--", label="order-2 entropy of the held-out files")
-    axis.set(xlabel="epoch", ylabel="bits per byte", title="Byte-level xLSTM on Python's standard library")
+    axis.axhline(
+        entropy, color="gray", linestyle="--", label="order-2 entropy of the held-out files"
+    )
+    axis.set(
+        xlabel="epoch",
+        ylabel="bits per byte",
+        title="Byte-level xLSTM on Python's standard library",
+    )
     axis.legend()
     figure.savefig(path, dpi=150)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="training steps in all (default 400)")
-    parser.add_argument("--epochs", type=int, default=8, help="the steps are shown in so many epochs (default 8)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=400, help="training steps in all (default 400)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="the steps are shown in so many epochs (default 8)"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="bytes per window (default 256)")
     parser.add_argument("--units", type=int, default=192)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--held-out-bytes", type=int, default=131072, help="how much to evaluate on")
+    parser.add_argument(
+        "--held-out-bytes", type=int, default=131072, help="how much to evaluate on"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/language_model"))
     args = parser.parse_args()
     keras.utils.set_random_seed(0)
@@ -158,7 +179,10 @@ def main():
     start = np.linspace(0, len(held_out) - args.length - 1, windows).astype(int)[:, None]
     window = held_out[start + np.arange(args.length + 1)].astype("int32")
     validation = window[:, :-1], window[:, 1:]
-    print(f"Keras on {keras.backend.backend()}: {len(train):,} bytes to train on, {len(held_out):,} held out")
+    print(
+        f"Keras on {keras.backend.backend()}: {len(train):,} bytes to train on, "
+        f"{len(held_out):,} held out"
+    )
 
     model = build(args.units, args.heads)
     model.summary()
@@ -171,10 +195,14 @@ def main():
         metrics=[bits_per_byte],
     )
     batches = Windows(train, max(1, args.steps // args.epochs), args.batch_size, args.length)
-    history = model.fit(batches, epochs=args.epochs, validation_data=validation, validation_batch_size=64).history
+    history = model.fit(
+        batches, epochs=args.epochs, validation_data=validation, validation_batch_size=64
+    ).history
 
     model.save(args.out / "model.keras")
-    model = keras.models.load_model(args.out / "model.keras", custom_objects={"bits_per_byte": bits_per_byte})
+    model = keras.models.load_model(
+        args.out / "model.keras", custom_objects={"bits_per_byte": bits_per_byte}
+    )
     _, held_out_bits = model.evaluate(*validation, batch_size=64, verbose=0)
     plot(history, entropy, args.out / "loss.png")
     text = sample(model, b"def ", 400)

@@ -8,7 +8,17 @@ the names mean on any backend.
 
 import keras
 
-_WITH_TORCH_FORM = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "Nadam", "RMSprop", "SGD")
+_WITH_TORCH_FORM = (
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "Nadam",
+    "RMSprop",
+    "SGD",
+)
 
 
 def register():

@@ -7,6 +7,11 @@ from keras import ops
 __all__ = ["LinspaceForgetBias", "PowerLawForgetBias", "get", "reseeded", "serialize"]
 
 
+def _tensor(values, shape, dtype):
+    values = np.broadcast_to(values, shape).copy()
+    return ops.convert_to_tensor(values, dtype=dtype or keras.config.floatx())
+
+
 @keras.saving.register_keras_serializable(package="keras_xlstm")
 class PowerLawForgetBias(keras.initializers.Initializer):
     """Forget biases of an sLSTM head from +5 to -7 by a power law: memories from long to short.
@@ -38,7 +43,7 @@ class PowerLawForgetBias(keras.initializers.Initializer):
         ratio = self.block_index / max(self.num_blocks - 1, 1)
         position = np.linspace(0.0, 1.0, shape[-1])
         values = 5.0 - 12.0 * position ** (0.3 + 1.3 * ratio)
-        return ops.convert_to_tensor(np.broadcast_to(values, shape).copy(), dtype=dtype)
+        return _tensor(values, shape, dtype)
 
     def get_config(self):
         return {"block_index": self.block_index, "num_blocks": self.num_blocks}
@@ -63,7 +68,7 @@ class LinspaceForgetBias(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         values = np.linspace(self.start, self.stop, shape[-1])
-        return ops.convert_to_tensor(np.broadcast_to(values, shape).copy(), dtype=dtype)
+        return _tensor(values, shape, dtype)
 
     def get_config(self):
         return {"start": self.start, "stop": self.stop}

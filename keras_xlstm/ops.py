@@ -204,7 +204,9 @@ def last_real_step(mask):
 
 
 def check_clip(clip):
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0):
+    if clip is not None and (
+        isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
+    ):
         raise ValueError(
             "`recurrent_gradient_clip` must be a positive number, or None for no clipping. "
             f"Received: recurrent_gradient_clip={clip!r}."
@@ -274,7 +276,9 @@ def _states(state, shapes, sizes):
             f"`initial_state` must be the {len(shapes)} tensors ({names}), or None for a fresh "
             f"start. Received: {got}."
         )
-    state = tuple(_float_tensor(f"initial_state {n}", s) for n, s in zip(shapes, state, strict=True))
+    state = tuple(
+        _float_tensor(f"initial_state {n}", s) for n, s in zip(shapes, state, strict=True)
+    )
     for (name, dims), s in zip(shapes.items(), state, strict=True):
         _expect(f"initial_state {name}", s, dims, sizes)
     return state

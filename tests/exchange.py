@@ -1,6 +1,6 @@
 """Run in a process of its own, under any backend: writes a trained model and what it predicts.
 
-    KERAS_BACKEND=torch python tests/exchange.py FOLDER
+KERAS_BACKEND=torch python tests/exchange.py FOLDER
 """
 
 import pathlib
@@ -16,7 +16,9 @@ def build():
     inputs = keras.Input((None, 3), name="inputs")
     x = keras.layers.Masking()(inputs)
     x = sLSTM(8, num_heads=2, return_sequences=True, forget_activation="exponential", name="s")(x)
-    x = keras.layers.Bidirectional(mLSTM(8, num_heads=2, key_dim=3, value_dim=5, gate_soft_cap=15.0))(x)
+    x = keras.layers.Bidirectional(
+        mLSTM(8, num_heads=2, key_dim=3, value_dim=5, gate_soft_cap=15.0)
+    )(x)
     return keras.Model(inputs, keras.layers.Dense(1, name="head")(x))
 
 

@@ -1,6 +1,6 @@
 """Runs the test suite once per backend, two backends at a time, and prints what each one said.
 
-    python tests/run.py jax torch tensorflow
+python tests/run.py jax torch tensorflow
 """
 
 import os

@@ -32,7 +32,9 @@ def test_available_says_why():
 
 @pytest.mark.parametrize("name", HOME)
 def test_an_explicit_choice_is_honoured_or_refused(name, rng, monkeypatch):
-    words = f"The {name} implementation of mlstm was asked for and cannot run: .*implementation=None"
+    words = (
+        f"The {name} implementation of mlstm was asked for and cannot run: .*implementation=None"
+    )
     inputs = mlstm_inputs(rng)
     with pytest.raises(ValueError, match=words):
         ops.mlstm(**inputs, implementation=name)

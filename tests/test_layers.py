@@ -124,7 +124,9 @@ def test_forget_bias_is_the_papers():
     {}, {"return_sequences": True}, {"return_state": True},
     {"return_sequences": True, "return_state": True, "go_backwards": True},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "policy", ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float64"]
+)
 def test_specs_config_and_dtypes(Layer, options, policy, rng):
     """Symbolic shapes and dtypes are the real ones; states stay float32; config round trip."""
     layer = Layer(U, num_heads=2, dtype=policy, dropout=0.1, kernel_regularizer="l2", **options)
@@ -136,7 +138,9 @@ def test_specs_config_and_dtypes(Layer, options, policy, rng):
         assert all(x in (None, y) for x, y in zip(a.shape, b.shape, strict=True))
         assert np.isfinite(array(ops.cast(b, "float32"))).all()
     state = "float64" if policy == "float64" else "float32"
-    assert all(keras.backend.standardize_dtype(s.dtype) == state for s in keras.tree.flatten(real)[1:])
+    assert all(
+        keras.backend.standardize_dtype(s.dtype) == state for s in keras.tree.flatten(real)[1:]
+    )
     shapes = layer.compute_output_shape((B, T, F))
     shapes = shapes if options.get("return_state") else [shapes]
     assert [tuple(s) for s in shapes] == [tuple(r.shape) for r in keras.tree.flatten(real)]
@@ -151,7 +155,9 @@ def test_fits(Layer, policy, rng):
     keras.config.set_dtype_policy(policy)
     options = {"recurrent_dropout": 0.2} if Layer is sLSTM else {}
     layer = Layer(U, num_heads=2, dropout=0.2, **options)
-    model = keras.Sequential([keras.Input((None, F)), layer, keras.layers.Dense(1, dtype="float32")])
+    model = keras.Sequential(
+        [keras.Input((None, F)), layer, keras.layers.Dense(1, dtype="float32")]
+    )
     perturbed(layer, rng)
     before = [array(v) for v in layer.trainable_weights]
     loss = fit(model, data(rng), data(rng, B, 1), jit(), epochs=2)
@@ -262,7 +268,9 @@ def test_steps_with_a_carried_state(Layer, rng):
 def test_masks(Layer, kind, rng):
     """A masked sequence gives what its real steps alone give, whatever stands in the padding."""
     layer = built(Layer, rng, return_sequences=True, return_state=True)
-    last = Layer.from_config({**layer.get_config(), "return_sequences": False, "return_state": False})
+    last = Layer.from_config(
+        {**layer.get_config(), "return_sequences": False, "return_state": False}
+    )
     last.build((B, None, F))
     last.set_weights(layer.get_weights())
     x, mask = data(rng), make_mask(kind, B, T, rng)
@@ -464,7 +472,9 @@ def test_bad_calls(Layer, rng):
     with pytest.raises(ValueError, match="expected axis -1"):
         layer(x[..., :2])
     names = "h, c, n, m" if Layer is sLSTM else "C, n, m"
-    with pytest.raises(ValueError, match=rf"list of the . tensors \({names}\).*Received: 1 tensors"):
+    with pytest.raises(
+        ValueError, match=rf"list of the . tensors \({names}\).*Received: 1 tensors"
+    ):
         layer(x, initial_state=[x])
     bad = [ops.zeros((B, 3, 3))] * len(layer.state_names)
     with pytest.raises(ValueError, match="must have shape .*Received: shape"):

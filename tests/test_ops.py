@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 from tools import BACKEND, TOLERANCE, array, assert_close, error, tensor, vjp
 
@@ -76,7 +78,9 @@ class mLSTMCase:
         for name, a, b in zip("Cnm", states, want_state, strict=True):
             assert_close(a, b, tolerance, f"last {name}")
         for name, a in zip(self.names, gradients, strict=True):
-            assert_close(ops.cast(a, "float64"), want_gradients[name], tolerance, f"gradient of {name}")
+            assert_close(
+                ops.cast(a, "float64"), want_gradients[name], tolerance, f"gradient of {name}"
+            )
 
 
 class sLSTMCase:
@@ -127,7 +131,9 @@ class sLSTMCase:
         for name, a, b in zip("hcnm", state, want_state, strict=True):
             assert_close(a, b, tolerance, f"last {name}")
         for name, a in zip(self.names, gradients, strict=True):
-            assert_close(ops.cast(a, "float64"), want_gradients[name], tolerance, f"gradient of {name}")
+            assert_close(
+                ops.cast(a, "float64"), want_gradients[name], tolerance, f"gradient of {name}"
+            )
 
 
 CASES = {"mlstm": mLSTMCase, "slstm": sLSTMCase}
@@ -158,7 +164,10 @@ def test_chunk_size_does_not_matter(T, chunk_size, rng):
 @pytest.mark.parametrize("segments", [None, "growing", "returning"])
 def test_masks_and_segments(case, mask, segments, rng):
     B, T = 4, 21
-    options = {"mask": make_mask(mask, B, T, rng), "segment_ids": make_segments(segments, B, T, rng)}
+    options = {
+        "mask": make_mask(mask, B, T, rng),
+        "segment_ids": make_segments(segments, B, T, rng),
+    }
     options |= {"chunk_size": 8} if case is mLSTMCase else {}
     case(rng, B=B, T=T, H=1).check("float64", **options)
 
@@ -353,3 +362,31 @@ def test_symbolic_sizes(rng):
         ]
         exported = export.export(jax.jit(lambda *a, op=op: op(*a)))(*specs)
         assert_close(exported.call(*inputs), array(op(*inputs)), 1e-5)
+
+
+@settings(max_examples=40 if BACKEND == "torch" else 6, deadline=None)
+@given(data=st.data())
+def test_any_shape_mask_and_segments(data):
+    """Random sizes, options, masks and segments, in float64, against the oracle."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), "seed"))
+    B, T, H = (draw(st.integers(1, n), name) for n, name in ((3, "B"), (19, "T"), (2, "H")))
+    options = {
+        "mask": make_mask(draw(st.sampled_from([None, *MASKS])), B, T, rng),
+        "segment_ids": make_segments(
+            draw(st.sampled_from([None, "growing", "returning"])), B, T, rng
+        ),
+        "compiled": False,
+    }
+    scale = draw(st.sampled_from([0.1, 1.0, 20.0]), "gate scale")
+    sizes = {"B": B, "T": T, "H": H, "state": draw(st.booleans(), "state"), "gate_scale": scale}
+    if draw(st.booleans(), "mlstm"):
+        K, V = draw(st.integers(1, 6), "K"), draw(st.integers(1, 6), "V")
+        options["chunk_size"] = draw(st.sampled_from([None, 1, 3, 8]), "chunk_size")
+        options["input_gate"] = draw(st.sampled_from(["exp", "sigmoid"]), "input_gate")
+        # 1e-6: dq is a difference that is all but zero where one step alone is in the memory.
+        mLSTMCase(rng, K=K, V=V, **sizes).check("float64", factor=1e4, **options)
+    else:
+        options["forget_gate"] = draw(st.sampled_from(["sigmoid", "exp"]), "forget_gate")
+        options["recurrent_gradient_clip"] = draw(st.sampled_from([None, 0.1]), "clip")
+        sLSTMCase(rng, D=draw(st.integers(1, 6), "D"), **sizes).check("float64", **options)

@@ -17,14 +17,20 @@ FRAMEWORKS = {"torch", "jax", "tensorflow"}
 
 def run(code, cwd, **env):
     env = {**os.environ, "KERAS_BACKEND": BACKEND, **env}
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]
 
 
 def test_package_list_is_the_disk():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {p.parent.relative_to(ROOT) for top in ("keras_xlstm", "backends") for p in (ROOT / top).rglob("*.py")}
+    folders = {
+        p.parent.relative_to(ROOT)
+        for top in ("keras_xlstm", "backends")
+        for p in (ROOT / top).rglob("*.py")
+    }
     names = {".".join(f.parts).replace("backends", "keras_xlstm.backends", 1) for f in folders}
     assert set(listed) == names
 
@@ -32,7 +38,16 @@ def test_package_list_is_the_disk():
 @pytest.mark.skipif(BACKEND != "jax", reason="the same on every backend: built once")
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     # --no-isolation: the build requirement, setuptools, is in the test extra.
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -40,12 +55,26 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"keras_xlstm"}
     assert "keras_xlstm/py.typed" in names
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(command, check=True)
     code = "import keras_xlstm; keras_xlstm.backends.mlstm; print(keras_xlstm.__file__)"
     assert run(code, tmp_path, PYTHONPATH=str(site)).startswith(str(site))
     metadata = next(site.glob("*.dist-info/METADATA")).read_text()
-    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
+    core = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist") and "extra" not in line
+    ]
     assert sorted(line.split()[1].split(">")[0] for line in core) == ["keras", "numpy"]
 
 

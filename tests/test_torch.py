@@ -1,6 +1,5 @@
 """What is PyTorch's own: opaque operators, torch.compile, meta tensors, export, no second order."""
 
-
 import shutil
 
 import numpy as np
@@ -12,15 +11,17 @@ if BACKEND != "torch":
 
 import keras
 import torch
+from keras_xlstm.backends.torch import slstm as slstm_module
 
 import keras_xlstm
-from keras_xlstm.backends.torch import slstm as slstm_module
 from keras_xlstm.layers import mLSTM, sLSTM
 
 
 def arguments(rng, T=5, flags=True):
     B, H, D = 2, 2, 3
-    x, R, bias = (torch.tensor(rng.normal(size=s)) for s in ((B, T, 4, H, D), (H, D, 4, D), (4, H, D)))
+    x, R, bias = (
+        torch.tensor(rng.normal(size=s)) for s in ((B, T, 4, H, D), (H, D, 4, D), (4, H, D))
+    )
     state = [torch.tensor(rng.random((B, H, D)) + 0.5) for _ in range(4)]
     for a in (x, R, bias, *state):
         a.requires_grad_()
@@ -106,5 +107,3 @@ def test_inference_keeps_no_history(rng):
     full = slstm_module._forward(*inputs, False, 0.0, True)
     for a, b in zip([kept[0], *kept[5:]], [full[0], *full[5:]], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-

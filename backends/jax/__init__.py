@@ -1,4 +1,4 @@
-"""What the native forms need from JAX: a scan, and a function with a hand-written gradient."""
+"""What the native forms need from JAX: scans, and a function with a gradient of its own."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What the native forms need from TensorFlow: a scan, and a function with a hand-written gradient."""
+"""What the native forms need from TensorFlow: scans, and a function with a gradient of its own."""
 
 import tensorflow as tf
 
@@ -14,9 +14,7 @@ def scan(step, init, xs, reverse=False):
     has neither limit.
     """
     length = tf.shape(xs[0])[0]
-    inputs = [
-        tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs
-    ]
+    inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
     # An abstract trace of one step, for the number, dtypes and shapes of the outputs.
     x_specs = [tf.TensorSpec(x.shape[1:], x.dtype) for x in xs]
     init_specs = [tf.TensorSpec(x.shape, x.dtype) for x in init]

@@ -1,4 +1,4 @@
-"""What the native forms need from PyTorch: a scan, and a function with a hand-written gradient."""
+"""What the native forms need from PyTorch: scans, and a function with a gradient of its own."""
 
 import keras
 import torch
@@ -67,9 +67,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def residuals_structure(residuals):
-    return keras.tree.map_structure(
-        lambda x: ... if isinstance(x, torch.Tensor) else x, residuals
-    )
+    return keras.tree.map_structure(lambda x: ... if isinstance(x, torch.Tensor) else x, residuals)
 
 
 def differentiable(forward, backward, tensors, **options):

@@ -6,11 +6,10 @@ Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a
 """
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from keras_xlstm.backends import native
 from keras_xlstm.backends.parts import NEVER, carried, reported
+from torch import Tensor
+from torch.nn import functional as F
 
 _BLOCK = 32  # steps of the backward pass whose factors are computed at once
 
@@ -136,7 +135,7 @@ def _backward(
                 states = torch.cat([initial[:, None], states[:, : block.stop - 1]], 1)
             return states if starts is None else states.masked_fill_(starts, fill)
 
-        h, c, n, m = (s[:, block] for s in (hs, cs, ns, ms))
+        h, n, m = (s[:, block] for s in (hs, ns, ms))
         i, f, z, o = gates[:, block].unbind(3)
         i = (i - m).exp_()
         slope = None if exp_forget else torch.sigmoid(-f)
@@ -185,7 +184,7 @@ def _backward(
     dbias = dx.sum((0, 1)) if has_bias else dx.new_empty(0)
     dc, dn = dc.squeeze(2), dn.squeeze(2)
     dm = first[1] * dc + first[2] * dn  # the state's true value is (c, n) exp(m)
-    last = [s.transpose(0, 1).contiguous() for s in (dh_in, dc, dn, dm)]
+    last = [s.transpose(0, 1).clone() for s in (dh_in, dc, dn, dm)]  # dc and dn share one buffer
     return [dx, dR.view(H, D, 4, D), dbias, *last]
 
 

@@ -126,14 +126,17 @@ class mLSTM(Recurrent):
             **kwargs,
         )
         for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            if size is not None and (
+                isinstance(size, bool) or not isinstance(size, int) or size < 1
+            ):
                 raise ValueError(
                     f"`{name}` must be a positive integer, or None for units / num_heads. "
                     f"Received: {name}={size!r}."
                 )
         if input_gate not in ("exponential", "sigmoid"):
             raise ValueError(
-                f'`input_gate` must be "exponential" or "sigmoid". Received: input_gate={input_gate!r}.'
+                '`input_gate` must be "exponential" or "sigmoid". '
+                f"Received: input_gate={input_gate!r}."
             )
         if gate_soft_cap is not None and not gate_soft_cap > 0:
             raise ValueError(
@@ -219,7 +222,7 @@ class mLSTM(Recurrent):
         batch, time = ops.shape(sequences)[:2]
 
         def heads(x, size):
-            # A cast that does nothing but under float64, which Keras's Dense leaves on some backends.
+            # Does nothing but under float64, which Keras's Dense leaves on some backends.
             x = ops.cast(x, self.compute_dtype)
             return ops.reshape(x, (batch, time, self.num_heads, size))
 

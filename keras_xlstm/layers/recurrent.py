@@ -184,7 +184,11 @@ class Recurrent(keras.layers.Layer):
             return [ops.copy(v.value) for v in self.states] if self.stateful else None
         names = ", ".join(self.state_names)
         if not isinstance(state, (list, tuple)) or len(state) != len(self.state_names):
-            got = f"{len(state)} tensors" if isinstance(state, (list, tuple)) else type(state).__name__
+            got = (
+                f"{len(state)} tensors"
+                if isinstance(state, (list, tuple))
+                else type(state).__name__
+            )
             raise ValueError(
                 f"`initial_state` of {type(self).__name__} must be a list of the "
                 f"{len(self.state_names)} tensors ({names}), as `return_state=True` returns them. "

@@ -1,0 +1,210 @@
+"""sLSTMCell: the weights of sLSTM, and one step of it."""
+
+import keras
+from keras import ops
+
+from keras_xlstm import backends, initializers
+from keras_xlstm import ops as xlstm_ops
+from keras_xlstm.layers.parts import check_heads
+
+_FORGET = ("sigmoid", "exponential")
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class sLSTMCell(keras.layers.Layer):
+    """One step of sLSTM, for `keras.layers.RNN` and `StackedRNNCells`.
+
+    [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517), section 2.2. The
+    `sLSTM` layer runs the same weights over whole sequences, faster; it also has the dropouts.
+
+    Args:
+        units: size of the output; divisible by `num_heads`.
+        num_heads: heads; h of a head reaches the gates of that head alone.
+        forget_activation: `"sigmoid"` or `"exponential"`.
+        use_bias: whether gates have biases.
+        kernel_initializer: of the input kernel (features, 4 * units), gates in the order
+            i, f, z, o.
+        recurrent_initializer: of the recurrent kernel, drawn per head as (units, 4 * units) of a
+            head. The paper starts from zeros.
+        bias_initializer: of the biases of i, z and o.
+        forget_bias_initializer: of the forget gate's, (num_heads, units of a head): `"power_law"`
+            as in the paper, or any other.
+        kernel_regularizer, recurrent_regularizer, bias_regularizer: regularisers.
+        kernel_constraint, recurrent_constraint, bias_constraint: constraints.
+        recurrent_gradient_clip: bounds the gradient that flows from a step's gates to the h before
+            it, elementwise. None keeps it exact; the paper used 10.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: (batch, features).
+        states: `[h, c, n, m]`, each (batch, units). `keras.layers.RNN` keeps them in the compute
+            dtype; the sLSTM layer in float32.
+        training: ignored: a cell has no dropout.
+
+    Returns:
+        h (batch, units) and the new `[h, c, n, m]`.
+
+    Example:
+
+    >>> x = np.random.normal(size=(2, 10, 8))
+    >>> cells = [keras_xlstm.layers.sLSTMCell(16), keras_xlstm.layers.sLSTMCell(16, num_heads=4)]
+    >>> keras.layers.RNN(cells)(x).shape
+    (2, 16)
+    """
+
+    def __init__(
+        self,
+        units,
+        num_heads=1,
+        forget_activation="sigmoid",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="zeros",
+        bias_initializer="zeros",
+        forget_bias_initializer="power_law",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        recurrent_gradient_clip=None,
+        **kwargs,
+    ):
+        check_heads(units, num_heads)
+        if forget_activation not in _FORGET:
+            raise ValueError(
+                '`forget_activation` must be "sigmoid" or "exponential". '
+                f"Received: forget_activation={forget_activation!r}."
+            )
+        xlstm_ops.check_clip(recurrent_gradient_clip)
+        super().__init__(autocast=False, **kwargs)
+        self.units = units
+        self.num_heads = num_heads
+        self.forget_activation = forget_activation
+        self.use_bias = use_bias
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.recurrent_initializer = initializers.get(recurrent_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.forget_bias_initializer = initializers.get(forget_bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.recurrent_regularizer = keras.regularizers.get(recurrent_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.recurrent_constraint = keras.constraints.get(recurrent_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.recurrent_gradient_clip = recurrent_gradient_clip
+        self.state_size = [units] * 4
+        self.output_size = units
+        self.gates = keras.layers.Dense(
+            4 * units,
+            use_bias=False,
+            kernel_initializer=self.kernel_initializer,
+            kernel_regularizer=self.kernel_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            dtype=self.dtype_policy,
+            name="gates",
+        )
+
+    def build(self, input_shape):
+        self.gates.build(input_shape)
+        H, D = self.num_heads, self.units // self.num_heads
+        self.recurrent_kernel = self.add_weight(
+            name="recurrent_kernel",
+            shape=(H, D, 4, D),
+            initializer=self._draw_recurrent,
+            regularizer=self.recurrent_regularizer,
+            constraint=self.recurrent_constraint,
+            autocast=False,
+        )
+        self.bias = None
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(4, H, D),
+                initializer=self._draw_bias,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+                autocast=False,
+            )
+
+    def _draw_recurrent(self, shape, dtype=None):
+        H, D, _, _ = shape
+        heads = [
+            initializers.reseeded(self.recurrent_initializer, head)((D, 4 * D), dtype=dtype)
+            for head in range(H)
+        ]
+        return ops.reshape(ops.stack(heads), shape)
+
+    def _draw_bias(self, shape, dtype=None):
+        draws = [self.bias_initializer, self.forget_bias_initializer, *[self.bias_initializer] * 2]
+        draws = [initializers.reseeded(draw, gate) for gate, draw in enumerate(draws)]
+        return ops.stack([draw(shape[1:], dtype=dtype) for draw in draws])
+
+    def run(self, sequences, state=None, mask=None, recurrent_scale=None, use_kernel="auto"):
+        """All steps: (B, T, features) to h (B, T, units) and the new states (B, units)."""
+        heads = (self.num_heads, self.units // self.num_heads)
+        batch, time = ops.shape(sequences)[:2]
+        # A cast that does nothing but under float64, which Keras's Dense leaves on some backends.
+        x = ops.cast(self.gates(sequences), self.compute_dtype)
+        x = ops.reshape(x, (batch, time, 4, *heads))
+        if state is not None:
+            state = tuple(ops.reshape(s, (batch, *heads)) for s in state)
+        h, state = xlstm_ops.slstm(
+            x,
+            ops.cast(self.recurrent_kernel, self.compute_dtype),
+            self.bias,
+            initial_state=state,
+            mask=mask,
+            return_state=True,
+            forget_gate="exp" if self.forget_activation == "exponential" else "sigmoid",
+            recurrent_gradient_clip=self.recurrent_gradient_clip,
+            recurrent_scale=recurrent_scale,
+            implementation=backends.prefer(use_kernel),
+        )
+        h = ops.reshape(h, (batch, time, self.units))
+        return h, [ops.reshape(s, (batch, self.units)) for s in state]
+
+    def call(self, inputs, states, training=False):
+        x = ops.cast(inputs, self.compute_dtype)[:, None]
+        h, new = self.run(x, states, use_kernel=False)  # one step is no work for a kernel
+        # keras.layers.RNN scans with the dtype that it gave.
+        return h[:, 0], [ops.cast(s, old.dtype) for s, old in zip(new, states, strict=True)]
+
+    def save_own_variables(self, store):
+        for variable in self._own():
+            store[variable.name] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        for variable in self._own():
+            if variable.name not in store:
+                raise ValueError(f"The file has no {variable.name} for layer {self.name}.")
+            variable.assign(store[variable.name])
+
+    def _own(self):
+        return [v for v in (self.recurrent_kernel, self.bias) if v is not None]
+
+    def get_initial_state(self, batch_size=None):
+        return [ops.zeros((batch_size, self.units), self.compute_dtype)] * 4
+
+    def get_config(self):
+        return {**super().get_config(), **self.settings()}
+
+    def settings(self):
+        """The constructor's arguments, serialised."""
+        config = {
+            "units": self.units,
+            "num_heads": self.num_heads,
+            "forget_activation": self.forget_activation,
+            "use_bias": self.use_bias,
+            "recurrent_gradient_clip": self.recurrent_gradient_clip,
+        }
+        for name in ("kernel", "recurrent", "bias", "forget_bias"):
+            initializer = getattr(self, f"{name}_initializer")
+            config[f"{name}_initializer"] = initializers.serialize(initializer)
+        for name in ("kernel", "recurrent", "bias"):
+            regularizer = getattr(self, f"{name}_regularizer")
+            config[f"{name}_regularizer"] = keras.regularizers.serialize(regularizer)
+            constraint = getattr(self, f"{name}_constraint")
+            config[f"{name}_constraint"] = keras.constraints.serialize(constraint)
+        return config

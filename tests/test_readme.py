@@ -1,0 +1,47 @@
+"""Every Python block of the README runs, in order, in one namespace; docstring examples too."""
+
+import doctest
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_xlstm
+from keras_xlstm import backends, initializers, layers, ops
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def test_readme(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert namespace["h"].shape == (2, 300, 4, 16)
+
+
+PUBLIC = [getattr(m, name) for m in (initializers, layers, ops) for name in m.__all__]
+PUBLIC = [p for p in PUBLIC if ">>>" in (p.__doc__ or "")] + [backends.available]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
+def test_docstring(thing):
+    names = {"np": np, "keras": keras, "keras_xlstm": keras_xlstm}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    (test,) = doctest.DocTestFinder(recurse=False).find(thing, globs=names, name=thing.__name__)
+    for example in test.examples:
+        # torch.Size([2, 16]) is (2, 16).
+        example.source = re.sub(r"^(.*)\.shape$", r"tuple(\1.shape)", example.source.strip()) + "\n"
+    results = runner.run(test)
+    assert results.attempted
+    assert not results.failed
+
+
+def test_public_things_are_documented():
+    for module in (initializers, layers, ops, backends):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
