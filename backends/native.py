@@ -81,6 +81,7 @@ def slstm_forward(
     m = carried(m, n != 0)
     initial = (h, c, n, m)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
+    alone = x.shape[0] == 1  # one step, differentiated by the framework
     scale = None if recurrent_scale is None else ops.transpose(recurrent_scale, (1, 0, 2))
 
     def step(carry, xs):
@@ -93,7 +94,9 @@ def slstm_forward(
         recurrent = (h if scale is None else h * scale) @ R
         g = x + ops.reshape(recurrent, (H, B, 4, D))
         i, log_f, _, z, o = _gates(g, forget_gate)
-        new_m = ops.stop_gradient(framework.maximum(log_f + m, i))  # eq. 15
+        new_m = framework.maximum(log_f + m, i)  # eq. 15
+        if alone:  # never in a loop, where it makes TensorFlow's graph optimizer crash
+            new_m = ops.stop_gradient(new_m)
         i = ops.exp(i - new_m)  # eq. 16
         f = ops.exp((m - new_m) + log_f)  # eq. 17
         new_c = f * c + i * z  # eq. 8
@@ -104,7 +107,7 @@ def slstm_forward(
             new = tuple(ops.where(held, a, b) for a, b in zip(carry, new, strict=True))
         return new, new if keep else new[:1]
 
-    if x.shape[0] == 1:
+    if alone:
         last, _ = step(initial, tuple(a[0] for a in (x, *flags)))
         states = tuple(s[None] for s in last)
     else:

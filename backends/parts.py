@@ -15,7 +15,7 @@ if keras.backend.backend() not in _BACKENDS:
 framework = importlib.import_module(f"{__package__}.{keras.backend.backend()}")
 
 # The log of "nothing": finite, so that differences of it are never NaN.
-NEVER = -1e30
+NEVER = -(2.0**100)  # exact in every dtype that it meets
 # Forget gates below exp(LEAST_LOG) are taken as this: their exact sums still fit a float32.
 LEAST_LOG = -1e5
 

@@ -8,7 +8,7 @@ from keras_xlstm import backends
 __all__ = ["mlstm", "slstm"]
 
 # A gate that is never open, and one that always is (log sigmoid is exactly 0).
-_SHUT, _OPEN = -1e30, 1e30
+_SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
 def mlstm(

@@ -4,6 +4,8 @@ import sys
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still computes in float32
+# A cached graph of an older version of our operators would be run as it was.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 sys.path.insert(0, os.path.dirname(__file__))
 
 import keras

@@ -15,17 +15,9 @@ def scan(step, init, xs, reverse=False):
     """
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
-    # An abstract trace of one step, for the number, dtypes and shapes of the outputs.
-    x_specs = [tf.TensorSpec(x.shape[1:], x.dtype) for x in xs]
-    init_specs = [tf.TensorSpec(x.shape, x.dtype) for x in init]
-    count = len(init_specs)
-
-    def flat_step(*arguments):
-        return step(arguments[:count], arguments[count:])
-
-    traced = tf.function(flat_step).get_concrete_function(*init_specs, *x_specs)
-    y_specs = traced.structured_outputs[1]
-    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in y_specs)
+    # One step aside, for the number, dtypes and shapes of its outputs: a graph prunes it.
+    _, ys = step(tuple(init), tuple(x[0] for x in xs))
+    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in ys)
 
     def body(index, carry, outputs):
         t = length - 1 - index if reverse else index

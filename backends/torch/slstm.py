@@ -88,7 +88,7 @@ def _forward(
         if holds is not None:
             for a, b in zip(new, old, strict=True):
                 torch.where(holds[t], b, a, out=a)
-    last = [s.clone() for s in (h, c, n, m)]
+    last = [s.clone(memory_format=torch.contiguous_format) for s in (h, c, n, m)]
     return [hs, cs, ns, ms, gates if trains else gates.new_empty(0), *last]
 
 
@@ -184,7 +184,9 @@ def _backward(
     dbias = dx.sum((0, 1)) if has_bias else dx.new_empty(0)
     dc, dn = dc.squeeze(2), dn.squeeze(2)
     dm = first[1] * dc + first[2] * dn  # the state's true value is (c, n) exp(m)
-    last = [s.transpose(0, 1).clone() for s in (dh_in, dc, dn, dm)]  # dc and dn share one buffer
+    # clone, not contiguous: dc and dn share one buffer, and results may not alias.
+    layout = torch.contiguous_format
+    last = [s.transpose(0, 1).clone(memory_format=layout) for s in (dh_in, dc, dn, dm)]
     return [dx, dR.view(H, D, 4, D), dbias, *last]
 
 
