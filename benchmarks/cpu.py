@@ -11,6 +11,7 @@ that a slow moment of the machine meets all of them; medians.
 """
 
 import argparse
+import functools
 import os
 import platform
 import statistics
@@ -121,10 +122,16 @@ def official_part():
         ]
         functions = {"ours": lambda a=(q, k, v, i, f): keras_xlstm.ops.mlstm(*a)}
         for name in ("native_autograd", "native_custbw"):
-            kernel = get_mlstm_kernel(f"chunkwise--{name}")
-            functions[name] = lambda kernel=kernel, a=heads_first: kernel(
-                *a, chunk_size=64, autocast_kernel_dtype=torch.float32
+            kernel = functools.partial(
+                get_mlstm_kernel(f"chunkwise--{name}"),
+                chunk_size=64,
+                autocast_kernel_dtype=torch.float32,
             )
+            functions[name] = lambda kernel=kernel, a=heads_first: kernel(*a)
+            # From and to (B, T, H, D), where a layer's projections leave their results.
+            functions[f"{name}, our layout"] = lambda kernel=kernel, a=(q, k, v, i, f): kernel(
+                *(x.transpose(1, 2) for x in a)
+            ).transpose(1, 2)
         table(f"mLSTM B{batch} H{H} T{time_steps} {K}/{V}", functions)
     print("(native_custbw's gradient leaves the normaliser's term out: it is not the exact one.)")
 
