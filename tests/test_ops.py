@@ -225,7 +225,8 @@ def test_extreme_gates(case, seed):
         shape = c.inputs["x"][:, :, :2].shape
         c.inputs["x"][:, :, :2] += 1e4 * (rng.integers(0, 3, shape) - 1)
     # sLSTM's m itself is a float32 near 1e4 here: its last digit is worth 1e-3.
-    c.check("float32", factor=1.0 if case is mLSTMCase else 50.0)
+    # mLSTM's gradient of f is a difference of larger terms: 3.5e-5 was seen on TensorFlow.
+    c.check("float32", factor=5.0 if case is mLSTMCase else 50.0)
 
 
 @both
