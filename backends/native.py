@@ -95,8 +95,8 @@ def slstm_forward(
         g = x + ops.reshape(recurrent, (H, B, 4, D))
         i, log_f, _, z, o = _gates(g, forget_gate)
         new_m = framework.maximum(log_f + m, i)  # eq. 15
-        if alone:  # never in a loop, where it makes TensorFlow's graph optimizer crash
-            new_m = ops.stop_gradient(new_m)
+        if alone:
+            new_m = framework.constant(new_m)
         i = ops.exp(i - new_m)  # eq. 16
         f = ops.exp((m - new_m) + log_f)  # eq. 17
         new_c = f * c + i * z  # eq. 8
@@ -245,7 +245,7 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
         q = q * q.shape[-1] ** -0.5
         for starts in reset:
             m = ops.where(starts[:, None], NEVER, m)
-        new_m = ops.stop_gradient(framework.maximum(log_f + m, i))
+        new_m = framework.constant(framework.maximum(log_f + m, i))
         i = ops.exp(i - new_m)
         f = ops.exp((m - new_m) + log_f)
         C = f[..., None, None] * C + (i[..., None] * k)[..., None] * v[..., None, :]

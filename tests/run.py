@@ -27,7 +27,12 @@ def main(backends):
             log.seek(0)
             text = log.read()
             print(f"\n===== {backend}: {time.monotonic() - start:.0f} s\n{text}", flush=True)
-            lines.append(f"{backend}: {text.strip().splitlines()[-1]}")
+            said = text.strip().splitlines()
+            # Of a crash, the place: its last lines are lists of modules.
+            for n, line in enumerate(said):
+                if "Fatal Python error" in line or line.startswith("Current thread"):
+                    lines += [f"{backend}: {said_then}" for said_then in said[n : n + 30]]
+            lines.append(f"{backend}: {said[-1][:300]}")
             failed += [backend] if process.returncode else []
         time.sleep(0.2)
     print("\n".join(lines))

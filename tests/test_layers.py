@@ -34,7 +34,8 @@ def built(Layer, rng, **options):
 
 def fit(model, x, y, jit_compile=True, **options):
     model.compile("adam", "mse", jit_compile=jit_compile)
-    return model.fit(x, y, batch_size=B, verbose=0, **options).history["loss"][-1]
+    # Not B: a batch that is never short has a size that TensorFlow knows beforehand.
+    return model.fit(x, y, batch_size=len(x) + 1, verbose=0, **options).history["loss"][-1]
 
 
 def jit():
@@ -380,12 +381,13 @@ def test_cell_in_rnn(rng):
             np.testing.assert_allclose(array(a)[:, -1], array(b)[:, -1], atol=2e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_stacked_cells_fit(policy, rng):
+def test_stacked_cells_fit(policy, compiled, rng):
     keras.config.set_dtype_policy(policy)
-    cells = keras.layers.StackedRNNCells([sLSTMCell(U), sLSTMCell(U, num_heads=4)])
+    cells = keras.layers.StackedRNNCells([sLSTMCell(2 * U, num_heads=4), sLSTMCell(U)])
     model = keras.Sequential([keras.Input((T, F)), keras.layers.RNN(cells), keras.layers.Dense(1)])
-    assert np.isfinite(fit(model, data(rng), data(rng, B, 1), jit()))
+    assert np.isfinite(fit(model, data(rng), data(rng, B, 1), jit() if compiled else False))
     config = keras.layers.serialize(model.layers[0])
     assert keras.layers.deserialize(config).get_config() == model.layers[0].get_config()
 

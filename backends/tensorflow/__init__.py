@@ -6,6 +6,12 @@ import tensorflow as tf
 tanh, maximum = tf.tanh, tf.maximum
 
 
+@tf.custom_gradient
+def constant(x):
+    """x, without a gradient. In a loop tf.stop_gradient makes the graph optimizer crash."""
+    return tf.identity(x), tf.zeros_like
+
+
 def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
 

@@ -5,6 +5,7 @@ import torch
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum = torch.tanh, torch.maximum
+constant = torch.detach
 
 
 def scan(step, init, xs, reverse=False):

@@ -148,7 +148,7 @@ class sLSTM(Recurrent):
             heads = (self.num_heads, self.units // self.num_heads)
             shape = (ops.shape(sequences)[0], *heads)
             scale = self._drawn(shape, self.recurrent_dropout, self.state_dtype)
-        return self.cell.run(sequences, state, mask, scale, self.use_kernel)
+        return self.cell.run(self.cell.gates(sequences), state, mask, scale, self.use_kernel)
 
     def get_config(self):
         config = {**super().get_config(), **self.cell.settings()}

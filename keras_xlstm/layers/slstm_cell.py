@@ -141,13 +141,12 @@ class sLSTMCell(keras.layers.Layer):
         draws = [initializers.reseeded(draw, gate) for gate, draw in enumerate(draws)]
         return ops.stack([draw(shape[1:], dtype=dtype) for draw in draws])
 
-    def run(self, sequences, state=None, mask=None, recurrent_scale=None, use_kernel="auto"):
-        """All steps: (B, T, features) to h (B, T, units) and the new states (B, units)."""
+    def run(self, x, state=None, mask=None, recurrent_scale=None, use_kernel="auto"):
+        """All steps: gate inputs (B, T, 4 units) to h (B, T, units), new states (B, units)."""
         heads = (self.num_heads, self.units // self.num_heads)
-        batch, time = ops.shape(sequences)[:2]
+        batch, time = ops.shape(x)[:2]
         # A cast that does nothing but under float64, which Keras's Dense leaves on some backends.
-        x = ops.cast(self.gates(sequences), self.compute_dtype)
-        x = ops.reshape(x, (batch, time, 4, *heads))
+        x = ops.reshape(ops.cast(x, self.compute_dtype), (batch, time, 4, *heads))
         if state is not None:
             state = tuple(ops.reshape(s, (batch, *heads)) for s in state)
         h, state = xlstm_ops.slstm(
@@ -166,7 +165,8 @@ class sLSTMCell(keras.layers.Layer):
         return h, [ops.reshape(s, (batch, self.units)) for s in state]
 
     def call(self, inputs, states, training=False):
-        x = ops.cast(inputs, self.compute_dtype)[:, None]
+        # Rows, not sequences of one: XLA cannot compile the gradient of that Dense in a loop.
+        x = self.gates(ops.cast(inputs, self.compute_dtype))[:, None]
         h, new = self.run(x, states, use_kernel=False)  # one step is no work for a kernel
         # keras.layers.RNN scans with the dtype that it gave.
         return h[:, 0], [ops.cast(s, old.dtype) for s, old in zip(new, states, strict=True)]
