@@ -135,7 +135,9 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
         m_in = ops.where(starts, NEVER, m_in)
     h_in = h_in if scale is None else h_in * scale
 
-    g = x + ops.reshape(h_in @ R, ops.shape(x))  # (T, H, B, 4, D)
+    # Not h_in @ R: a product that broadcasts corrupts memory in TensorFlow (2.21, CPU, oneDNN).
+    recurrent = ops.einsum("thbd,hdg->thbg", h_in, R)
+    g = x + ops.reshape(recurrent, ops.shape(x))  # (T, H, B, 4, D)
     i, log_f, slope, z, o = _gates(g, forget_gate)
     i = ops.exp(i - m)
     f = ops.exp((m_in - m) + log_f)
