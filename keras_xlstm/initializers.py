@@ -1,10 +1,20 @@
 """Gate-bias initialisers of the xLSTM paper's models, and how a layer draws for several kernels."""
 
+import inspect
+
 import keras
 import numpy as np
 from keras import ops
 
-__all__ = ["LinspaceForgetBias", "PowerLawForgetBias", "get", "reseeded", "serialize"]
+__all__ = [
+    "LinspaceForgetBias",
+    "PowerLawForgetBias",
+    "SmallInit",
+    "WangInit",
+    "get",
+    "reseeded",
+    "serialize",
+]
 
 
 def _tensor(values, shape, dtype):
@@ -74,13 +84,85 @@ class LinspaceForgetBias(keras.initializers.Initializer):
         return {"start": self.start, "stop": self.stop}
 
 
-_BY_NAME = {"power_law": PowerLawForgetBias, "linspace": LinspaceForgetBias}
+class _Scaled(keras.initializers.RandomNormal):
+    """Normal with a standard deviation that follows from sizes, `_stddev(dim)`."""
+
+    def __init__(self, dim=None, seed=None):
+        if dim is not None and not dim > 0:
+            raise ValueError(
+                "`dim` must be positive, or None for the first size of what is drawn. "
+                f"Received: dim={dim!r}."
+            )
+        super().__init__(seed=seed)
+        self.dim = dim
+
+    def __call__(self, shape, dtype=None):
+        self.stddev = self._stddev(self.dim or shape[0])
+        return super().__call__(shape, dtype=dtype)
+
+    def get_config(self):
+        return {"dim": self.dim, "seed": super().get_config()["seed"]}
 
 
-def get(identifier):
-    """`keras.initializers.get`, which also knows "power_law" and "linspace"."""
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class SmallInit(_Scaled):
+    """Normal, standard deviation sqrt(2 / (5 dim)): embeddings and input projections.
+
+    Args:
+        dim: width of the model; None takes the first size of what is drawn.
+        seed: integer or None.
+
+    Example:
+
+    >>> keras_xlstm.initializers.SmallInit(dim=64)((64, 128)).shape
+    (64, 128)
+    """
+
+    def _stddev(self, dim):
+        return (2 / (5 * dim)) ** 0.5
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class WangInit(_Scaled):
+    """Normal, standard deviation 2 / (num_blocks sqrt(dim)): projections back into the residual.
+
+    Args:
+        dim: width of the model; None takes the first size of what is drawn.
+        num_blocks: residual blocks in the stack.
+        seed: integer or None.
+
+    Example:
+
+    >>> keras_xlstm.initializers.WangInit(dim=64, num_blocks=24)((128, 64)).shape
+    (128, 64)
+    """
+
+    def __init__(self, dim=None, num_blocks=1, seed=None):
+        super().__init__(dim, seed)
+        self.num_blocks = num_blocks
+
+    def _stddev(self, dim):
+        return 2 / (self.num_blocks * dim**0.5)
+
+    def get_config(self):
+        return {**super().get_config(), "num_blocks": self.num_blocks}
+
+
+_BY_NAME = {
+    "power_law": PowerLawForgetBias,
+    "linspace": LinspaceForgetBias,
+    "small_init": SmallInit,
+    "wang_init": WangInit,
+}
+
+
+def get(identifier, **sizes):
+    """`keras.initializers.get`, which also knows "power_law", "linspace", "small_init" and
+    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index)."""
     if isinstance(identifier, str) and identifier in _BY_NAME:
-        return _BY_NAME[identifier]()
+        kind = _BY_NAME[identifier]
+        taken = inspect.signature(kind.__init__).parameters
+        return kind(**{name: size for name, size in sizes.items() if name in taken})
     return keras.initializers.get(identifier)
 
 

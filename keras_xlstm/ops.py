@@ -88,7 +88,7 @@ def mlstm(
         )
     shapes = {"C": ("B", "H", "K", "V"), "n": ("B", "H", "K"), "m": ("B", "H")}
     state = _states(initial_state, shapes, sizes)
-    mask, segment_ids = _mask_and_segments(mask, segment_ids, sizes)
+    mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
     if mask is not None:
         # A shut input gate and an open forget gate leave the state exactly as it is; the zeros
         # keep whatever stands in padding, NaN too, away from everything else.
@@ -179,7 +179,7 @@ def slstm(
     check_clip(recurrent_gradient_clip)
     shapes = dict.fromkeys("hcnm", ("B", "H", "D"))
     state = _states(initial_state, shapes, sizes)
-    mask, segment_ids = _mask_and_segments(mask, segment_ids, sizes)
+    mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
     if mask is not None:
         # Keeps whatever stands in padding, NaN too, away from everything else.
         x = ops.where(mask[:, :, None, None, None], x, ops.zeros_like(x))
@@ -284,7 +284,7 @@ def _states(state, shapes, sizes):
     return state
 
 
-def _mask_and_segments(mask, segment_ids, sizes):
+def mask_and_segments(mask, segment_ids, sizes):
     """Both checked; segments as counts from 0 that rise by one at each change between real steps,
     so that an id that comes back later is a segment of its own."""
     if mask is not None:

@@ -1,8 +1,21 @@
 """Keras layers of xLSTM."""
 
+from keras_xlstm.layers.blocks import mLSTMBlock, sLSTMBlock
+from keras_xlstm.layers.large import xLSTMLargeBlock
 from keras_xlstm.layers.mlstm import mLSTM
-from keras_xlstm.layers.parts import MultiHeadNorm
+from keras_xlstm.layers.parts import CausalConv1D, GatedFeedForward, MultiHeadNorm, SoftCap
 from keras_xlstm.layers.slstm import sLSTM
 from keras_xlstm.layers.slstm_cell import sLSTMCell
 
-__all__ = ["MultiHeadNorm", "mLSTM", "sLSTM", "sLSTMCell"]
+__all__ = [
+    "CausalConv1D",
+    "GatedFeedForward",
+    "MultiHeadNorm",
+    "SoftCap",
+    "mLSTM",
+    "mLSTMBlock",
+    "sLSTM",
+    "sLSTMBlock",
+    "sLSTMCell",
+    "xLSTMLargeBlock",
+]

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm.layers.parts import MultiHeadNorm, check_heads, soft_cap
+from keras_xlstm.layers.parts import MultiHeadNorm, check_cap, check_heads, check_positive, soft_cap
 from keras_xlstm.layers.recurrent import Recurrent
 
 
@@ -126,27 +126,17 @@ class mLSTM(Recurrent):
             **kwargs,
         )
         for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
-            if size is not None and (
-                isinstance(size, bool) or not isinstance(size, int) or size < 1
-            ):
-                raise ValueError(
-                    f"`{name}` must be a positive integer, or None for units / num_heads. "
-                    f"Received: {name}={size!r}."
-                )
+            if size is not None:
+                check_positive(name, size)
         if input_gate not in ("exponential", "sigmoid"):
             raise ValueError(
                 '`input_gate` must be "exponential" or "sigmoid". '
                 f"Received: input_gate={input_gate!r}."
             )
-        if gate_soft_cap is not None and not gate_soft_cap > 0:
-            raise ValueError(
-                "`gate_soft_cap` must be a positive number, or None for no bound. "
-                f"Received: gate_soft_cap={gate_soft_cap!r}."
-            )
         self.key_dim = key_dim
         self.value_dim = value_dim
         self.input_gate_activation = input_gate
-        self.gate_soft_cap = gate_soft_cap
+        self.gate_soft_cap = check_cap("gate_soft_cap", gate_soft_cap)
         self.use_output_gate = use_output_gate
         self.use_head_norm = use_head_norm
         self.use_bias = use_bias

@@ -1,13 +1,34 @@
 """What the layers are made of: argument checks, soft cap, norm per head."""
 
+import math
+
 import keras
 from keras import ops
 
+from keras_xlstm import initializers
+
+
+def check_positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+
+
+def check_cap(name, cap):
+    if cap is not None and (isinstance(cap, bool) or not cap > 0):
+        raise ValueError(
+            f"`{name}` must be a positive number, or None for no bound. Received: {name}={cap!r}."
+        )
+    return cap
+
+
+def rounded_up(size, multiple):
+    """The least multiple that is no smaller than size."""
+    return multiple * math.ceil(size / multiple)
+
 
 def check_heads(units, num_heads):
-    for name, value in (("units", units), ("num_heads", num_heads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+    check_positive("units", units)
+    check_positive("num_heads", num_heads)
     if units % num_heads:
         raise ValueError(
             f"`units` must be divisible by `num_heads`: every head has units / num_heads units. "
@@ -90,3 +111,191 @@ class MultiHeadNorm(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "num_heads": self.num_heads, "epsilon": self.epsilon}
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class CausalConv1D(keras.layers.Layer):
+    """Depthwise convolution over the present step and those before it, with a carried state.
+
+    Masked steps are left out, as if they were not there; taps do not cross into another segment.
+
+    Args:
+        kernel_size: taps; the last is the present step.
+        use_bias: whether each channel has a bias.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: (batch, time, channels).
+        state: the kernel_size - 1 inputs before the first one, (batch, kernel_size - 1, channels).
+        mask: (batch, time) bool or None.
+        segment_ids: (batch, time) integers that never fall, 0 the state's segment; or None.
+
+    Returns:
+        Outputs of the shape of the inputs, those of masked steps without meaning; the new state.
+
+    Example:
+
+    >>> x, state = np.ones((2, 5, 8)), np.zeros((2, 3, 8))
+    >>> y, state = keras_xlstm.layers.CausalConv1D(4)(x, state)
+    >>> y.shape
+    (2, 5, 8)
+    """
+
+    def __init__(self, kernel_size=4, use_bias=True, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        check_positive("kernel_size", kernel_size)
+        self.kernel_size = kernel_size
+        self.use_bias = use_bias
+
+    def build(self, input_shape, state_shape=None):
+        # What the official code's PyTorch layer draws.
+        limit = self.kernel_size**-0.5
+        uniform = keras.initializers.RandomUniform(-limit, limit)
+        channels = input_shape[-1]
+        self.kernel = self.add_weight(
+            name="kernel", shape=(self.kernel_size, channels), initializer=uniform, autocast=False
+        )
+        self.bias = None
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias", shape=(channels,), initializer=uniform, autocast=False
+            )
+
+    def call(self, inputs, state, mask=None, segment_ids=None):
+        before = self.kernel_size - 1
+        x, ids = ops.cast(inputs, self.compute_dtype), segment_ids
+        if mask is not None:  # real steps first, in their order
+            time = ops.shape(mask)[1]
+            step = ops.cumsum(ops.ones_like(mask, "int32"), axis=1) - 1
+            real_first = ops.argsort(ops.where(mask, step, step + time), axis=1)
+            count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+            x = ops.take_along_axis(x, real_first[:, :, None], axis=1)
+            ids = None if ids is None else ops.take_along_axis(ids, real_first, axis=1)
+        padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)
+        if ids is not None:
+            first = ops.zeros_like(padded[:, :before, 0], ids.dtype)
+            padded_ids = ops.concatenate([first, ids], axis=1)
+
+        kernel = ops.cast(self.kernel, self.compute_dtype)
+        outputs = 0 if self.bias is None else ops.cast(self.bias, self.compute_dtype)
+        for tap in range(self.kernel_size):
+            end = tap - before or None  # counted from the end: time may be unknown
+            taken = padded[:, tap:end]
+            if ids is not None:
+                same = padded_ids[:, tap:end] == ids
+                taken = ops.where(same[:, :, None], taken, ops.zeros_like(taken))
+            outputs = outputs + taken * kernel[tap]
+
+        if mask is None:
+            end = ops.shape(padded)[1] if not before else None
+            new_state = padded[:, -before or end :]
+        else:
+            last = count[:, -1:] + ops.arange(before, dtype="int32")
+            new_state = ops.take_along_axis(padded, last[:, :, None], axis=1)
+            back = ops.maximum(count - 1, 0)
+            outputs = ops.take_along_axis(outputs, back[:, :, None], axis=1)
+        if ids is not None and before:
+            new_ids = padded_ids[:, -before:]
+            if mask is not None:
+                new_ids = ops.take_along_axis(padded_ids, last, axis=1)
+            same = new_ids == segment_ids[:, -1:]
+            new_state = ops.where(same[:, :, None], new_state, ops.zeros_like(new_state))
+        return outputs, ops.cast(new_state, state.dtype)
+
+    def get_config(self):
+        config = {"kernel_size": self.kernel_size, "use_bias": self.use_bias}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class GatedFeedForward(keras.layers.Layer):
+    """activation(x W_gate) * (x W_up), projected back: one Dense makes both, the gate first.
+
+    Args:
+        hidden_dim: size of the gate and of what it gates.
+        activation: of the gate: `"gelu"` (the exact one) in the paper's models, `"silu"` in the 7B.
+        kernel_initializer, output_initializer: of the projections up and down.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: (..., features).
+
+    Output shape: that of the inputs.
+
+    Example:
+
+    >>> keras_xlstm.layers.GatedFeedForward(64)(np.ones((2, 5, 16))).shape
+    (2, 5, 16)
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        activation="gelu",
+        kernel_initializer="small_init",
+        output_initializer="wang_init",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_positive("hidden_dim", hidden_dim)
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.output_initializer = initializers.get(output_initializer)
+
+    def build(self, input_shape):
+        self.up_projection = keras.layers.Dense(
+            2 * self.hidden_dim, use_bias=False, kernel_initializer=self.kernel_initializer,
+            dtype=self.dtype_policy, name="up_projection",
+        )  # fmt: skip
+        self.down_projection = keras.layers.Dense(
+            input_shape[-1], use_bias=False, kernel_initializer=self.output_initializer,
+            dtype=self.dtype_policy, name="down_projection",
+        )  # fmt: skip
+        self.up_projection.build(input_shape)
+        self.down_projection.build((*input_shape[:-1], self.hidden_dim))
+
+    def call(self, inputs):
+        gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
+        return self.down_projection(self.activation(gate) * up)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "output_initializer": initializers.serialize(self.output_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class SoftCap(keras.layers.Layer):
+    """cap * tanh(inputs / cap): bounds logits, smoothly.
+
+    Args:
+        cap: the bound, positive.
+        **kwargs: `name`, `dtype`.
+
+    Example:
+
+    >>> keras.ops.convert_to_numpy(keras_xlstm.layers.SoftCap(30.0)(np.array([0.0, 1e9])))
+    array([ 0., 30.], dtype=float32)
+    """
+
+    def __init__(self, cap, **kwargs):
+        super().__init__(**kwargs)
+        self.cap = check_cap("cap", cap)
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return soft_cap(inputs, self.cap)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "cap": self.cap}

@@ -3,10 +3,11 @@
 import keras
 from keras import ops
 
+from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
 
-class Recurrent(keras.layers.Layer):
+class Recurrent(StateLayer):
     """A layer over time with a carried state; subclasses bring the weights and the recurrence.
 
     A subclass sets `state_names`, and defines `_state_shapes(batch_size)`, `_build(dim)` and
@@ -16,8 +17,6 @@ class Recurrent(keras.layers.Layer):
     `keras.layers.RNN` cannot be the base: it has no place for a matrix state, casts states to the
     compute dtype and hides stateful variables from JAX.
     """
-
-    state_names = ()
 
     def __init__(
         self,
@@ -35,9 +34,7 @@ class Recurrent(keras.layers.Layer):
         **kwargs,
     ):
         check_heads(units, num_heads)
-        # States stay float32 under mixed precision only if Keras does not cast call arguments.
         super().__init__(
-            autocast=False,
             activity_regularizer=keras.regularizers.get(activity_regularizer),
             **kwargs,
         )
@@ -52,29 +49,12 @@ class Recurrent(keras.layers.Layer):
         self.stateful = stateful
         self.zero_output_for_mask = zero_output_for_mask
         self.use_kernel = check_use_kernel(use_kernel)
-        self.supports_masking = True
-        self.input_spec = keras.layers.InputSpec(ndim=3)
         self.states = None
 
     # ------------------------------------------------------------------ shapes and states
 
-    @property
-    def state_dtype(self):
-        """float32, or float64 for a float64 layer."""
-        return "float64" if self.compute_dtype == "float64" else "float32"
-
-    def get_initial_state(self, batch_size):
-        """A fresh state: zeros."""
-        return [ops.zeros(shape, self.state_dtype) for shape in self._state_shapes(batch_size)]
-
     def build(self, sequences_shape, initial_state_shape=None):
-        if sequences_shape[-1] is None:
-            raise ValueError(
-                f"The last dimension of the input of {type(self).__name__} must be known. "
-                f"Received: input shape {tuple(sequences_shape)}. Give it in keras.Input."
-            )
-        self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: sequences_shape[-1]})
-        self._build(sequences_shape[-1])
+        self._build(self._known_features(sequences_shape))
         if not self.stateful:
             return
         if sequences_shape[0] is None:
@@ -130,7 +110,11 @@ class Recurrent(keras.layers.Layer):
         # over as <its name>_mask.
         mask = sequences_mask if mask is None else mask
         self._check(sequences)
-        state = self._initial_state(sequences, initial_state)
+        if initial_state is None and self.stateful:
+            # A copy: torch assigns in place, under the eyes of its autograd.
+            state = [ops.copy(variable.value) for variable in self.states]
+        else:
+            state = self._initial_state(sequences, initial_state)
         x = ops.cast(sequences, self.compute_dtype)
         if mask is not None:
             mask = self._check_mask(mask, sequences)
@@ -152,62 +136,6 @@ class Recurrent(keras.layers.Layer):
         elif self.zero_output_for_mask and mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, ops.zeros_like(outputs))
         return (outputs, *state) if self.return_state else outputs
-
-    def _drawn(self, shape, rate, dtype):
-        return keras.random.dropout(ops.ones(shape, dtype), rate, seed=self.seed_generator)
-
-    def _check(self, sequences):
-        dtype = keras.backend.standardize_dtype(sequences.dtype)
-        if "float" not in dtype:
-            raise ValueError(
-                f"{type(self).__name__} takes floating-point sequences. Received: dtype {dtype}. "
-                "Embed token ids with keras.layers.Embedding, or cast counts to float32."
-            )
-
-    def _check_mask(self, mask, sequences):
-        fits = len(mask.shape) == 2 and all(
-            a == b
-            for a, b in zip(mask.shape, sequences.shape[:2], strict=True)
-            if isinstance(a, int) and isinstance(b, int)
-        )
-        if not fits:
-            raise ValueError(
-                "`mask` must have shape (batch, time), True for real steps. Received: mask shape "
-                f"{tuple(mask.shape)} for sequences of shape {tuple(sequences.shape)}."
-            )
-        return ops.cast(mask, "bool")
-
-    def _initial_state(self, sequences, state):
-        """The given state, checked, or the carried one; None for a fresh start."""
-        if state is None:
-            # A copy: torch assigns in place, under the eyes of its autograd.
-            return [ops.copy(v.value) for v in self.states] if self.stateful else None
-        names = ", ".join(self.state_names)
-        if not isinstance(state, (list, tuple)) or len(state) != len(self.state_names):
-            got = (
-                f"{len(state)} tensors"
-                if isinstance(state, (list, tuple))
-                else type(state).__name__
-            )
-            raise ValueError(
-                f"`initial_state` of {type(self).__name__} must be a list of the "
-                f"{len(self.state_names)} tensors ({names}), as `return_state=True` returns them. "
-                f"Received: {got}."
-            )
-        shapes = self._state_shapes(sequences.shape[0])
-        for name, value, shape in zip(self.state_names, state, shapes, strict=True):
-            got = tuple(value.shape)
-            fits = len(got) == len(shape) and all(
-                a == b
-                for a, b in zip(got, shape, strict=True)
-                if isinstance(a, int) and isinstance(b, int)
-            )
-            if not fits:
-                raise ValueError(
-                    f"`initial_state` {name} of {type(self).__name__} must have shape {shape}. "
-                    f"Received: shape {got}. The order is ({names})."
-                )
-        return [ops.cast(s, self.state_dtype) for s in state]
 
     # ------------------------------------------------------------------ files
 
