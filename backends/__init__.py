@@ -19,8 +19,11 @@ import os
 import keras
 from keras import ops
 from keras_xlstm.backends import native
+from keras_xlstm.backends.parts import framework
 
-__all__ = ["available", "mlstm", "prefer", "slstm", "use"]
+__all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
+
+compiled = framework.compiled
 
 # Which backend each kernel language belongs to.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import keras
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum = jax.numpy.tanh, jax.numpy.maximum
@@ -69,3 +70,15 @@ def differentiable(forward, backward, tensors, **options):
     `tensors` may hold None; `options` are hashable.
     """
     return _differentiable(forward, backward, tuple(sorted(options.items())))(*tensors)
+
+
+def compiled(function, variables):
+    """`function(state, *tensors)`, compiled, without gradients. It reads `variables` as they are at
+    each call; the buffers of `state` go into what it returns."""
+
+    def stateless(state, values, *tensors):
+        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+            return function(state, *tensors)
+
+    jitted = jax.jit(stateless, donate_argnums=0)
+    return lambda state, *tensors: jitted(state, [v.value for v in variables], *tensors)

@@ -90,3 +90,8 @@ def differentiable(forward, backward, tensors, **options):
         return outputs, gradient
 
     return function(*(tensors[index] for index in present))
+
+
+def compiled(function, variables):
+    """`function(state, *tensors)` as a graph, without gradients; it captures `variables`."""
+    return tf.function(function)

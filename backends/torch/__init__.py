@@ -80,3 +80,9 @@ def differentiable(forward, backward, tensors, **options):
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return forward(*tensors, **options, keep=False)[0]
     return _Differentiable.apply(forward, backward, options, *tensors)
+
+
+def compiled(function, variables):
+    """`function(state, *tensors)`, without gradients. PyTorch has nothing to compile it by that a
+    machine without a C++ compiler could run."""
+    return torch.no_grad()(function)

@@ -1,0 +1,253 @@
+"""Continuing prompts: one parallel pass over them, then one compiled step per token."""
+
+import numbers
+
+import numpy as np
+from keras import ops
+
+from keras_xlstm import backends
+
+
+class Generates:
+    """`generate` and `stream` for a model with `run`, `logits` and `get_initial_state`."""
+
+    def generate(
+        self,
+        prompts,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        stop_token=None,
+    ):
+        """Continues prompts, all at once.
+
+        The prompts, of any lengths, are read in one parallel pass; then every token is one
+        compiled step whose time and memory do not depend on how much came before.
+
+        Args:
+            prompts: a list of lists of token ids, of any lengths, or an array (batch, time).
+            max_new_tokens: how many tokens to add to each.
+            temperature: divides the logits; 0 always takes the most likely token.
+            top_k: draw from the k most likely tokens alone; None draws from all.
+            top_p: draw from the most likely tokens that together reach this probability alone;
+                None draws from all.
+            seed: integer: the same draws on every backend; None draws anew at every call.
+            stop_token: a prompt that gets this token is done, and ends with it.
+
+        Returns:
+            A list of integer arrays: each prompt followed by its continuation.
+
+        Raises:
+            ValueError: for empty prompts, token ids out of range, and options out of range.
+
+        Example:
+
+        >>> model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=1)
+        >>> [len(text) for text in model.generate([[1, 2, 3], [4]], 5, temperature=0)]
+        [8, 6]
+        """
+        prompts = self._prompts(prompts)
+        steps = self._steps(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token)
+        if stop_token is None:
+            # Fetched at the end: no step waits for the one before to arrive here.
+            new = [ops.convert_to_numpy(tokens) for tokens in list(steps)]
+        else:
+            new = list(_until(steps, stop_token))
+        new = np.stack(new, axis=1) if new else np.zeros((len(prompts), 0), "int32")
+        if stop_token is not None:
+            ends = [
+                row.index(stop_token) + 1 if stop_token in row else len(row) for row in new.tolist()
+            ]
+            new = [row[:end] for row, end in zip(new, ends, strict=True)]
+        return [np.concatenate([p, n]) for p, n in zip(prompts, new, strict=True)]
+
+    def stream(
+        self,
+        prompts,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        stop_token=None,
+    ):
+        """Like `generate`, but yields every step's new tokens as soon as they are there.
+
+        Args:
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token: as in `generate`.
+
+        Yields:
+            One integer array (batch,) per token; a prompt that is done repeats `stop_token`.
+
+        Example:
+
+        >>> model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=1)
+        >>> for tokens in model.stream([[1, 2, 3]], max_new_tokens=2):
+        ...     print(tokens.shape)
+        (1,)
+        (1,)
+        """
+        prompts = self._prompts(prompts)
+        steps = self._steps(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token)
+        return _until(steps, stop_token)
+
+    # ------------------------------------------------------------------ checks
+
+    def _prompts(self, prompts):
+        """Integer arrays, one per prompt, checked."""
+        vocabulary_size = self.settings["vocabulary_size"]
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
+            raise ValueError(
+                "`prompts` must be a list of at least one list of token ids. "
+                f"Received: {type(prompts).__name__} {str(prompts)[:40]!r}. Tokenize text first."
+            )
+        arrays = []
+        for index, prompt in enumerate(prompts):
+            array = np.asarray(prompt)
+            if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(
+                    "Every prompt must be a list of at least one integer token id. "
+                    f"Received: prompt {index} of shape {array.shape} and dtype {array.dtype}. "
+                    "Give a prompt without text the token that starts a document."
+                )
+            if array.min() < 0 or array.max() >= vocabulary_size:
+                wrong = array[(array < 0) | (array >= vocabulary_size)][0]
+                raise ValueError(
+                    f"Token ids must be from 0 to {vocabulary_size - 1}, the model's vocabulary. "
+                    f"Received: {wrong} in prompt {index}."
+                )
+            arrays.append(array.astype("int32"))
+        return arrays
+
+    def _check_options(self, max_new_tokens, temperature, top_k, top_p, seed, stop_token):
+        vocabulary_size = self.settings["vocabulary_size"]
+
+        def whole(x):
+            return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+        def real(x):
+            return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+        for name, value, fits, expected in (
+            ("max_new_tokens", max_new_tokens, lambda x: whole(x) and x >= 0, "an integer >= 0"),
+            (
+                "temperature", temperature,
+                lambda x: real(x) and 0 <= x < float("inf"), "a number >= 0, 0 for greedy",
+            ),
+            (
+                "top_k", top_k, lambda x: x is None or (whole(x) and 1 <= x <= vocabulary_size),
+                f"an integer from 1 to the vocabulary's {vocabulary_size}, or None",
+            ),
+            (
+                "top_p", top_p, lambda x: x is None or (real(x) and 0 < x <= 1),
+                "a number above 0, at most 1, or None",
+            ),
+            (
+                "seed", seed, lambda x: x is None or (whole(x) and x >= 0),
+                "an integer >= 0, or None",
+            ),
+            (
+                "stop_token", stop_token,
+                lambda x: x is None or (whole(x) and 0 <= x < vocabulary_size),
+                f"a token id from 0 to {vocabulary_size - 1}, or None",
+            ),
+        ):  # fmt: skip
+            if not fits(value):
+                raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
+
+    # ------------------------------------------------------------------ steps
+
+    def _steps(self, prompts, count, temperature, top_k, top_p, seed, stop_token):
+        """Checks at once; then an iterator over the new tokens (batch,), as tensors."""
+        self._check_options(count, temperature, top_k, top_p, seed, stop_token)
+        prefill, step = self._compiled(temperature == 0, top_k, top_p is not None)
+        # A tensor each: a Python number would be compiled in.
+        options = [np.float32(temperature or 1), np.float32(top_p or 1)]
+        options = [ops.convert_to_tensor(x) for x in options]
+        rng = np.random.default_rng(seed)
+
+        def draw():
+            return ops.convert_to_tensor(rng.random((len(prompts), 1), "float32"))
+
+        def run():
+            lengths = np.array([len(p) for p in prompts])
+            tokens = np.zeros((len(prompts), _bucket(lengths.max())), "int32")
+            mask = np.arange(tokens.shape[1]) < lengths[:, None]
+            tokens[mask] = np.concatenate(prompts)
+            state = self.get_initial_state(len(prompts))
+            arrays = (tokens, mask, (lengths - 1).astype("int32"))
+            arrays = [ops.convert_to_tensor(a) for a in arrays]
+            tokens, state = prefill(state, *arrays, draw(), *options)
+            yield tokens
+            for _ in range(count - 1):
+                tokens, state = step(state, tokens, draw(), *options)
+                yield tokens
+
+        return run() if count else iter(())
+
+    def _compiled(self, greedy, top_k, nucleus):
+        """The two functions for these options, kept until the model's variables are others."""
+        variables = list(self.variables)
+        key = (greedy, top_k, nucleus, backends.prefer("auto"), *map(id, variables))
+        kept = self.__dict__.setdefault("_generation", {})
+        if key not in kept:
+
+            def choose(features, draw, temperature, top_p):
+                logits = ops.cast(self.logits(features), "float32")
+                p = top_p if nucleus else None
+                return _choose(logits, None if greedy else draw, temperature, top_k, p)
+
+            def prefill(state, tokens, mask, last, *drawing):
+                features, state = self.run(tokens, state, mask)
+                features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+                return choose(features, *drawing), state
+
+            def step(state, tokens, *drawing):
+                features, state = self.run(tokens[:, None], state)
+                return choose(features[:, 0], *drawing), state
+
+            kept[key] = [backends.compiled(f, variables) for f in (prefill, step)]
+        return kept[key]
+
+
+def _bucket(length):
+    """The length that a prompt of `length` is padded to: few of them, to compile few times."""
+    return (
+        max(16, 1 << (int(length) - 1).bit_length())
+        if length <= 1024
+        else -(-length // 1024) * 1024
+    )
+
+
+def _choose(logits, draw, temperature, top_k, top_p):
+    """Token ids (B,) from logits (B, V) and uniform draws (B, 1); without draws the likeliest."""
+    if draw is None:
+        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+    logits, ids = logits / temperature, None
+    if top_k is not None or top_p is not None:
+        logits, ids = ops.top_k(logits, top_k or logits.shape[-1])  # sorted
+    p = ops.softmax(logits, axis=-1)
+    if top_p is not None:
+        p = ops.where(ops.cumsum(p, axis=-1) - p < top_p, p, 0.0)
+    reached = ops.cumsum(p, axis=-1)
+    rank = ops.sum(ops.cast(reached <= draw * reached[:, -1:], "int32"), axis=-1)
+    rank = ops.minimum(rank, logits.shape[-1] - 1)
+    return (
+        rank if ids is None else ops.cast(ops.take_along_axis(ids, rank[:, None], 1)[:, 0], "int32")
+    )
+
+
+def _until(steps, stop_token):
+    """Steps as NumPy arrays, until all rows have had `stop_token`; it is repeated after that."""
+    done = None
+    for tokens in steps:
+        tokens = np.array(ops.convert_to_numpy(tokens))
+        if stop_token is not None:
+            done = np.zeros(len(tokens), bool) if done is None else done
+            tokens[done] = stop_token
+            done |= tokens == stop_token
+        yield tokens
+        if stop_token is not None and done.all():
+            return

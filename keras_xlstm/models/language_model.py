@@ -1,0 +1,138 @@
+"""xLSTMLanguageModel: token ids to logits, and generation."""
+
+import keras
+
+from keras_xlstm import initializers
+from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
+from keras_xlstm.models import stack
+from keras_xlstm.models.generation import Generates
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class xLSTMLanguageModel(Generates, stack.StackModel):
+    """A language model of xLSTM blocks: embedding, `xLSTMStack`'s blocks and norm, head.
+
+    A functional model: [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517),
+    [xLSTM 7B](https://arxiv.org/abs/2503.13427). `keras_xlstm.models.configs` has the published
+    sizes. `generate` and `stream` continue prompts with constant memory per token.
+
+    Args:
+        vocabulary_size: token ids are from 0 to vocabulary_size - 1.
+        units: width of the model.
+        {arguments}
+        embedding_dropout: fraction of the embedded features to drop.
+        tie_embeddings: read the logits off the embedding's own matrix; otherwise a Dense does.
+        logit_soft_cap: bounds the logits x to cap * tanh(x / cap); None does not. 7B: 30.
+
+    Inputs: token ids (batch, time), integers, or a dict with `"token_ids"` and, if wanted,
+    `"padding_mask"` (batch, time), True for real tokens, and `"segment_ids"` (batch, time),
+    integers that change where a packed document begins.
+
+    Output: logits (batch, time, vocabulary_size) in the compute dtype.
+
+    Raises:
+        ValueError: where an argument cannot be honoured.
+
+    Example:
+
+    >>> model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=2, pattern="1:1")
+    >>> model(np.array([[72, 101, 108]])).shape
+    (1, 3, 256)
+    >>> [continued] = model.generate([[72, 101, 108]], max_new_tokens=5)
+    >>> len(continued)
+    8
+    """
+
+    _main = "token_ids"
+
+    def __init__(
+        self,
+        vocabulary_size,
+        units,
+        num_blocks,
+        num_heads=4,
+        architecture="paper",
+        pattern=None,
+        slstm_at=None,
+        mlstm_options=None,
+        slstm_options=None,
+        dropout=0.0,
+        final_norm=True,
+        seed=None,
+        remat=False,
+        use_kernel="auto",
+        dtype=None,
+        name=None,
+        embedding_dropout=0.0,
+        tie_embeddings=False,
+        logit_soft_cap=None,
+    ):
+        check_positive("vocabulary_size", vocabulary_size)
+        settings = stack.settings_of(
+            units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
+            slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
+        )  # fmt: skip
+        settings = {
+            "vocabulary_size": vocabulary_size,
+            **settings,
+            "embedding_dropout": check_rate("embedding_dropout", embedding_dropout),
+            "tie_embeddings": tie_embeddings,
+            "logit_soft_cap": check_cap("logit_soft_cap", logit_soft_cap),
+        }
+        policy = settings["dtype"]
+        inputs = {
+            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
+            **self.side_inputs(),
+        }
+        embed = keras.layers.ReversibleEmbedding if tie_embeddings else keras.layers.Embedding
+        embedding = embed(
+            vocabulary_size,
+            units,
+            embeddings_initializer=initializers.SmallInit(units),
+            dtype=policy,
+            name="embedding",
+        )
+        x = embedding(inputs["token_ids"])
+        if embedding_dropout:
+            x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
+        x = self.stacked(settings, x, inputs["padding_mask"], inputs["segment_ids"])
+        if tie_embeddings:
+            x = embedding(x, reverse=True)
+        else:
+            x = keras.layers.Dense(
+                vocabulary_size,
+                use_bias=False,
+                kernel_initializer=initializers.SmallInit(units),
+                dtype=policy,
+                name="head",
+            )(x)
+        if logit_soft_cap is not None:
+            x = SoftCap(logit_soft_cap, dtype=policy, name="soft_cap")(x)
+        super().__init__(inputs=inputs, outputs=x, name=name)
+        self.settings = settings
+        self._outer_dim = vocabulary_size
+
+    def run(self, token_ids, state, padding_mask=None, segment_ids=None):
+        """Features of all tokens from a state, and the new state: `(features, state)`.
+
+        Args:
+            token_ids: (batch, time).
+            state: as `get_initial_state(batch)` or an earlier call gives it.
+            padding_mask, segment_ids: as in the inputs, or None.
+
+        Returns:
+            Features (batch, time, units), for `logits`, and the state.
+        """
+        x = self.get_layer("embedding")(token_ids)
+        return self._run_blocks(x, state, padding_mask, segment_ids)
+
+    def logits(self, features):
+        """Features (..., units) to logits (..., vocabulary_size)."""
+        if self.settings["tie_embeddings"]:
+            logits = self.get_layer("embedding")(features, reverse=True)
+        else:
+            logits = self.get_layer("head")(features)
+        return soft_cap(logits, self.settings["logit_soft_cap"])
+
+
+xLSTMLanguageModel.__doc__ = xLSTMLanguageModel.__doc__.replace("{arguments}", stack._ARGUMENTS)

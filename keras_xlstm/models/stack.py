@@ -1,0 +1,296 @@
+"""xLSTMStack: residual blocks one after another, and what models of them share."""
+
+import keras
+
+from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
+from keras_xlstm.layers.parts import check_positive, check_rate
+
+
+def slstm_positions(num_blocks, pattern, slstm_at):
+    """Which of the blocks are sLSTM, as sorted indices."""
+    check_positive("num_blocks", num_blocks)
+    if pattern is not None and slstm_at is not None:
+        raise ValueError(
+            "`pattern` and `slstm_at` both say which blocks are sLSTM. Received: "
+            f"pattern={pattern!r}, slstm_at={slstm_at!r}. Give one of them."
+        )
+    if pattern is not None:
+        counts = pattern.split(":") if isinstance(pattern, str) else []
+        if len(counts) != 2 or not all(c.isdecimal() for c in counts) or pattern == "0:0":
+            raise ValueError(
+                '`pattern` must be "a:b", a mLSTM blocks for every b sLSTM blocks, as "7:1". '
+                f"Received: pattern={pattern!r}."
+            )
+        a, b = map(int, counts)
+        return [index for index in range(num_blocks) if index % (a + b) >= a]
+    if slstm_at is None:
+        return []
+    if isinstance(slstm_at, str) or not hasattr(slstm_at, "__iter__"):
+        raise ValueError(
+            f"`slstm_at` must be a list of block indices, or None. Received: slstm_at={slstm_at!r}."
+        )
+    positions = list(slstm_at)
+    for index in positions:
+        if isinstance(index, bool) or index not in range(num_blocks):
+            raise ValueError(
+                f"`slstm_at` must hold block indices from 0 to {num_blocks - 1}. "
+                f"Received: slstm_at={positions}."
+            )
+    return sorted({int(index) for index in positions})
+
+
+class StackModel(keras.Model):
+    """A functional model of blocks with optional inputs for padding and packed documents.
+
+    A subclass sets `_main`, the name of its first input, and `_outer_dim`.
+    """
+
+    _optional = ("padding_mask", "segment_ids")
+
+    @staticmethod
+    def stacked(settings, x, padding_mask, segment_ids):
+        """The blocks on symbolic inputs."""
+        at = settings["slstm_at"]
+        for index in range(settings["num_blocks"]):
+            kind, options = mLSTMBlock, settings["mlstm_options"]
+            if settings["architecture"] == "large":
+                kind = xLSTMLargeBlock
+            elif index in at:
+                kind, options = sLSTMBlock, settings["slstm_options"]
+            arguments = {
+                "num_heads": settings["num_heads"],
+                "dropout": settings["dropout"],
+                "block_index": index,
+                "num_blocks": settings["num_blocks"],
+                "seed": None if settings["seed"] is None else settings["seed"] + index,
+                "remat": settings["remat"],
+                "use_kernel": settings["use_kernel"],
+                "dtype": settings["dtype"],
+                **options,
+            }
+            block = kind(**arguments, name=f"block_{index}")
+            x = block(x, mask=padding_mask, segment_ids=segment_ids)
+        if not settings["final_norm"]:
+            return x
+        options = {"epsilon": block.epsilon, "dtype": settings["dtype"], "name": "norm"}
+        if settings["architecture"] == "large":
+            return keras.layers.RMSNormalization(**options)(x)
+        return keras.layers.LayerNormalization(center=False, **options)(x)
+
+    @staticmethod
+    def side_inputs():
+        return {
+            "padding_mask": keras.Input((None,), dtype="bool", name="padding_mask", optional=True),
+            "segment_ids": keras.Input((None,), dtype="int32", name="segment_ids", optional=True),
+        }
+
+    # ------------------------------------------------------------------ calling
+
+    def _named(self, inputs):
+        """One tensor, or a dict that leaves inputs out, as the dict of all inputs."""
+        if not isinstance(inputs, dict):
+            inputs = {self._main: inputs}
+        unknown = set(inputs) - {self._main, *self._optional}
+        if unknown or self._main not in inputs:
+            raise ValueError(
+                f"{type(self).__name__} takes one tensor, or a dict with {self._main!r} and, if "
+                f"wanted, {' and '.join(map(repr, self._optional))}. "
+                f"Received: a dict with {sorted(inputs)}."
+            )
+        return {name: inputs.get(name) for name in (self._main, *self._optional)}
+
+    def __call__(self, inputs, *args, **kwargs):
+        return super().__call__(self._named(inputs), *args, **kwargs)
+
+    def call(self, inputs, training=None, mask=None):
+        return super().call(self._named(inputs), training=training, mask=mask)
+
+    def compute_mask(self, inputs, mask=None):
+        return mask.get(self._main) if isinstance(mask, dict) else mask
+
+    def compute_output_shape(self, input_shape):
+        shape = input_shape[self._main] if isinstance(input_shape, dict) else input_shape
+        return (*shape[:2], self._outer_dim)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        x = self._named(inputs)[self._main]
+        return keras.KerasTensor((*x.shape[:2], self._outer_dim), dtype=self.outputs[0].dtype)
+
+    # ------------------------------------------------------------------ states
+
+    @property
+    def blocks(self):
+        """The residual blocks, first to last."""
+        return [self.get_layer(f"block_{i}") for i in range(self.settings["num_blocks"])]
+
+    def get_initial_state(self, batch_size):
+        """A fresh state: per block, a list of zeros. Its size does not depend on any length."""
+        return [block.get_initial_state(batch_size) for block in self.blocks]
+
+    def _run_blocks(self, x, state, padding_mask=None, segment_ids=None, training=False):
+        new = []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, *after = block(
+                x, initial_state=before, mask=padding_mask, segment_ids=segment_ids,
+                training=training, return_state=True,
+            )  # fmt: skip
+            new.append(after)
+        return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new
+
+    # ------------------------------------------------------------------ adapting
+
+    def enable_lora(self, rank, lora_alpha=None):
+        """Freezes the model and adds trainable low-rank updates to the projections of all blocks.
+
+        Args:
+            rank: of the updates.
+            lora_alpha: scale of the updates times rank; None takes rank.
+        """
+        check_positive("rank", rank)
+        for variable in self.weights:
+            variable.trainable = False
+        for block in self.blocks:
+            for layer in block._flatten_layers(include_self=False):
+                # The gates of a memory are a few numbers per step: they stay as they are.
+                gates = (block.input_gate, block.forget_gate)
+                if type(layer) is keras.layers.Dense and layer not in gates:
+                    layer.enable_lora(rank, lora_alpha=lora_alpha)
+
+    def get_config(self):
+        config = keras.saving.serialize_keras_object(dict(self.settings))
+        return {**config, "name": self.name, "trainable": self.trainable}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        trainable = config.pop("trainable", True)
+        model = cls(**keras.saving.deserialize_keras_object(config, custom_objects))
+        model.trainable = trainable
+        return model
+
+
+def settings_of(
+    units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options, slstm_options,
+    dropout, final_norm, seed, remat, use_kernel, dtype,
+):  # fmt: skip
+    """The arguments of a stack, checked, with the positions of its sLSTM blocks worked out."""
+    check_positive("units", units)
+    check_positive("num_heads", num_heads)
+    if architecture not in ("paper", "large"):
+        raise ValueError(
+            '`architecture` must be "paper" (mLSTMBlock and sLSTMBlock) or "large" '
+            f"(xLSTMLargeBlock). Received: architecture={architecture!r}."
+        )
+    at = slstm_positions(num_blocks, pattern, slstm_at)
+    if architecture == "large" and at:
+        raise ValueError(
+            'architecture="large" has mLSTM blocks alone. Received: sLSTM blocks at '
+            f"{at}. Leave out `pattern` and `slstm_at`."
+        )
+    return {
+        "units": units,
+        "num_blocks": num_blocks,
+        "num_heads": num_heads,
+        "architecture": architecture,
+        "slstm_at": at,
+        "mlstm_options": dict(mlstm_options or {}),
+        "slstm_options": dict(slstm_options or {}),
+        "dropout": check_rate("dropout", dropout),
+        "final_norm": final_norm,
+        "seed": seed,
+        "remat": remat,
+        "use_kernel": use_kernel,
+        "dtype": keras.dtype_policies.get(dtype or keras.config.dtype_policy()),
+    }
+
+
+_ARGUMENTS = """num_blocks: residual blocks.
+        num_heads: heads of every block.
+        architecture: `"paper"`: `mLSTMBlock` and `sLSTMBlock`; `"large"`: `xLSTMLargeBlock`.
+        pattern: `"a:b"`, a mLSTM blocks for every b sLSTM blocks, in turn; or
+        slstm_at: the indices of the sLSTM blocks. Neither: mLSTM alone.
+        mlstm_options: further arguments of every mLSTM block, as `{"conv_kernel_size": 0}`.
+        slstm_options: further arguments of every sLSTM block.
+        dropout: fraction of every block's contribution to drop.
+        final_norm: normalise what leaves the last block.
+        seed: of the dropouts.
+        remat: in training, compute each block again in the backward pass and store its input alone.
+        use_kernel: as in `mLSTM`.
+        dtype: policy of all layers; None takes Keras's own.
+        name: of the model."""
+
+
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class xLSTMStack(StackModel):
+    """Residual xLSTM blocks, for any sequence of features.
+
+    A functional model from (batch, time, units) to the same:
+    [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517), section 2.4.
+
+    Args:
+        units: features of the sequences, in and out.
+        {arguments}
+
+    Inputs: one tensor of sequences (batch, time, units), or a dict with `"sequences"` and, if
+    wanted, `"padding_mask"` (batch, time), True for real steps, and `"segment_ids"` (batch, time),
+    integers that change where a packed sequence begins. A mask that Keras carries along
+    (`Masking`, `Embedding(mask_zero=True)`) is honoured too.
+
+    Output: (batch, time, units).
+
+    Raises:
+        ValueError: where an argument cannot be honoured.
+
+    Example:
+
+    >>> sequences = keras.Input((None, 6))
+    >>> x = keras.layers.Dense(64)(sequences)
+    >>> x = keras_xlstm.models.xLSTMStack(64, num_blocks=2, pattern="1:1")(x)
+    >>> model = keras.Model(sequences, keras.layers.Dense(1)(x[:, -1]))
+    >>> model(np.ones((2, 10, 6))).shape
+    (2, 1)
+    """
+
+    _main = "sequences"
+
+    def __init__(
+        self,
+        units,
+        num_blocks,
+        num_heads=4,
+        architecture="paper",
+        pattern=None,
+        slstm_at=None,
+        mlstm_options=None,
+        slstm_options=None,
+        dropout=0.0,
+        final_norm=True,
+        seed=None,
+        remat=False,
+        use_kernel="auto",
+        dtype=None,
+        name=None,
+    ):
+        settings = settings_of(
+            units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
+            slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
+        )  # fmt: skip
+        inputs = {"sequences": keras.Input((None, units), name="sequences"), **self.side_inputs()}
+        x = self.stacked(settings, *inputs.values())
+        super().__init__(inputs=inputs, outputs=x, name=name)
+        self.supports_masking = True
+        self.settings = settings
+        self._outer_dim = units
+
+    def run(self, sequences, state, padding_mask=None, segment_ids=None):
+        """The same, from a state and with the new one: `(outputs, state)`.
+
+        Args:
+            sequences: (batch, time, units).
+            state: as `get_initial_state(batch)` or an earlier call gives it.
+            padding_mask, segment_ids: as in the inputs, or None.
+        """
+        return self._run_blocks(sequences, state, padding_mask, segment_ids)
+
+
+xLSTMStack.__doc__ = xLSTMStack.__doc__.replace("{arguments}", _ARGUMENTS)
