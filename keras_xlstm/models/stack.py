@@ -46,6 +46,7 @@ class StackModel(keras.Model):
     """
 
     _optional = ("padding_mask", "segment_ids")
+    quantization = None
 
     @staticmethod
     def stacked(settings, x, padding_mask, segment_ids):
@@ -74,8 +75,11 @@ class StackModel(keras.Model):
             return x
         options = {"epsilon": block.epsilon, "dtype": settings["dtype"], "name": "norm"}
         if settings["architecture"] == "large":
-            return keras.layers.RMSNormalization(**options)(x)
-        return keras.layers.LayerNormalization(center=False, **options)(x)
+            norm = keras.layers.RMSNormalization(**options)
+            norm.supports_masking = True  # it acts on every step by itself
+        else:
+            norm = keras.layers.LayerNormalization(center=False, **options)
+        return norm(x)
 
     @staticmethod
     def side_inputs():
@@ -151,20 +155,38 @@ class StackModel(keras.Model):
             variable.trainable = False
         for block in self.blocks:
             for layer in block._flatten_layers(include_self=False):
-                # The gates of a memory are a few numbers per step: they stay as they are.
-                gates = (block.input_gate, block.forget_gate)
-                if type(layer) is keras.layers.Dense and layer not in gates:
+                if type(layer) is keras.layers.Dense and layer not in self._gates():
                     layer.enable_lora(rank, lora_alpha=lora_alpha)
 
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """`keras.Model.quantize` of all projections, embedding and head, as with "int8".
+
+        The input and forget gates of a memory are exponents and few numbers per step: they stay
+        in float32. A quantised model is saved and loaded like any other, unless `filters` are
+        given, which its file does not hold.
+        """
+        # Keras has made the config of a mode by now.
+        self.quantization = config if filters is None else None
+        if filters is None:
+            gates = self._gates()
+            filters = lambda layer: layer not in gates  # noqa: E731
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def _gates(self):
+        return [gate for block in self.blocks for gate in (block.input_gate, block.forget_gate)]
+
     def get_config(self):
-        config = keras.saving.serialize_keras_object(dict(self.settings))
+        config = {**self.settings, "quantization": self.quantization}
+        config = keras.saving.serialize_keras_object(config)
         return {**config, "name": self.name, "trainable": self.trainable}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        trainable = config.pop("trainable", True)
-        model = cls(**keras.saving.deserialize_keras_object(config, custom_objects))
+        config = keras.saving.deserialize_keras_object(dict(config), custom_objects)
+        trainable, quantization = config.pop("trainable", True), config.pop("quantization", None)
+        model = cls(**config)
+        if quantization is not None:
+            model.quantize(config=quantization)
         model.trainable = trainable
         return model
 
