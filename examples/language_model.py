@@ -18,9 +18,8 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow_datasets as tfds
-from keras import layers
 
-from keras_xlstm.layers import mLSTM, sLSTM
+from keras_xlstm.models import exclude_from_weight_decay, xLSTMLanguageModel
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -91,49 +90,6 @@ def bits_per_byte(y_true, y_pred):
     return loss / np.log(2)
 
 
-def build(units, heads):
-    """Two residual blocks, one of each kind, each followed by a feed-forward layer."""
-    tokens = keras.Input((None,), dtype="int32", name="tokens")
-    x = layers.Embedding(256, units, name="embedding")(tokens)
-    for index, Layer in enumerate((mLSTM, sLSTM)):
-        y = layers.LayerNormalization(name=f"norm_{index}")(x)
-        y = Layer(
-            units, num_heads=heads, return_sequences=True, return_state=True, name=f"cell_{index}"
-        )(y)[0]
-        x = layers.Add(name=f"add_{index}")([x, y])
-        y = layers.LayerNormalization(name=f"norm_ff_{index}")(x)
-        y = layers.Dense(2 * units, activation="gelu", name=f"up_{index}")(y)
-        x = layers.Add(name=f"add_ff_{index}")([x, layers.Dense(units, name=f"down_{index}")(y)])
-    x = layers.LayerNormalization(name="norm")(x)
-    return keras.Model(tokens, layers.Dense(256, name="logits")(x), name="byte_xlstm")
-
-
-def step_model(model):
-    """The same layers as a model of one byte: states in, states out, constant memory."""
-    token = keras.Input((1,), dtype="int32")
-    x, given, left = model.get_layer("embedding")(token), [], []
-    for index in range(2):
-        cell = model.get_layer(f"cell_{index}")
-        state = [keras.Input(s.shape[1:], dtype=s.dtype) for s in cell.get_initial_state(1)]
-        y, *new = cell(model.get_layer(f"norm_{index}")(x), initial_state=state)
-        x, given, left = x + y, given + state, left + new
-        y = model.get_layer(f"up_{index}")(model.get_layer(f"norm_ff_{index}")(x))
-        x = x + model.get_layer(f"down_{index}")(y)
-    logits = model.get_layer("logits")(model.get_layer("norm")(x))
-    return keras.Model([token, *given], [logits, *left])
-
-
-def sample(model, prompt, count, temperature=0.7, seed=0):
-    step, rng, text = step_model(model), np.random.default_rng(seed), list(prompt)
-    state = [np.zeros((1, *s.shape[1:]), "float32") for s in step.inputs[1:]]
-    for position in range(len(prompt) + count - 1):
-        token = np.array([[text[position]]], "int32")
-        logits, *state = step.predict_on_batch([token, *state])
-        if position >= len(prompt) - 1:
-            text.append(int(np.argmax(logits[0, 0] / temperature + rng.gumbel(size=256))))
-    return bytes(text).decode("utf-8", "replace")
-
-
 def plot(history, entropy, path):
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     epochs = np.arange(1, len(history["bits_per_byte"]) + 1)
@@ -163,7 +119,11 @@ def main():
     )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="bytes per window (default 256)")
-    parser.add_argument("--units", type=int, default=192)
+    parser.add_argument("--units", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument(
+        "--pattern", default="1:1", help="mLSTM:sLSTM blocks, in turn (default 1:1)"
+    )
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument(
         "--held-out-bytes", type=int, default=131072, help="how much to evaluate on"
@@ -184,13 +144,16 @@ def main():
         f"{len(held_out):,} held out"
     )
 
-    model = build(args.units, args.heads)
+    model = xLSTMLanguageModel(
+        256, args.units, args.blocks, num_heads=args.heads, pattern=args.pattern, name="byte_xlstm"
+    )
     model.summary()
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, args.steps, warmup_target=4e-3, warmup_steps=max(1, args.steps // 20), alpha=0.05
     )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=1.0)
     model.compile(
-        keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0),
+        exclude_from_weight_decay(optimizer, model),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[bits_per_byte],
     )
@@ -205,7 +168,8 @@ def main():
     )
     _, held_out_bits = model.evaluate(*validation, batch_size=64, verbose=0)
     plot(history, entropy, args.out / "loss.png")
-    text = sample(model, b"def ", 400)
+    [text] = model.generate([list(b"def ")], 400, temperature=0.7, seed=0)
+    text = bytes(text.tolist()).decode("utf-8", "replace")
     (args.out / "sample.txt").write_text(text, encoding="utf-8")
     print(f"\n{text}\n\nheld-out loss of the loaded model: {held_out_bits:.3f} bits per byte")
     print(f"order-2 entropy of the held-out files:  {entropy:.3f} bits per byte")

@@ -53,8 +53,12 @@ def check_rate(name, rate):
 
 def soft_cap(x, cap):
     """cap * tanh(x / cap): x where it is small, never beyond +-cap. None does nothing."""
-    # tanh(y) as y - tanh_shrink(y): keras.ops.tanh turns float64 into float32 on JAX.
-    return x if cap is None else x - cap * ops.tanh_shrink(x / cap)
+    if cap is None:
+        return x
+    if keras.backend.standardize_dtype(x.dtype) == "float64":
+        # keras.ops.tanh turns float64 into float32 on JAX.
+        return ops.clip(x - cap * ops.tanh_shrink(x / cap), -cap, cap)
+    return cap * ops.tanh(x / cap)
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -147,11 +151,11 @@ class CausalConv1D(keras.layers.Layer):
         self.kernel_size = kernel_size
         self.use_bias = use_bias
 
-    def build(self, input_shape, state_shape=None):
+    def build(self, inputs_shape, state_shape=None):
         # What the official code's PyTorch layer draws.
         limit = self.kernel_size**-0.5
         uniform = keras.initializers.RandomUniform(-limit, limit)
-        channels = input_shape[-1]
+        channels = inputs_shape[-1]
         self.kernel = self.add_weight(
             name="kernel", shape=(self.kernel_size, channels), initializer=uniform, autocast=False
         )
