@@ -1,0 +1,110 @@
+"""safetensors files, mapped into memory: no dependency, and no bfloat16 needed of NumPy."""
+
+import json
+import math
+import pathlib
+from collections import namedtuple
+from collections.abc import Mapping
+
+import numpy as np
+
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class Tensor(namedtuple("Tensor", "path start shape stored")):
+    """A tensor in a file, read when NumPy asks."""
+
+    @property
+    def dtype(self):
+        return np.dtype("f4" if self.stored == "BF16" else STORED[self.stored][1:])
+
+    def __array__(self, dtype=None, copy=None):
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, dtype or self.dtype)
+        stored = np.memmap(self.path, STORED[self.stored], "r", self.start, self.shape)
+        if self.stored == "BF16":  # the upper half of a float32
+            stored = stored.astype("<u4")
+            stored <<= 16
+            stored = stored.view("<f4")
+        return np.asarray(stored, dtype or self.dtype)
+
+
+class Safetensors(Mapping):
+    """The tensors in a folder's safetensors files, by name."""
+
+    def __init__(self, folder):
+        one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if one.is_file():
+            self.tensors = _read_header(one)
+            return
+        if not index.is_file():
+            raise ValueError(
+                "`folder` must hold model.safetensors, or model.safetensors.index.json and its "
+                f"files. Received: {str(folder)!r}, with neither. Pickled weights are not read: "
+                "save the model as safetensors."
+            )
+        self.tensors = {}
+        try:
+            where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = sorted({str(file) for file in where.values()})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{index} must map names to files. Received: {error!r}.") from error
+        for file in files:
+            if pathlib.PurePath(file).name != file or not (folder / file).is_file():
+                raise ValueError(
+                    f"{index} names files that must lie beside it. Received: {file!r}, which does "
+                    "not. Download all files of the model."
+                )
+            self.tensors |= _read_header(folder / file)
+        lost = set(where) - set(self.tensors)
+        if lost:
+            raise ValueError(
+                f"The files that {index} names must hold its tensors. Received: files without "
+                f"{', '.join(map(repr, sorted(lost)[:10]))}. Download all files of the model again."
+            )
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self):
+        return len(self.tensors)
+
+
+def _read_header(path):
+    """Name to `Tensor`: eight bytes of the header's length, the header as JSON, the data."""
+
+    def damaged(reason):
+        return ValueError(
+            f"{path} must be a whole safetensors file with weights of "
+            f"{', '.join(STORED)}. Received: {reason}. Download or save it again."
+        )
+
+    size, tensors = path.stat().st_size, {}
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if size < 8 or start > size:
+            raise damaged(f"{size} bytes, fewer than its header")
+        try:
+            header = dict(json.loads(file.read(start - 8)))
+        except (ValueError, TypeError) as error:
+            raise damaged(f"a header that is no JSON object, {error}") from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        try:
+            stored, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError) as error:
+            raise damaged(f"a bad entry for {name!r}, {error!r}") from error
+        if stored not in STORED:
+            raise damaged(f"{name!r} of type {stored}")
+        size_of_one = np.dtype(STORED[stored]).itemsize
+        if not whole or end - begin != math.prod(shape) * size_of_one or start + end > size:
+            raise damaged(
+                f"{name!r} of shape {shape} at bytes {begin} to {end} of {size - start}, which "
+                "does not fit"
+            )
+        tensors[name] = Tensor(str(path), start + begin, tuple(shape), stored)
+    return tensors

@@ -1,0 +1,340 @@
+"""Weights of the official PyTorch models, in and out, without PyTorch.
+
+Three formats: `"xlstm"`, the paper's `xLSTMLMModel` and `xLSTMBlockStack`; `"xlstm_large"`,
+`xLSTMLarge`; `"transformers"`, Hugging Face's `xLSTMForCausalLM`, in which the 7B model is out.
+"""
+
+import json
+import pathlib
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_xlstm._official import (
+    FORMATS,
+    HEAD,
+    as_array,
+    format_of,
+    official_shapes,
+    pairs_of,
+    settings_of,
+    some,
+)
+from keras_xlstm._safetensors import Safetensors
+from keras_xlstm.layers import mLSTMBlock
+from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
+
+__all__ = ["from_pretrained", "from_state_dict", "load_state_dict", "to_state_dict"]
+
+# ---------------------------------------------------------------- loading and writing
+
+
+def load_state_dict(model, tensors):
+    """Fills a model with official weights, or leaves it as it is if they do not fit exactly.
+
+    The format, and its layouts (sLSTM of the vanilla or the CUDA backend, single or fused
+    projections of the Large model), are told from names and shapes.
+
+    Args:
+        model: an `xLSTMLanguageModel`, or an `xLSTMStack` for tensors without embedding and head.
+        tensors: a mapping from official names to arrays: NumPy, PyTorch (bfloat16 too), or anything
+            with a shape, a dtype and `__array__`. Each one is read when it is its turn.
+
+    Raises:
+        ValueError: if a tensor is unknown, missing, misshapen or not floating point, or the model
+            is quantized, has LoRA or another architecture.
+
+    Example:
+
+    >>> model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=2)
+    >>> tensors = keras_xlstm.convert.to_state_dict(model)
+    >>> keras_xlstm.convert.load_state_dict(model, tensors)
+    """
+    format = format_of(tensors)
+    _check_model(model)
+    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
+        raise ValueError(
+            "`model` must not have LoRA: its updates would be added to the loaded weights. "
+            "Received: a model after enable_lora. Load the weights first, then enable LoRA."
+        )
+    if model.settings["architecture"] != FORMATS[format].architecture:
+        raise ValueError(
+            f'`model` must have architecture="{FORMATS[format].architecture}" for tensors named '
+            f'as in the format "{format}". Received: architecture='
+            f'"{model.settings["architecture"]}". from_state_dict builds the model that fits.'
+        )
+    pairs = pairs_of(model, format, tensors)
+    _check_tensors(model, format, pairs, tensors)
+    for pair in pairs:
+        whole = _joined([as_array(tensors[name]) for name in pair.names])
+        start = 0
+        for ours, shape in zip(pair.ours, official_shapes(pair), strict=True):
+            variable = getattr(*ours)
+            part = pair.kind.ours(whole[start : start + shape[0]], variable.shape)
+            start += shape[0]
+            dtype = "float64" if variable.dtype == "float64" else "float32"
+            # A copy, whatever happened before: a backend may keep the memory that it is given.
+            variable.assign(np.array(part, dtype, order="C"))
+
+
+def to_state_dict(model, format="xlstm"):
+    """A model's weights under their official names, in the official layouts.
+
+    sLSTM is written in the layout of the vanilla backend, the Large model with single projections.
+    LoRA updates are merged. A state dict holds weights alone: soft caps, epsilon and the like go
+    into the other configuration by hand. Of the paper's norms, official files hold scale - 1: what
+    float32 keeps of it, which is all for scales from 0.5 up.
+
+    Args:
+        model: an `xLSTMLanguageModel`, or an `xLSTMStack`.
+        format: `"xlstm"` for architecture `"paper"`; `"xlstm_large"` or `"transformers"` for
+            `"large"`.
+
+    Returns:
+        A dict of NumPy arrays, float64 where the model is and float32 otherwise.
+
+    Raises:
+        ValueError: if the format has no such model.
+
+    Example:
+
+    >>> stack = keras_xlstm.models.xLSTMStack(64, num_blocks=1)
+    >>> keras_xlstm.convert.to_state_dict(stack)["post_blocks_norm.weight"].shape
+    (64,)
+    """
+    _check_model(model)
+    _check_format(model, format)
+    tensors = {}
+    for pair in pairs_of(model, format):
+        whole = _joined([pair.kind.theirs(_weight(*ours)) for ours in pair.ours])
+        for name, part in zip(pair.names, np.split(whole, len(pair.names)), strict=True):
+            tensors[name] = np.array(part, order="C")
+    if model.settings.get("tie_embeddings"):  # official modules list a shared matrix twice
+        tensors[HEAD] = tensors[FORMATS[format].embedding].copy()
+    return tensors
+
+
+def from_state_dict(tensors, **overrides):
+    """The model that official weights belong to, filled with them.
+
+    Names and shapes tell sizes, heads, which blocks are sLSTM, convolutions, biases, feed-forward
+    blocks and the final norm. What they cannot tell is as published: soft caps of the Large model
+    (15 for the gates, 30 for the logits) and epsilon, no dropout. Embeddings are tied if there is
+    no `lm_head.weight`, or if it equals the embedding.
+
+    Args:
+        tensors: as in `load_state_dict`.
+        **overrides: arguments of the model, as `dtype`, `dropout`, `logit_soft_cap=None` or
+            `tie_embeddings`; `mlstm_options` and `slstm_options` add to what the tensors tell.
+
+    Returns:
+        An `xLSTMLanguageModel`, or an `xLSTMStack` for an `xLSTMBlockStack`'s tensors.
+
+    Raises:
+        ValueError: if the tensors are not exactly those of a model.
+
+    Example:
+
+    >>> model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=2, pattern="1:1")
+    >>> tensors = keras_xlstm.convert.to_state_dict(model)
+    >>> keras_xlstm.convert.from_state_dict(tensors, dropout=0.1).settings["slstm_at"]
+    [1]
+    """
+    settings = settings_of(tensors, overrides.get("tie_embeddings"))
+    return _filled(tensors, settings, overrides)
+
+
+def from_pretrained(folder, dtype=None, **overrides):
+    """The model in a folder that Hugging Face's `save_pretrained` wrote, as NX-AI/xLSTM-7b.
+
+    Reads config.json and safetensors files, one or several, tensor by tensor: it takes little more
+    memory than the model. Nothing is downloaded and nothing unpickled.
+
+        folder = huggingface_hub.snapshot_download("NX-AI/xLSTM-7b")
+        model = keras_xlstm.convert.from_pretrained(folder, dtype="bfloat16")
+
+    Args:
+        folder: where the files are.
+        dtype: policy of all layers; None takes Keras's own, whatever the files hold.
+        **overrides: as in `from_state_dict`; they win over config.json.
+
+    Returns:
+        An `xLSTMLanguageModel`.
+
+    Raises:
+        ValueError: if files are missing, damaged, of another model, or contradict one another.
+    """
+    folder = pathlib.Path(folder)
+    config, tensors = _read_config(folder), Safetensors(folder)
+    tied = overrides.get("tie_embeddings")
+    if tied is None and HEAD in tensors and not config["tie_word_embeddings"]:
+        tied = False
+    settings = settings_of(tensors, tied)
+    said = {
+        "vocabulary_size": config["vocab_size"],
+        "units": config["hidden_size"],
+        "num_blocks": config["num_blocks"],
+        "num_heads": config["num_heads"],
+    }
+    if "tie_embeddings" not in overrides:
+        said["tie_embeddings"] = config["tie_word_embeddings"]
+    for name, value in said.items():
+        if settings.get(name) != value:
+            raise ValueError(
+                f"config.json and the tensors in {folder} must agree. Received: {name} is {value} "
+                f"in config.json and {settings.get(name)} by the tensors. Use the files of one "
+                "model, or from_state_dict, which does not read config.json."
+            )
+    settings["logit_soft_cap"] = config["output_logit_soft_cap"]
+    settings["mlstm_options"] |= {
+        "gate_soft_cap": config["gate_soft_cap"],
+        "epsilon": config["norm_eps"],
+    }
+    return _filled(tensors, settings, {"dtype": dtype, **overrides})
+
+
+def _filled(tensors, settings, overrides):
+    for name in ("mlstm_options", "slstm_options"):
+        overrides = {**overrides, name: {**settings[name], **(overrides.get(name) or {})}}
+    kind = xLSTMLanguageModel if "vocabulary_size" in settings else xLSTMStack
+    model = kind(**{**settings, **overrides})
+    load_state_dict(model, tensors)
+    return model
+
+
+def _joined(arrays):
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _weight(layer, attribute):
+    weight = getattr(layer, attribute)
+    wide = keras.backend.standardize_dtype(weight.dtype) == "float64"
+    return ops.convert_to_numpy(weight if wide else ops.cast(weight, "float32"))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_model(model):
+    if not isinstance(model, (xLSTMLanguageModel, xLSTMStack)):
+        raise ValueError(
+            "`model` must be an xLSTMLanguageModel or an xLSTMStack. "
+            f"Received: {type(model).__name__}. Of a larger model, convert the part."
+        )
+    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
+        raise ValueError(
+            "`model` must have floating-point weights. Received: a quantized model. "
+            "Convert it before it is quantized."
+        )
+
+
+def _check_tensors(model, format, pairs, tensors):
+    """Every tensor there and as it should be, before anything is assigned."""
+    expected, wrong = {}, {"missing": [], "unknown": [], "misshapen": [], "not floating point": []}
+    for pair in pairs:
+        shapes = official_shapes(pair)
+        rows = sum(shape[0] for shape in shapes) // len(pair.names)
+        expected |= dict.fromkeys(pair.names, (rows, *shapes[0][1:]))
+    if model.settings.get("tie_embeddings") and HEAD in tensors:
+        expected[HEAD] = expected[FORMATS[format].embedding]
+    wrong["unknown"] = [repr(name) for name in set(tensors) - set(expected)]
+    for name, shape in expected.items():
+        if name not in tensors:
+            wrong["missing"].append(repr(name))
+            continue
+        got, dtype = tuple(np.shape(tensors[name])), _dtype(tensors[name])
+        if got != shape:
+            wrong["misshapen"].append(f"{name!r} of shape {got} in place of {shape}")
+        if not re.search(r"\bb?float(16|32|64)\b", dtype):
+            wrong["not floating point"].append(f"{name!r} of dtype {dtype}")
+    if any(wrong.values()):
+        said = "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names)
+        raise ValueError(
+            f'`tensors` must hold exactly the tensors of the model, as the format "{format}" names '
+            f"them. Received: {said}. from_state_dict builds the model that tensors belong to; "
+            "what it does not know, as biases of norms, this package has no counterpart for."
+        )
+    if HEAD in tensors and model.settings.get("tie_embeddings"):
+        if not np.array_equal(*(as_array(tensors[n]) for n in (HEAD, FORMATS[format].embedding))):
+            raise ValueError(
+                f"{HEAD!r} must equal the embedding for a model with tie_embeddings=True. "
+                "Received: another matrix. Give tie_embeddings=False."
+            )
+
+
+def _dtype(value):
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    return getattr(dtype, "name", str(dtype))
+
+
+def _check_format(model, format):
+    settings, blocks = model.settings, model.blocks
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {list(FORMATS)}. Received: format={format!r}.")
+
+    def has(name, value):
+        return any(getattr(block, name, value) != value for block in blocks)
+
+    reasons = {
+        f'architecture="{settings["architecture"]}"': (
+            settings["architecture"] != FORMATS[format].architecture
+        ),
+        'input_gate="sigmoid"': has("input_gate_activation", "exponential"),
+        'forget_activation="exponential"': has("forget_activation", "sigmoid"),
+    }
+    if format == "xlstm":
+        reasons |= {
+            "a gate_soft_cap": has("gate_soft_cap", None),
+            "a logit_soft_cap": settings.get("logit_soft_cap") is not None,
+            "an epsilon other than 1e-5": has("epsilon", 1e-5),
+            "mLSTM without a convolution": any(
+                isinstance(block, mLSTMBlock) and not block.conv_kernel_size for block in blocks
+            ),
+        }
+    else:
+        reasons["use_bias=True without biases of the norms"] = has("use_bias", False)
+    if format == "transformers":
+        reasons["final_norm=False"] = not settings["final_norm"]
+        reasons["no embedding and head"] = not isinstance(model, xLSTMLanguageModel)
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(
+            f'The format "{format}" must have a counterpart of the model. Received: a model with '
+            f"{' and '.join(found)}, which it has not. model.save writes any model, as .keras."
+        )
+
+
+def _read_config(folder):
+    """config.json, with what it leaves out as Hugging Face's xLSTMConfig has it."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            "`folder` must hold config.json and safetensors files. Received: "
+            f"{str(folder)!r}, without config.json. Download a model from a hub to a folder first."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config.json in {folder} must be JSON. Received: {error}.") from error
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    if kind != "xlstm":
+        raise ValueError(
+            'config.json must have model_type "xlstm". Received: '
+            f"model_type={kind!r}. Other models have no counterpart here."
+        )
+    config = {name: value for name, value in config.items() if value is not None}
+    size = config.get("embedding_dim", 4096)
+    blocks = config.get("num_hidden_layers", 32)
+    config = {
+        "hidden_size": size, "num_blocks": blocks, "vocab_size": 50304, "num_heads": 8,
+        "tie_word_embeddings": False, "norm_eps": 1e-6, "eps": 1e-6, "use_bias": False,
+        "gate_soft_cap": 15.0, "output_logit_soft_cap": 30.0, **config,
+    }  # fmt: skip
+    for name, value in {"eps": 1e-6, "use_bias": False}.items():
+        if config[name] != value:
+            raise ValueError(
+                f"config.json must have {name}={value}. Received: {name}={config[name]}. "
+                "This package has no counterpart of other values."
+            )
+    return config
