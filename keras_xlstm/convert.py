@@ -68,15 +68,9 @@ def load_state_dict(model, tensors):
     pairs = pairs_of(model, format, tensors)
     _check_tensors(model, format, pairs, tensors)
     for pair in pairs:
-        whole = _joined([as_array(tensors[name]) for name in pair.names])
-        start = 0
-        for ours, shape in zip(pair.ours, official_shapes(pair), strict=True):
-            variable = getattr(*ours)
-            part = pair.kind.ours(whole[start : start + shape[0]], variable.shape)
-            start += shape[0]
-            dtype = "float64" if variable.dtype == "float64" else "float32"
-            # A copy, whatever happened before: a backend may keep the memory that it is given.
-            variable.assign(np.array(part, dtype, order="C"))
+        values = _read(pair, tensors)
+        for ours in pair.ours:
+            getattr(*ours).assign(values.pop(0))
 
 
 def to_state_dict(model, format="xlstm"):
@@ -202,6 +196,20 @@ def _filled(tensors, settings, overrides):
     model = kind(**{**settings, **overrides})
     load_state_dict(model, tensors)
     return model
+
+
+def _read(pair, tensors):
+    """What the variables of a pair are to hold; what it was made of is free again."""
+    whole = _joined([as_array(tensors[name]) for name in pair.names])
+    start, values = 0, []
+    for ours, shape in zip(pair.ours, official_shapes(pair), strict=True):
+        variable = getattr(*ours)
+        part = pair.kind.ours(whole[start : start + shape[0]], variable.shape)
+        start += shape[0]
+        dtype = "float64" if variable.dtype == "float64" else "float32"
+        # A copy, whatever happened before: a backend may keep the memory that it is given.
+        values.append(np.array(part, dtype, order="C"))
+    return values
 
 
 def _joined(arrays):
