@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from test_layers import fit, jit, perturbed
-from tools import array, assert_close, tensor, vjp
+from tools import array, assert_close, call, tensor, vjp
 
 from keras_xlstm.layers import CausalConv1D, mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
 
@@ -151,7 +151,7 @@ def expected(block, x):
 def test_equations(case, rng):
     block = built(case, rng)
     x = data(rng)
-    assert_close(block(x), expected(block, x), 2e-5)
+    assert_close(call(block, x), expected(block, x), 2e-5)
 
 
 # ------------------------------------------------------------------------------------- contract
@@ -162,11 +162,11 @@ def test_carried_state(case, rng):
     """Any split, and one step at a time, equals one pass."""
     block = built(case, rng, return_state=True)
     x = data(rng)
-    want, *want_state = block(x)
+    want, *want_state = call(block, x)
     for size in (1, 5):
         state, out = None, []
         for t in range(0, T, size):
-            y, *state = block(x[:, t : t + size], initial_state=state)
+            y, *state = call(block, x[:, t : t + size], initial_state=state)
             out.append(array(y))
         assert_close(np.concatenate(out, 1), array(want), 1e-5)
         for a, b in zip(state, want_state, strict=True):
@@ -184,11 +184,11 @@ def test_masks(case, rng):
     mask = np.array(rows, bool)
     x = data(rng, len(rows), T, D)
     x[~mask] = np.nan
-    out, *state = (array(a) for a in block(x, mask=mask))
+    out, *state = (array(a) for a in call(block, x, mask=mask))
     np.testing.assert_array_equal(out[~mask], x[~mask])
     assert not any(s[4].any() for s in state)
     real = x[:4][mask[:4]].reshape(4, 6, D)
-    alone, *alone_state = (array(a) for a in block(real))
+    alone, *alone_state = (array(a) for a in call(block, real))
     assert_close(out[:4][mask[:4]].reshape(4, 6, D), alone, 1e-5)
     for a, s in zip(alone_state, state, strict=True):
         assert_close(s[:4], a, 1e-5)
@@ -202,12 +202,12 @@ def test_packed_documents(case, masked, rng):
     x = data(rng)
     ids = np.array([[4, 4, 9, 9, 9, 4, 7, 7, 7]] * B)
     mask = np.array([[1, 1, 0, 1, 1, 0, 1, 1, 0] if masked else [1] * T] * B, bool)
-    _, *state = block(data(rng))
-    out, *last = block(x, initial_state=state, segment_ids=ids, mask=mask if masked else None)
+    _, *state = call(block, data(rng))
+    out, *last = call(block, x, initial_state=state, segment_ids=ids, mask=mask if masked else None)
     for start, end in ((0, 2), (2, 5), (5, 6), (6, 9)):
         real = np.arange(start, end)[mask[0, start:end]]
         if len(real):
-            alone, *alone_last = block(x[:, real], initial_state=None if start else state)
+            alone, *alone_last = call(block, x[:, real], initial_state=None if start else state)
             assert_close(array(out)[:, real], array(alone), 1e-5)
     for a, b in zip(alone_last, last, strict=True):
         assert_close(b, array(a), 1e-5)
@@ -221,12 +221,12 @@ def test_gradients_of_packed_documents(case, rng):
     ids, mask = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * B), np.ones((B, T), bool)
     mask[:, 2] = False
     c[~mask] = 0
-    packed = lambda x: (block(x, mask=mask, segment_ids=ids),)  # noqa: E731
+    packed = lambda x: (call(block, x, mask=mask, segment_ids=ids),)  # noqa: E731
     _, (got,) = vjp(packed, [tensor(x)], [tensor(c)])
     assert not array(got)[:, 2].any()
     for start, end in ((0, 4), (4, 9)):
         real = np.arange(start, end)[mask[0, start:end]]
-        alone = lambda x: (block(x),)  # noqa: E731
+        alone = lambda x: (call(block, x),)  # noqa: E731
         _, (want,) = vjp(alone, [tensor(x[:, real])], [tensor(c[:, real])])
         assert_close(array(got)[:, real], array(want), 2e-5)
 
@@ -235,9 +235,9 @@ def test_gradients_of_packed_documents(case, rng):
 def test_causal(case, rng):
     block = built(case, rng)
     x = data(rng)
-    before = array(block(x))
+    before = array(call(block, x))
     x[:, 6:] += 1
-    np.testing.assert_array_equal(array(block(x))[:, :6], before[:, :6])
+    np.testing.assert_array_equal(array(call(block, x))[:, :6], before[:, :6])
 
 
 @main
@@ -246,7 +246,7 @@ def test_specs_and_config(case, policy, rng):
     Block, options = CASES[case]
     block = Block(num_heads=H, return_state=True, dtype=policy, **options)
     x = data(rng)
-    got = block(x)
+    got = call(block, x)
     spec = block.compute_output_spec(keras.KerasTensor((B, T, D)))
     shapes = block.compute_output_shape((B, T, D))
     for g, s, shape in zip(got, spec, shapes, strict=True):
@@ -285,7 +285,7 @@ def test_remat_changes_nothing(case, rng):
     again = type(block).from_config({**block.get_config(), "remat": True})
     again.build((None, None, D))
     again.set_weights(block.get_weights())
-    arguments = [tensor(data(rng)), *(tensor(array(s)) for s in block(data(rng))[1:])]
+    arguments = [tensor(data(rng)), *(tensor(array(s)) for s in call(block, data(rng))[1:])]
     cotangents = [tensor(rng.normal(size=a.shape)) for a in arguments]
     results = [
         vjp(

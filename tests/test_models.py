@@ -19,6 +19,10 @@ def model_of(kind="paper", rng=None, **options):
     return perturbed(model, rng, 0.2) if rng is not None else model
 
 
+def logits_of(model, inputs):
+    return model.predict_on_batch(inputs)
+
+
 def tokens(rng, *shape):
     return rng.integers(0, V, shape or (B, T))
 
@@ -48,7 +52,7 @@ def test_is_its_layers(kind, options, rng):
     """The functional model, `run` and `logits`, and the layers one after another, agree."""
     model = model_of(kind, rng, **options)
     ids = tokens(rng)
-    got = array(model(ids))
+    got = logits_of(model, ids)
     assert got.shape == (B, T, V) == (B, T, model.compute_output_shape((B, T))[-1])
     x = model.get_layer("embedding")(ids)
     for block in model.blocks:
@@ -83,12 +87,12 @@ def test_packing_and_padding(kind, rng):
     model = model_of(kind, rng)
     ids = tokens(rng, 1, T)
     segments = np.array([[7, 7, 7, 7, 2, 2, 2, 2, 2, 2, 7]])
-    packed = array(model({"token_ids": ids, "segment_ids": segments}))
+    packed = logits_of(model, {"token_ids": ids, "segment_ids": segments})
     for start, end in ((0, 4), (4, 10), (10, 11)):
-        assert_close(packed[:, start:end], array(model(ids[:, start:end])), 1e-5)
+        assert_close(packed[:, start:end], logits_of(model, ids[:, start:end]), 1e-5)
     for mask in (np.arange(T) < 6, np.arange(T) >= 5):
-        padded = array(model({"token_ids": ids, "padding_mask": mask[None]}))
-        assert_close(padded[:, mask], array(model(ids[:, mask])), 1e-5)
+        padded = logits_of(model, {"token_ids": ids, "padding_mask": mask[None]})
+        assert_close(padded[:, mask], logits_of(model, ids[:, mask]), 1e-5)
 
 
 @each
@@ -117,9 +121,8 @@ def test_packed_training_is_training_on_the_documents(kind, rng):
         assert error(a, b) < 2e-5
 
 
-@each
-def test_fits_saves_and_loads(kind, rng, tmp_path):
-    model = model_of(kind, dropout=0.1, embedding_dropout=0.1, mlstm_options={
+def test_fits_saves_and_loads(rng, tmp_path):
+    model = model_of("paper", dropout=0.1, embedding_dropout=0.1, mlstm_options={
         "kernel_initializer": keras.initializers.RandomNormal(stddev=0.1)
     })  # fmt: skip
     ids = tokens(rng)
@@ -132,9 +135,10 @@ def test_fits_saves_and_loads(kind, rng, tmp_path):
     assert loaded.get_config() == model.get_config()
     np.testing.assert_array_equal(loaded.predict(ids, verbose=0), model.predict(ids, verbose=0))
     model.save_weights(tmp_path / "model.weights.h5")
-    other = model_of(kind)
+    other = model_of()
     other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(other.predict(ids, verbose=0), model.predict(ids, verbose=0))
+    want = model.predict(ids, verbose=0)  # compiled by XLA on TensorFlow, the other is not
+    np.testing.assert_allclose(other.predict(ids, verbose=0), want, atol=1e-5)
     paths = [v.path for v in model.weights]
     assert len(set(paths)) == len(paths)
     assert any(path.endswith("block_1/head_norm/gamma") for path in paths)
@@ -174,7 +178,8 @@ def slowly(model, prompt, count):
     """Greedy continuation by running the whole text again for each token."""
     text = list(prompt)
     for _ in range(count):
-        text.append(int(array(model(np.array([text])))[0, -1].argmax()))
+        padded = np.array([text + [0] * (30 - len(text))])  # one length: one compilation
+        text.append(int(logits_of(model, padded)[0, len(text) - 1].argmax()))
     return text
 
 
@@ -253,15 +258,14 @@ def test_state_does_not_grow(rng):
 # --------------------------------------------------------------------------- what users do to it
 
 
-@each
-def test_lora(kind, rng):
-    model = model_of(kind, rng)
+def test_lora(rng):
+    model = model_of("paper", rng)
     ids = tokens(rng)
     before = model.predict(ids, verbose=0)
     model.enable_lora(2)
     np.testing.assert_allclose(model.predict(ids, verbose=0), before, atol=1e-6)
     assert {v.name for v in model.trainable_variables} == {"lora_kernel_a", "lora_kernel_b"}
-    assert len(model.trainable_variables) == {"paper": 8, "large": 28}[kind]
+    assert len(model.trainable_variables) == 8
     values = [array(v) for v in model.variables]
     model.compile("adam", LOSS, jit_compile=jit())
     model.fit(ids, ids, epochs=2, verbose=0)
@@ -271,11 +275,10 @@ def test_lora(kind, rng):
     assert moved == {"lora_kernel_a", "lora_kernel_b"}
 
 
-@each
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
-def test_int8(kind, rng, tmp_path):
+def test_int8(rng, tmp_path):
     """Close to the float model; gates stay in float32; trains by LoRA; loads again."""
-    model = model_of(kind, rng)
+    model = model_of("large", rng)
     ids = tokens(rng)
     before = model.predict(ids, verbose=0)
     model.quantize("int8")
@@ -292,10 +295,10 @@ def test_int8(kind, rng, tmp_path):
     assert np.isfinite(model.fit(ids, ids, verbose=0).history["loss"]).all()
 
 
-@pytest.mark.parametrize("options", [
-    {"gradient_accumulation_steps": 2}, {"use_ema": True, "ema_momentum": 0.5}, {"weight_decay": 0.1},
-], ids=str)  # fmt: skip
-def test_optimizer_options(options, rng):
+def test_optimizer_options(rng):
+    options = {
+        "gradient_accumulation_steps": 2, "use_ema": True, "ema_momentum": 0.5, "weight_decay": 0.1,
+    }  # fmt: skip
     model = model_of("paper", rng)
     ids = tokens(rng, 8, T)
     model.compile(keras.optimizers.Adam(0.01, **options), LOSS, jit_compile=jit())

@@ -31,6 +31,15 @@ def assert_close(got, want, tolerance, name=""):
     assert e <= tolerance, f"{name}: relative error {e:.2e} > {tolerance:.0e}"
 
 
+def call(layer, x, **options):
+    """layer(x, **options); on JAX as one compiled function: op by op it would compile each."""
+    if BACKEND != "jax":
+        return layer(x, **options)
+    import jax
+
+    return jax.jit(lambda x, options: layer(x, **options))(x, options)
+
+
 def vjp(function, arguments, cotangents, compiled=True):
     """Outputs of function(*arguments), a flat tuple, and the arguments' gradients.
 
