@@ -112,7 +112,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="training steps in all (default 400)"
+        "--steps", type=int, default=320, help="training steps in all (default 320)"
     )
     parser.add_argument(
         "--epochs", type=int, default=8, help="the steps are shown in so many epochs (default 8)"
