@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_xlstm.layers import mLSTM, sLSTM
+from keras_xlstm.models import xLSTMLanguageModel
 
 
 def build():
@@ -29,6 +30,18 @@ def data():
     return x, rng.normal(size=(6, 1)).astype("float32")
 
 
+PROMPTS = [[1, 2, 3], list(range(20)), [7]]
+
+
+def build_language_model():
+    """Both of the paper's blocks, moved away from their initial zeros."""
+    model = xLSTMLanguageModel(23, 16, 2, num_heads=2, pattern="1:1", logit_soft_cap=30.0)
+    rng = np.random.default_rng(0)
+    for v in model.weights:
+        v.assign(keras.ops.convert_to_numpy(v) + 0.2 * rng.normal(size=v.shape))
+    return model
+
+
 def write(folder):
     keras.utils.set_random_seed(0)
     x, y = data()
@@ -38,6 +51,9 @@ def write(folder):
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
     np.save(folder / "outputs.npy", model.predict(x, verbose=0))
+    model = build_language_model()
+    model.save(folder / "language_model.keras")
+    np.save(folder / "tokens.npy", np.concatenate(model.generate(PROMPTS, 12, temperature=0)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def test_readme(tmp_path, monkeypatch):
     assert namespace["h"].shape == (2, 300, 4, 16)
 
 
-PUBLIC = [getattr(m, name) for m in (convert, initializers, layers, models, ops) for name in m.__all__]
+PUBLIC = [
+    getattr(m, name) for m in (convert, initializers, layers, models, ops) for name in m.__all__
+]
 PUBLIC += [models.xLSTMLanguageModel.generate, models.xLSTMLanguageModel.stream]
 PUBLIC = [p for p in PUBLIC if ">>>" in (p.__doc__ or "")] + [backends.available]
 

@@ -34,6 +34,7 @@ def test_every_backend_reads_every_backend(written):
         model.jit_compile = False
     model.fit(x, y, verbose=0)  # compiled: the optimizer came along
     assert int(array(model.optimizer.iterations)) == 4
+    continues_as_written(written)
     model = exchange.build()
     model.load_weights(written / "model.weights.h5")
     np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
@@ -44,6 +45,14 @@ def test_golden_file():
     model = keras.models.load_model(GOLDEN / "model.keras", compile=False)
     got = model.predict(exchange.data()[0], verbose=0)
     np.testing.assert_allclose(got, np.load(GOLDEN / "outputs.npy"), atol=1e-5)
+    continues_as_written(GOLDEN)
+
+
+def continues_as_written(folder):
+    """Greedy decoding gives the same tokens on every backend."""
+    model = keras.models.load_model(folder / "language_model.keras")
+    got = np.concatenate(model.generate(exchange.PROMPTS, 12, temperature=0))
+    np.testing.assert_array_equal(got, np.load(folder / "tokens.npy"))
 
 
 @pytest.mark.parametrize("Layer", [keras_xlstm.layers.sLSTM, keras_xlstm.layers.mLSTM])
