@@ -1,0 +1,52 @@
+"""Each example runs, at a size of seconds, on the backend of this run."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tools import BACKEND
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(name, *arguments, cwd):
+    env = {**os.environ, "KERAS_BACKEND": BACKEND}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_help(path, tmp_path):
+    assert "--" in run(path.name, "--help", cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_forecasting(tmp_path):
+    # Two noisy daily waves, a gap in one: 2,200 hours leave 109 windows to test.
+    hours = np.arange(2200)
+    waves = np.stack([np.sin(hours / 24 * 2 * np.pi), np.cos(hours / 12 * 2 * np.pi)], axis=1)
+    waves += 0.1 * np.random.default_rng(0).normal(size=waves.shape)
+    rows = [f"day,{x:.3f},{y:.3f}" for x, y in waves]
+    rows[100] = "day,,0.5"
+    (tmp_path / "waves.csv").write_text("\n".join(["date,a,b", *rows]))
+    options = ("--columns", 1, 2, "--epochs", 2, "--out", "plot.png")
+    said = run("forecasting.py", "--csv", "waves.csv", *options, cwd=tmp_path)
+    error = {line.split(":")[0]: float(line.split()[2][:-1]) for line in said.splitlines()[-2:]}
+    assert error["xlstm"] < error["repeat-last"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("aeon") is None,
+    reason="the data are in a package: pip install --no-deps aeon==1.6.0",
+)
+def test_classification(tmp_path):
+    said = run("classification.py", "--epochs", 2, "--bidirectional", cwd=tmp_path)
+    assert float(said.split()[-1]) > 2 / 9
