@@ -77,6 +77,9 @@ def test_patterns():
     assert kinds(pattern="0:1") == "ssssss"
     assert kinds(slstm_at=[5, 0]) == "smmmms"
     assert kinds(architecture="large") == "xxxxxx"
+    same = {"kernel_initializer": keras.initializers.RandomNormal(seed=1)}
+    stack = xLSTMStack(D, 2, num_heads=2, mlstm_options=same)  # one instance, every block its own
+    assert len({array(block.up_projection.kernel).tobytes() for block in stack.blocks}) == 2
     stack = xLSTMStack(D, 2, num_heads=2, pattern="1:1", mlstm_options={"conv_kernel_size": 0})
     assert [len(block.state_names) for block in stack.blocks] == [3, 5]
 
@@ -371,6 +374,11 @@ def test_bad_calls(rng):
         model_of()({"ids": np.zeros((1, 2), int)})
     with pytest.raises(ValueError, match='"1:0" .mLSTM alone. and "7:1".*"2:1"|2:1'):
         configs.xlstm_125m("2:1")
+    for call in ("__call__", "predict", "fit", "evaluate"):
+        with pytest.raises(ValueError, match=f"from 0 to {V - 1}.*Received: ids from 1 to {V}"):
+            getattr(model_of(), call)(np.array([[1, V]]))
+        with pytest.raises(ValueError, match="must be integers. Received: dtype float64"):
+            getattr(model_of(), call)({"token_ids": np.array([[1.5, 2]])})
     with pytest.raises(ValueError, match="`rank` must be"):
         model_of().enable_lora(0)
 

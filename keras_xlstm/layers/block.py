@@ -92,11 +92,14 @@ class Block(StateLayer):
         self._build(self.dim)
 
     def _initializer(self, initializer, offset):
-        """The initialiser for one of several kernels; scaled ones are told the model's width."""
+        """The initialiser for one of several kernels; scaled ones are told the model's width.
+
+        Reseeded by the block too: a whole stack may have been given the same instance.
+        """
         if getattr(initializer, "dim", 0) is None:
             config = {**initializer.get_config(), "dim": self.dim}
             initializer = type(initializer).from_config({**config, "seed": initializer.seed})
-        return initializers.reseeded(initializer, offset)
+        return initializers.reseeded(initializer, offset + 100 * self.block_index)
 
     def _gate(self, name, width, bias_initializer):
         # In float32 whatever the policy: a gate is an exponent.

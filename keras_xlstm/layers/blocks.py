@@ -351,7 +351,7 @@ class sLSTMBlock(Block):
 
     def _draw_recurrent(self, shape, dtype=None):
         H, D, _, _ = shape
-        draws = (initializers.reseeded(self.recurrent_initializer, head) for head in range(H))
+        draws = (self._initializer(self.recurrent_initializer, head) for head in range(H))
         return ops.reshape(ops.stack([draw((D, 4 * D), dtype=dtype) for draw in draws]), shape)
 
     def _draw_bias(self, shape, dtype=None):

@@ -1,6 +1,7 @@
 """xLSTMLanguageModel: token ids to logits, and generation."""
 
 import keras
+import numpy as np
 
 from keras_xlstm import initializers
 from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
@@ -92,6 +93,7 @@ class xLSTMLanguageModel(Generates, stack.StackModel):
             dtype=policy,
             name="embedding",
         )
+        embedding.supports_masking = True  # it acts on every step by itself, in both directions
         x = embedding(inputs["token_ids"])
         if embedding_dropout:
             x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
@@ -111,6 +113,45 @@ class xLSTMLanguageModel(Generates, stack.StackModel):
         super().__init__(inputs=inputs, outputs=x, name=name)
         self.settings = settings
         self._outer_dim = vocabulary_size
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_ids(self, inputs):
+        """Of NumPy arrays: what is on a device would have to be fetched for it."""
+        ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
+        if not isinstance(ids, np.ndarray) or not ids.size:
+            return
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"Token ids must be integers. Received: dtype {ids.dtype}. Use ids.astype('int32')."
+            )
+        lowest, highest = ids.min(), ids.max()
+        if lowest < 0 or highest >= self.settings["vocabulary_size"]:
+            raise ValueError(
+                f"Token ids must be from 0 to {self.settings['vocabulary_size'] - 1}, the model's "
+                f"vocabulary. Received: ids from {lowest} to {highest}."
+            )
+
+    def __call__(self, inputs, *args, **kwargs):
+        self._check_ids(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def fit(self, x=None, *args, **kwargs):
+        """`keras.Model.fit`; token ids in NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().fit(x, *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """`keras.Model.evaluate`; token ids in NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """`keras.Model.predict`; token ids in NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().predict(x, *args, **kwargs)
+
+    # ------------------------------------------------------------------ in parts
 
     def run(self, token_ids, state, padding_mask=None, segment_ids=None):
         """Features of all tokens from a state, and the new state: `(features, state)`.
