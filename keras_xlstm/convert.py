@@ -143,8 +143,8 @@ def from_state_dict(tensors, **overrides):
 def from_pretrained(folder, dtype=None, **overrides):
     """The model in a folder that Hugging Face's `save_pretrained` wrote, as NX-AI/xLSTM-7b.
 
-    Reads config.json and safetensors files, one or several, tensor by tensor: it takes little more
-    memory than the model. Nothing is downloaded and nothing unpickled.
+    Reads config.json and safetensors files, one or several, tensor by tensor: it takes the memory
+    of the model and a few times that of its largest matrix. Nothing is downloaded or unpickled.
 
         folder = huggingface_hub.snapshot_download("NX-AI/xLSTM-7b")
         model = keras_xlstm.convert.from_pretrained(folder, dtype="bfloat16")
