@@ -25,7 +25,7 @@ LAYERS = {  # (batch, days, 64) to the same: one of these lines is all that diff
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--csv", help="a table with a header; motorway traffic and weather if left out")
-parser.add_argument("--columns", type=int, nargs="+", default=[1, 4, 5], help="counted from 0")
+parser.add_argument("--columns", type=int, nargs="+", default=[1, 4, 5], help="ETTh1 has 1 to 7")
 parser.add_argument("--layer", choices=LAYERS, default="xlstm")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--seed", type=int, default=0)
@@ -33,8 +33,8 @@ parser.add_argument("--out", default="forecast.png")
 args = parser.parse_args()
 keras.utils.set_random_seed(args.seed)
 if args.csv is None:
-    autots = importlib.util.find_spec("autots") or parser.error("give --csv, or install autots")
-    archive = f"{autots.submodule_search_locations[0]}/datasets/data/traffic_hourly.zip"
+    spec = importlib.util.find_spec("autots") or parser.error("pip install --no-deps autots==1.0.4")
+    archive = f"{spec.submodule_search_locations[0]}/datasets/data/traffic_hourly.zip"
     args.csv = zipfile.ZipFile(archive).open("traffic_hourly.zip")
 x = np.genfromtxt(args.csv, delimiter=",", skip_header=1, usecols=args.columns, max_rows=14400)
 a, b = int(0.6 * len(x)), int(0.8 * len(x))  # 12 months to train, 4 to validate, 4 to test

@@ -29,7 +29,7 @@ def test_help(path, tmp_path):
 
 
 def test_forecasting(tmp_path):
-    # Two noisy daily waves, a gap in one: 2,200 hours leave 109 windows to test.
+    # Two noisy daily waves, a gap in one: 2,200 hours leave 345 windows to test.
     hours = np.arange(2200)
     waves = np.stack([np.sin(hours / 24 * 2 * np.pi), np.cos(hours / 12 * 2 * np.pi)], axis=1)
     waves += 0.1 * np.random.default_rng(0).normal(size=waves.shape)
