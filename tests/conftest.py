@@ -24,3 +24,13 @@ def _fresh():
     keras.config.set_dtype_policy("float32")
     yield
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory():
+    """Compiled functions are kept for good: gigabytes over the whole suite."""
+    yield
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
