@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -30,6 +31,8 @@ def _fresh():
 def _memory():
     """Compiled functions are kept for good: gigabytes over the whole suite."""
     yield
+    keras.backend.clear_session()
+    gc.collect()
     if keras.backend.backend() == "jax":
         import jax
 
