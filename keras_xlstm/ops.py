@@ -50,8 +50,8 @@ def mlstm(
             into one row do not see each other. The first segment continues `initial_state`.
         return_state: return `(h, (C, n, m))`.
         input_gate: `"exp"`, or `"sigmoid"` (log sigmoid(i) in place of i).
-        eps: added to the denominator, in units of exp(m). The gradient takes m for a constant: it is
-            exact for eps=0, and to about eps otherwise.
+        eps: added to the denominator, in units of exp(m). The gradient takes m for a constant: it
+            is exact for eps=0, and to about eps otherwise.
         chunk_size: steps that are computed at once; None picks. It does not change the result.
         implementation: None picks what fits; `"native"`, `"triton"`, `"pallas"` or `"xla"` runs
             that one, or says why it cannot.
