@@ -245,6 +245,7 @@ def test_causal(case, rng):
 def test_specs_and_config(case, policy, rng):
     Block, options = CASES[case]
     block = Block(num_heads=H, return_state=True, dtype=policy, **options)
+    block.build((None, None, D))  # not within the compiled call
     x = data(rng)
     got = call(block, x)
     spec = block.compute_output_spec(keras.KerasTensor((B, T, D)))
