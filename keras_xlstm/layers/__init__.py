@@ -1,10 +1,11 @@
 """Keras layers of xLSTM."""
 
-from keras_xlstm.layers.blocks import mLSTMBlock, sLSTMBlock
 from keras_xlstm.layers.large import xLSTMLargeBlock
 from keras_xlstm.layers.mlstm import mLSTM
+from keras_xlstm.layers.mlstm_block import mLSTMBlock
 from keras_xlstm.layers.parts import CausalConv1D, GatedFeedForward, MultiHeadNorm, SoftCap
 from keras_xlstm.layers.slstm import sLSTM
+from keras_xlstm.layers.slstm_block import sLSTMBlock
 from keras_xlstm.layers.slstm_cell import sLSTMCell
 
 __all__ = [
