@@ -104,6 +104,10 @@ def slstm_forward(
         new_h = o * (new_c / new_n)  # eq. 10
         new = (new_h, new_c, new_n, new_m)
         if hold is not None:
+            if alone:  # the state's true value is (c, n) exp(m): where held, m hears of it too
+                m = framework.constant(carry[-1])
+                change = ops.exp(carry[-1] - m)
+                carry = (carry[0], change * c, change * n, m)
             new = tuple(ops.where(held, a, b) for a, b in zip(carry, new, strict=True))
         return new, new if keep else new[:1]
 

@@ -67,7 +67,7 @@ class mLSTMCase:
         )
         return got, want
 
-    def check(self, dtype="float32", factor=1.0, **options):
+    def check(self, dtype="float32", factor=1.0, least=0.0, **options):
         ((h, C, n, m), gradients), (want_h, want_state, want_gradients) = self.run(dtype, **options)
         tolerance = TOLERANCE[dtype] * factor
         assert keras.backend.standardize_dtype(h.dtype) == dtype
@@ -76,11 +76,10 @@ class mLSTMCase:
         scale = np.exp(array(m) - want_state[2])
         states = (array(C) * scale[..., None, None], array(n) * scale[..., None], m)
         for name, a, b in zip("Cnm", states, want_state, strict=True):
-            assert_close(a, b, tolerance, f"last {name}")
+            assert_close(a, b, tolerance, f"last {name}", least if name == "m" else 0.0)
         for name, a in zip(self.names, gradients, strict=True):
-            assert_close(
-                ops.cast(a, "float64"), want_gradients[name], tolerance, f"gradient of {name}"
-            )
+            name, want = f"gradient of {name}", want_gradients[name]
+            assert_close(ops.cast(a, "float64"), want, tolerance, name, least)
 
 
 class sLSTMCase:
@@ -121,7 +120,7 @@ class sLSTMCase:
         )  # fmt: skip
         return got, want
 
-    def check(self, dtype="float32", factor=1.0, **options):
+    def check(self, dtype="float32", factor=1.0, least=0.0, **options):
         ((h, *state), gradients), (want_h, want_state, want_gradients) = self.run(dtype, **options)
         tolerance = TOLERANCE[dtype] * factor
         assert keras.backend.standardize_dtype(h.dtype) == dtype
@@ -129,11 +128,10 @@ class sLSTMCase:
         scale = np.exp(array(state[3]) - want_state[3])
         state[1:3] = (array(s) * scale for s in state[1:3])
         for name, a, b in zip("hcnm", state, want_state, strict=True):
-            assert_close(a, b, tolerance, f"last {name}")
+            assert_close(a, b, tolerance, f"last {name}", least if name == "m" else 0.0)
         for name, a in zip(self.names, gradients, strict=True):
-            assert_close(
-                ops.cast(a, "float64"), want_gradients[name], tolerance, f"gradient of {name}"
-            )
+            name, want = f"gradient of {name}", want_gradients[name]
+            assert_close(ops.cast(a, "float64"), want, tolerance, name, least)
 
 
 CASES = {"mlstm": mLSTMCase, "slstm": sLSTMCase}
@@ -170,6 +168,12 @@ def test_masks_and_segments(case, mask, segments, rng):
     }
     options |= {"chunk_size": 8} if case is mLSTMCase else {}
     case(rng, B=B, T=T, H=1).check("float64", **options)
+
+
+@both
+def test_one_masked_step(case, rng):
+    """The state goes through as it is, and so do all its gradients."""
+    case(rng, B=2, T=1).check("float64", mask=np.array([[True], [False]]))
 
 
 @both
@@ -377,7 +381,7 @@ def test_any_shape_mask_and_segments(data):
         "segment_ids": make_segments(
             draw(st.sampled_from([None, "growing", "returning"])), B, T, rng
         ),
-        "compiled": False,
+        "compiled": BACKEND == "jax",  # op by op it would compile each
     }
     scale = draw(st.sampled_from([0.1, 1.0, 20.0]), "gate scale")
     sizes = {"B": B, "T": T, "H": H, "state": draw(st.booleans(), "state"), "gate_scale": scale}
@@ -385,8 +389,9 @@ def test_any_shape_mask_and_segments(data):
         K, V = draw(st.integers(1, 6), "K"), draw(st.integers(1, 6), "V")
         options["chunk_size"] = draw(st.sampled_from([None, 1, 3, 8]), "chunk_size")
         options["input_gate"] = draw(st.sampled_from(["exp", "sigmoid"]), "input_gate")
-        # 1e-6: dq is a difference that is all but zero where one step alone is in the memory.
-        mLSTMCase(rng, K=K, V=V, **sizes).check("float64", factor=1e4, **options)
+        # The gradient of q or f can be a difference of large terms: 6e-11 was seen. And all but
+        # zero, where one step alone is in the memory: then rounding is all there is.
+        mLSTMCase(rng, K=K, V=V, **sizes).check("float64", factor=10.0, least=1e-3, **options)
     else:
         options["forget_gate"] = draw(st.sampled_from(["sigmoid", "exp"]), "forget_gate")
         options["recurrent_gradient_clip"] = draw(st.sampled_from([None, 0.1]), "clip")

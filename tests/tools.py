@@ -16,18 +16,21 @@ def tensor(x, dtype="float32"):
     return keras.ops.convert_to_tensor(np.asarray(x), dtype=dtype)
 
 
-def error(got, want):
-    """Relative RMS error; NaN and inf never pass."""
+def error(got, want, least=0.0):
+    """RMS error relative to `want`, or to `least` where all of `want` is smaller.
+
+    NaN and inf never pass.
+    """
     got, want = np.asarray(array(got), np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)
     if not np.isfinite(got).all():
         return np.inf
-    scale = np.sqrt(np.mean(want**2))
+    scale = max(np.sqrt(np.mean(want**2)), least)
     return np.sqrt(np.mean((got - want) ** 2)) / (scale if scale > 0 else 1.0)
 
 
-def assert_close(got, want, tolerance, name=""):
-    e = error(got, want)
+def assert_close(got, want, tolerance, name="", least=0.0):
+    e = error(got, want, least)
     assert e <= tolerance, f"{name}: relative error {e:.2e} > {tolerance:.0e}"
 
 
