@@ -13,7 +13,9 @@ if __name__ != "keras_xlstm.backends":
 
 import contextlib
 import contextvars
+import functools
 import importlib
+import logging
 import os
 
 import keras
@@ -25,21 +27,29 @@ __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 compiled = framework.compiled
 
-# Which backend each kernel language belongs to.
+# Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
 _OPS = ("mlstm", "slstm")
+_WRITTEN = {("mlstm", "triton")}
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
+_log = logging.getLogger("keras_xlstm")
 
 
-def _unsupported(op, implementation):
-    """Why `implementation` cannot run `op` here, or None."""
+def _module(op):
+    return importlib.import_module(f"{__name__}.{keras.backend.backend()}.{op}")
+
+
+def _unsupported(op, implementation, **call):
+    """Why `implementation` cannot run `op` on the tensors of `call` (none: at all here), or None."""
     if implementation == "native":
         return None
     home, active = _KERNELS[implementation], keras.backend.backend()
     if home != active:
         return f"it belongs to the {home} backend and Keras runs on {active}"
-    return f"this version of keras_xlstm has no {implementation} kernel for {op} yet"
+    if (op, implementation) not in _WRITTEN:
+        return f"this version of keras_xlstm has no {implementation} kernel for {op} yet"
+    return _module(op).unsupported(**call)
 
 
 def available():
@@ -90,24 +100,32 @@ def prefer(use_kernel):
     return _asked() or {"auto": None, True: "kernel", False: "native"}[use_kernel]
 
 
-def _choose(op, implementation):
-    """The function that runs `op`, or a ValueError that says why the one asked for cannot."""
+def _choose(op, implementation, **call):
+    """The implementation of `op` to run, or a ValueError that says why the one asked for cannot."""
+    own = next(k for k, home in _KERNELS.items() if home == keras.backend.backend())
     if implementation == "kernel":
-        active = keras.backend.backend()
-        implementation = next((k for k, home in _KERNELS.items() if home == active), "triton")
+        implementation = own
         remedy = 'Use use_kernel="auto" or False.'
     else:
-        implementation = _known(implementation, "implementation") or _asked() or "native"
+        implementation = _known(implementation, "implementation") or _asked()
         remedy = 'Use implementation=None or "native".'
-    reason = _unsupported(op, implementation)
+    if implementation is None:
+        reason = _unsupported(op, own, **call)
+        if reason is not None:
+            _say_once(f"{op} runs in its native form: {reason}.")
+        return "native" if reason else own
+    reason = _unsupported(op, implementation, **call)
     if reason is not None:
         raise ValueError(
             f"The {implementation} implementation of {op} was asked for and cannot run: {reason}. "
             f"{remedy} keras_xlstm.backends.available() lists what can run."
         )
-    if op == "slstm" and keras.backend.backend() == "torch":
-        return importlib.import_module("keras_xlstm.backends.torch.slstm").slstm
-    return getattr(native, op)
+    return implementation
+
+
+@functools.cache
+def _say_once(message):
+    _log.info(message)
 
 
 def _working(like, *tensors):
@@ -126,16 +144,16 @@ def mlstm(
     Returns:
         h (B, T, H, V) in v's dtype and (C, n, m) in float32.
     """
-    run = _choose("mlstm", implementation)
+    options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
+    if _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size) != "native":
+        return _module("mlstm").mlstm(q, k, v, i, f, state, segment_ids, **options)
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     if state is None:
         C = ops.zeros_like(k[:, 0])[..., None] * ops.zeros_like(v[:, 0])[..., None, :]
         state = (C, ops.zeros_like(k[:, 0]), ops.zeros_like(i[:, 0]))
     state = tuple(_working(v, *state))
-    h, state = run(
-        q, k, v, i, f, state, segment_ids, input_gate=input_gate, eps=eps, chunk_size=chunk_size
-    )
+    h, state = native.mlstm(q, k, v, i, f, state, segment_ids, **options)
     return ops.cast(h, dtype), state
 
 
@@ -149,7 +167,8 @@ def slstm(
     Returns:
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
-    run = _choose("slstm", implementation)
+    _choose("slstm", implementation)
+    run = _module("slstm").slstm if keras.backend.backend() == "torch" else native.slstm
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

@@ -3,7 +3,6 @@
 python tests/compile_kernels.py 90 K V dtype   (run by test_triton.py, one process per target)
 """
 
-import functools
 import inspect
 import os
 import re
@@ -45,31 +44,20 @@ def signature(kernel, args, kwargs):
 
 
 class Compiler:
-    """Stands in for the module of kernels: a launch compiles, and reports what it needs."""
+    """Stands in for `launch`: compiles, and keeps what the kernel needs."""
 
-    def __init__(self, kernels, target):
-        self.kernels, self.target, self.seen = kernels, target, {}
+    def __init__(self, target):
+        self.target, self.seen = target, {}
 
-    def __getattr__(self, name):
-        return _Launcher(self, name)
-
-
-class _Launcher:
-    def __init__(self, compiler, name):
-        self.compiler, self.name = compiler, name
-
-    def __getitem__(self, grid):
-        return functools.partial(self.compile)
-
-    def compile(self, *args, **kwargs):
-        kernel = getattr(self.compiler.kernels, self.name)
+    def __call__(self, kernel, programs, *args, **kwargs):
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         kinds, constants, divisible = signature(kernel, args, kwargs)
-        role = f"{self.name} {kwargs.get('ROLE', 'reverse' if kwargs.get('REVERSE') else '')}"
+        role = kwargs.get("ROLE", "reverse" if kwargs.get("REVERSE") else "")
         source = ASTSource(kernel, kinds, constants, divisible)
-        compiled = triton.compile(source, target=self.compiler.target, options=options)
-        used = resources(compiled) if self.compiler.target.backend == "cuda" else {}
-        self.compiler.seen[role.strip()] = {"SHARED": compiled.metadata.shared, **used}
+        compiled = triton.compile(source, target=self.target, options=options)
+        used = resources(compiled) if self.target.backend == "cuda" else {}
+        name = f"{kernel.fn.__name__} {role}".strip()
+        self.seen[name] = {"SHARED": compiled.metadata.shared, **used}
 
 
 def resources(compiled):
@@ -85,12 +73,11 @@ def resources(compiled):
     return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def compile_all(target, K, V, dtype, T=512, segments=False, shared_memory=None):
+def compile_all(target, K, V, dtype, T=512, segments=False, shared_memory=232_448, processors=1):
     """{kernel: resources} of a training step."""
-    compiler = Compiler(mlstm._kernels(), target)
-    mlstm._kernels = lambda: compiler
-    if shared_memory:
-        mlstm._shared_memory = lambda device: shared_memory
+    mlstm.launch = compiler = Compiler(target)
+    mlstm._shared_memory = lambda device: shared_memory
+    mlstm._processors = lambda device: processors
     q, k = (torch.empty(2, T, 2, K, dtype=dtype, requires_grad=True) for _ in "qk")
     v = torch.empty(2, T, 2, V, dtype=dtype, requires_grad=True)
     i, f = (torch.empty(2, T, 2, requires_grad=True) for _ in "if")

@@ -7,6 +7,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still computes in float32
 # A cached graph of an older version of our operators would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs
+# everything as users do.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 sys.path.insert(0, os.path.dirname(__file__))
 
 import keras

@@ -10,6 +10,7 @@ import os
 
 import torch
 from keras_xlstm.backends.parts import carried, holds_something
+from keras_xlstm.backends.torch.operators import launch, operator
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,8 +86,8 @@ def _chunk(T, K, V, dtype):
 
 
 @functools.cache
-def _kernels():
-    return importlib.import_module("keras_xlstm.backends.torch.mlstm_kernels")
+def _kernels(file="kernels"):
+    return importlib.import_module(f"keras_xlstm.backends.torch.mlstm_{file}")
 
 
 @functools.cache
@@ -97,28 +98,64 @@ def _shared_memory(device):
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-# Tiles of `attend`: rows L, columns LN, BX of the contraction, BZ of the output; warps, stages.
+@functools.cache
+def _processors(device):
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Tiles found by benchmarks/tune_torch.py. Of `attend`: rows L, columns LN, a slice BS of the border
+# product, stages, warps; by role and sizes as powers of two. Of `states`: BX, BZ, steps L.
+_ATTEND = {
+    ("h", 64, 128): (64, 64, 64, 2, 4),
+    ("h", 128, 256): (64, 32, 64, 3, 4),
+    ("h", 256, 512): (128, 32, 64, 3, 8),
+    ("dq", 256, 128): (64, 32, 64, 3, 4),
+    ("dq", 512, 256): (128, 32, 64, 2, 8),
+    ("dk", 256, 128): (64, 32, 64, 3, 4),
+    ("dk", 512, 256): (128, 32, 64, 2, 8),
+    ("dv", 128, 256): (64, 64, 64, 2, 4),
+    ("dv", 256, 512): (128, 32, 64, 3, 8),
+}
+# Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
+_ATTEND_ANY = (
+    (64, 32, 64, 2, 4), (64, 32, 32, 1, 4), (32, 32, 32, 1, 4), (32, 16, 16, 1, 4),
+    (16, 16, 16, 1, 4),
+)  # fmt: skip
+_STATES = ((128, 256, 64, 3, 8), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4))
+
+
 def _tiles(role, DX, DZ, dtype, chunk, shared_memory):
-    wide = dtype == torch.float32
-    BX, BZ = _power(DX), _power(DZ)
-    if role in ("h", "dv"):
-        BZ = min(BZ, 128 if wide else 256)
-    BX = min(BX, 64 if wide else 256)
-    L, LN, warps, stages = (32, 32, 4, 1) if wide else (64, 64, 4 if BZ <= 128 else 8, 2)
-    if shared_memory < 200_000:
-        BX, stages = min(BX, 128), 1
-    L = min(L, chunk)
+    size = dtype.itemsize
+    state_size = 2 if dtype == torch.bfloat16 else 4  # of what enters the second product
+    BX, BZ = min(_power(DX), 512 // size), _power(DZ)
+    if role in ("h", "dv"):  # the others sum over all of their columns
+        BZ = min(BZ, 512 // size)
+    known = _ATTEND.get((role, _power(DX), _power(DZ))) if size == 2 else None
+    for L, LN, BS, stages, warps in (known, *_ATTEND_ANY) if known else _ATTEND_ANY:
+        L = min(L, chunk)
+        LN, BS = min(LN, L), min(BS, BX)
+        within = size * (L * BX + stages * LN * (BX + BZ)) + state_size * L * LN
+        within += (state_size - size) * 2 * LN * BZ
+        border = stages * (size * L * BS + state_size * BS * BZ)
+        if max(within, border) + 4096 <= shared_memory and L * BZ <= warps * 32 * 128:
+            break
     return {
-        "L": L, "LN": min(LN, L), "BX": BX, "BZ": BZ, "BS": min(BX, 64), "ST": stages, "num_warps": warps,
+        "L": L, "LN": LN, "BX": BX, "BZ": BZ, "BS": BS, "ST": stages, "num_warps": warps,
         "num_stages": stages,
     }  # fmt: skip
 
 
-def _outer_tiles(DX, DZ, dtype, chunk, shared_memory):
-    wide = dtype == torch.float32
-    BX, BZ = min(_power(DX), 64), min(_power(DZ), 64 if wide else 128)
-    L, stages = min(32 if wide else 64, chunk), 1 if wide else 2
-    return {"BX": BX, "BZ": BZ, "L": L, "ST": stages, "num_warps": 4, "num_stages": stages}
+def _state_tiles(DX, DZ, dtype, chunk, shared_memory):
+    size = dtype.itemsize
+    wide = 1 if dtype == torch.bfloat16 else 2
+    for BX, BZ, L, stages, warps in _STATES:
+        BX, BZ, L = min(BX, _power(DX)), min(BZ, _power(DZ)), min(L, chunk)
+        needed = max((stages + wide - 1) * size * L * (BX + BZ), 2 * wide * BX * BZ)
+        if needed + 4096 <= shared_memory and BX * BZ <= warps * 32 * 128 // wide:
+            break
+    return {"BX": BX, "BZ": BZ, "L": L, "ST": stages, "num_warps": warps, "num_stages": stages}
 
 
 class _Sizes:
@@ -128,30 +165,66 @@ class _Sizes:
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[-1]
         self.BH, self.NC = self.B * self.H, -(-self.T // chunk)
-        self.chunk, self.dtype = chunk, q.dtype
+        self.chunk, self.dtype, self.device = chunk, q.dtype, q.device
         self.scale = self.K**-0.5
         self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        precision = "tf32" if q.dtype == torch.float16 else "tf32x3"
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
-            "PREC": precision,
+            "PREC": "tf32" if q.dtype == torch.float16 else "tf32x3",
         }  # fmt: skip
         # Sums of whole logs stay exact in float32 up to 2^24.
         self.least = -float(min(1e5, 2**24 // chunk))
         self.shared_memory = _shared_memory(q.device)
+        tiles = self.state_tiles = _state_tiles(
+            self.K, self.V, q.dtype, chunk, self.shared_memory
+        )
+        self.parts = -(-self.K // tiles["BX"]) * -(-self.V // tiles["BZ"])
+        # Serial programs read and write least, but there must be enough of them.
+        self.serial = 10 * self.BH * self.parts >= 9 * _processors(q.device)
+        if not self.serial:
+            self.parts = -(-self.K * self.V // _BLOCK) + -(-self.K // _BLOCK)
 
-    def attend(self, role, x, y, z, S, n, out, own, dot, rho, segment_ids, m, chunks, row, col, h):
+    def attend(
+        self, role, x, y, z, S, n, out, own, dot, h, sign, rho, segment_ids, m, chunks, row, col,
+        gates=(None, None, None), eps=0.0,
+    ):  # fmt: skip
         DX, DZ = x.shape[-1], z.shape[-1]
         tiles = _tiles(role, DX, DZ, self.dtype, self.chunk, self.shared_memory)
-        grid = (self.BH * self.NC * (self.chunk // tiles["L"]) * -(-DZ // tiles["BZ"]),)
-        _kernels().attend[grid](
-            x, y, z, S, n, out, own, dot, rho, segment_ids, m, chunks, *row, *col, *h,
-            self.T, self.H, self.NC, self.scale, self.eps,
+        programs = self.BH * self.NC * (self.chunk // tiles["L"]) * -(-DZ // tiles["BZ"])
+        launch(
+            _kernels("attend").attend, programs, x, y, z, S, n, out, own, dot, h, sign, rho,
+            segment_ids, m, chunks, *row, *col, *gates,
+            self.T, self.H, self.NC, self.scale, eps,
             ROLE=role, DX=DX, DZ=DZ, NS=S.shape[1], **self.common, **tiles,
         )  # fmt: skip
 
+    def states(
+        self, reverse, x, z, w, w_rest, rho, segment_ids, chunks, m, through, S, n, first, last,
+        forward=(None, None), inner=None,
+    ):  # fmt: skip
+        """Fills S and n (B * H, borders, ...), and `last`; `first` and `forward` as (C, n)."""
+        programs = self.BH * (1 if self.serial else self.NC)
+        tiles = self.state_tiles
+        programs *= -(-self.K // tiles["BX"]) * -(-self.V // tiles["BZ"])
+        has_state = first[0] is not None
+        launch(
+            _kernels().states, programs, x, z, w, w_rest, rho, segment_ids, chunks, m, through, S, n, *first, *last, *forward,
+            inner, self.T, self.H, self.NC, self.scale,
+            DX=self.K, DZ=self.V, NS=S.shape[1], SERIAL=self.serial, REVERSE=reverse,
+            HAS_STATE=has_state, **self.common, **tiles,
+        )  # fmt: skip
+        if not self.serial:
+            launch(
+                _kernels().borders, self.BH * self.parts, S, n, *first, through, m, *last, *forward, inner, self.NC, self.scale,
+                KV=self.K * self.V, K=self.K, BLOCK=_BLOCK, HAS_STATE=has_state, REVERSE=reverse,
+                ST=3, num_warps=4,
+            )  # fmt: skip
 
-@torch.library.custom_op("keras_xlstm::mlstm_forward", mutates_args=())
+
+_BLOCK = 1024  # elements of a state that one program of `borders` carries
+
+
+@operator("mlstm_forward")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C: Tensor | None, n: Tensor | None, m: Tensor | None, segment_ids: Tensor | None,
@@ -162,54 +235,25 @@ def _forward(
     h, C_last, n_last, m_last, vectors, chunks, m_all, through, states, normalisers = outputs
     u, u_rest, row, row_rest, sign, *_ = vectors
     b, b_rest, peak = q.new_empty((3, *u.shape), dtype=torch.float32)
-    gain = torch.empty_like(through)
-    kernels.gates[s.BH * s.NC,](
-        i, f, segment_ids, u, u_rest, b, b_rest, peak, chunks, s.T, s.H, s.NC,
+    launch(
+        kernels.gates, s.BH * s.NC, i, f, segment_ids, u, u_rest, b, b_rest, peak, chunks, s.T, s.H, s.NC,
         LC=chunk, LEAST=s.least, SIGMOID=sigmoid, SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
-    kernels.chunks[s.BH,](
-        chunks, m, m_all, through, gain, m_last, s.NC, HAS_STATE=m is not None, N=128, num_warps=4
-    )
-    _outer(s, False, k, v, u, u_rest, None, segment_ids, chunks, m_all, states, normalisers)
-    _borders(
-        s, False, states, normalisers, C, n, through, gain, m_all, C_last, n_last, None, None, None
-    )
-    s.eps = eps
+    launch(
+        kernels.chunks, s.BH, chunks, m, m_all, through, m_last, s.NC,
+        HAS_STATE=m is not None, N=128, num_warps=4,
+    )  # fmt: skip
+    s.states(
+        False, k, v, u, u_rest, None, segment_ids, chunks, m_all, through, states, normalisers,
+        (C, n), (C_last, n_last),
+    )  # fmt: skip
     s.attend(
-        "h", q, k, v, states, normalisers, h, None, None, sign, segment_ids, m_all, chunks,
-        (row, row_rest), (u, u_rest), (b, b_rest, peak),
+        "h", q, k, v, states, normalisers, h, None, None, None, sign, None, segment_ids, m_all,
+        chunks, (row, row_rest), (u, u_rest), (b, b_rest, peak), eps,
     )  # fmt: skip
     if not trains:
         outputs[4:] = [o.new_empty(0) for o in outputs[4:]]
     return outputs
-
-
-def _outer(s, reverse, x, z, w, w_rest, rho, segment_ids, chunks, m, states, normalisers):
-    DX, DZ = x.shape[-1], z.shape[-1]
-    tiles = _outer_tiles(DX, DZ, s.dtype, s.chunk, s.shared_memory)
-    grid = (s.BH * s.NC * -(-DX // tiles["BX"]) * -(-DZ // tiles["BZ"]),)
-    _kernels().outer[grid](
-        x, z, w, w_rest, rho, segment_ids, chunks, m, states, normalisers, s.T, s.H, s.NC,
-        DX=DX, DZ=DZ, NS=states.shape[1], REVERSE=reverse, **s.common, **tiles,
-    )  # fmt: skip
-
-
-_BLOCK = 1024  # elements of a state that one program carries
-
-
-def _parts(K, V):
-    return -(-K * V // _BLOCK) + -(-K // _BLOCK)
-
-
-def _borders(
-    s, reverse, states, normalisers, C, n, through, gain, m, C_last, n_last, C_forward, n_forward,
-    inner,
-):  # fmt: skip
-    _kernels().borders[s.BH * _parts(s.K, s.V),](
-        states, normalisers, C, n, through, gain, m, C_last, n_last, C_forward, n_forward, inner,
-        s.NC, s.scale, KV=s.K * s.V, K=s.K, BLOCK=_BLOCK, HAS_STATE=C is not None,
-        REVERSE=reverse, ST=3, num_warps=4,
-    )  # fmt: skip
 
 
 def _outputs(q, v, chunk, trains):
@@ -234,42 +278,35 @@ def _(q, k, v, i, f, C, n, m, segment_ids, sigmoid, eps, chunk, trains):
     return _outputs(q, v, chunk, trains)
 
 
-@torch.library.custom_op("keras_xlstm::mlstm_backward", mutates_args=())
+@operator("mlstm_backward")
 def _backward(
     dh: Tensor, dC: Tensor | None, dn: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, segment_ids: Tensor | None, h: Tensor,
     vectors: Tensor, chunks: Tensor, m: Tensor, through: Tensor, states: Tensor,
     normalisers: Tensor, sigmoid: bool, chunk: int,
 ) -> list[Tensor]:  # fmt: skip
-    kernels, s = _kernels(), _Sizes(q, v, chunk, segment_ids)
-    s.eps = 0.0
+    s = _Sizes(q, v, chunk, segment_ids)
     gradients = _gradients(q, k, v, i, f)
-    dq, dk, dv, di, df, dC_first, dn_first = gradients
+    dq, dk, dv, di, df, *d_first = gradients
     u, u_rest, row, row_rest, sign = vectors
     rho, q_dot, k_dot = torch.empty_like(vectors[:3])
-    L = min(32, chunk)
-    kernels.denominators[s.BH * s.NC * (chunk // L),](
-        h, dh, sign, rho, s.T, s.H, s.NC, V=s.V, BV=min(128, _power(s.V)), L=L, LC=chunk,
-        num_warps=4,
+    rows, cols, common = (row, row_rest), (u, u_rest), (segment_ids, m, chunks)
+    s.attend(
+        "dq", dh, v, k, states, normalisers, dq, q, q_dot, h, sign, rho, *common, rows, cols
+    )
+    dS = states.new_empty((s.BH, s.NC, s.K, s.V))
+    dn_all = normalisers.new_empty((s.BH, s.NC, s.K))
+    inner = through.new_empty((s.BH, s.NC, s.parts))
+    s.states(
+        True, q, dh, *rows, rho, segment_ids, chunks, m, through, dS, dn_all, (dC, dn), d_first,
+        (states, normalisers), inner,
     )  # fmt: skip
-    dstates = states.new_empty((s.BH, s.NC, s.K, s.V))
-    dnormalisers = normalisers.new_empty((s.BH, s.NC, s.K))
-    _outer(s, True, q, dh, row, row_rest, rho, segment_ids, chunks, m, dstates, dnormalisers)
-    inner = through.new_empty((s.BH, s.NC, _parts(s.K, s.V)))
-    _borders(
-        s, True, dstates, dnormalisers, dC, dn, through, None, m, dC_first, dn_first, states,
-        normalisers, inner,
-    )  # fmt: skip
-    rows, cols = (row, row_rest), (u, u_rest)
-    none = (None, None, None)
-    common = (segment_ids, m, chunks)
-    s.attend("dq", dh, v, k, states, normalisers, dq, q, q_dot, rho, *common, rows, cols, none)
-    s.attend("dk", v, dh, q, dstates, dnormalisers, dk, k, k_dot, rho, *common, cols, rows, none)
-    s.attend("dv", k, q, dh, dstates, dnormalisers, dv, None, None, rho, *common, cols, rows, none)
-    parts = inner.shape[-1]
-    kernels.gate_gradients[s.BH * s.NC,](
-        i, f, segment_ids, q_dot, k_dot, inner, di, df, s.T, s.H, s.NC,
-        LC=chunk, PARTS=parts, P=_power(parts), LEAST=s.least, SIGMOID=sigmoid,
+    common = (None, None, rho, *common, cols, rows)
+    s.attend("dk", v, dh, q, dS, dn_all, dk, k, k_dot, *common)
+    s.attend("dv", k, q, dh, dS, dn_all, dv, None, None, *common)
+    launch(
+        _kernels().gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner, di, df, s.T, s.H, s.NC,
+        LC=chunk, PARTS=s.parts, P=_power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
         SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
     return gradients
@@ -317,3 +354,23 @@ def _gradient(ctx, gradients):
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+
+
+@operator("mlstm_step")
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor,
+    sigmoid: bool, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    B, H, K, V = C.shape
+    outputs = [torch.empty_like(t) for t in (v, C, n, m)]
+    BK, BV = min(64, _power(K)), min(_power(V), 32 if B * H * V < 64 * 1024 else 128)
+    launch(
+        _kernels("step").step, B * H * -(-V // BV), q, k, v, i, f, C, n, m, *outputs, K**-0.5, eps,
+        K=K, V=V, BK=BK, BV=BV, P=_power(K), SIGMOID=sigmoid, num_warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+@_step.register_fake
+def _(q, k, v, i, f, C, n, m, sigmoid, eps):
+    return [torch.empty_like(t) for t in (v, C, n, m)]

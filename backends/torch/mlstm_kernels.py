@@ -1,26 +1,15 @@
 """The mLSTM in Triton: kernels for whole sequences, forward and backward.
 
-A sequence is cut into chunks of LC steps. Every stage runs over all chunks at once but for two
-that only combine numbers already made:
+A sequence is cut into chunks of LC steps. Stages, each over all chunks at once where it can be:
 
-    gates    running sums of the log gates in each chunk, the peak of what reaches its end
-    chunks   m at every chunk border
-    outer    what each chunk adds to the state: sum_j w_j k_j v_j^T (backwards: sum_i w_i q_i dh_i^T)
-    borders  the state at every border, from those sums (backwards: its gradient)
-    attend   within a chunk, plus what comes over its border; four roles of one form,
+    gates           running sums of the log gates in each chunk, the peak of what reaches its end
+    chunks          m at every chunk border
+    states          the state at every border (backwards: its gradient), with `borders` if need be
+    attend          what happens within a chunk, and what comes over its border (mlstm_attend.py)
+    gate_gradients  from q . dq and k . dk, without any L x L matrix
 
-        out_row = sum over cols of exp(row + col) (x_row . y_col + rho) z_col
-                  + exp(row + border) (x_row . S + rho n)
-
-      role   rows  x   y   z   S      rho of        causal
-      "h"    i     q   k   v   C      -             cols <= rows
-      "dq"   i     dh  v   k   C^T    rows          cols <= rows
-      "dk"   j     v   dh  q   dC^T   cols          cols >= rows
-      "dv"   j     k   q   dh  dC     -             cols >= rows
-
-The denominator d of h is in the row's exponent of the backward pass (row - log d), and the gradient
-through it is rho_i = -sign(r_i) dh_i . h_i where |r_i| is what bounds it: gradients are exact. The
-gates' gradients follow from q.dq and k.dk (`gate_gradients`), without any L x L matrix.
+The gradient is exact: the denominator d of h is in the row's exponent of the backward pass
+(row - log d), and what flows through it is rho_i = -sign(r_i) dh_i . h_i where |r_i| bounds d.
 
 As in chunkwise.py, log weights are sums of whole numbers, which float32 adds exactly, and of small
 rests; m is rounded wherever it is a reference. Names: _p pointers, o_ offsets; comments give tile
@@ -160,8 +149,8 @@ def gates(
 
 
 @_kernel
-def chunks(chunk_p, m0_p, m_p, through_p, gain_p, last_p, NC, HAS_STATE: tl.constexpr, N: tl.constexpr):
-    """m at every border, and the factors of `borders`: of the state and of what a chunk adds."""
+def chunks(chunk_p, m0_p, m_p, through_p, last_p, NC, HAS_STATE: tl.constexpr, N: tl.constexpr):
+    """m at every border, and what is left of a state after each chunk."""
     bh = tl.program_id(0).to(tl.int64)
     m = tl.load(m0_p + bh) if HAS_STATE else NEVER
     m_p += bh * (NC + 1)
@@ -181,71 +170,121 @@ def chunks(chunk_p, m0_p, m_p, through_p, gain_p, last_p, NC, HAS_STATE: tl.cons
         before = tl.load(m_p + c, mask=there, other=0.0)
         through = tl.exp(((_round(before) - _round(after)) + total) + hold + rest)
         tl.store(through_p + bh * NC + c, through, mask=there)
-        tl.store(gain_p + bh * NC + c, tl.exp(_round(peak) - _round(after)), mask=there)
         m = tl.sum(tl.where(c == tl.minimum(start + N, NC) - 1, after, 0.0), 0)
     tl.store(last_p + bh, tl.where(m <= NEVER / 2, 0.0, m))
 
 
 @_kernel
-def outer(
-    x_p, z_p, w_p, wr_p, rho_p, seg_p, chunk_p, m_p, s_p, n_p, T, H, NC,
+def states(
+    x_p, z_p, w_p, wr_p, rho_p, seg_p, chunk_p, m_p, through_p, s_p, n_p,
+    s0_p, n0_p, s_last_p, n_last_p, fs_p, fn_p, inner_p, T, H, NC, scale,
     DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, L: tl.constexpr,
-    LC: tl.constexpr, NS: tl.constexpr, REVERSE: tl.constexpr, SEG: tl.constexpr,
-    EVEN: tl.constexpr, PREC: tl.constexpr, ST: tl.constexpr,
+    LC: tl.constexpr, NS: tl.constexpr, SERIAL: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_STATE: tl.constexpr, SEG: tl.constexpr, EVEN: tl.constexpr, PREC: tl.constexpr,
+    ST: tl.constexpr,
 ):  # fmt: skip
-    """S_c = sum_t w_t x_t z_t^T and n_c = sum_t w_t (rho_t) x_t over the steps of each chunk.
+    """S = sum_t w_t x_t z_t^T and n = sum_t w_t (rho_t) x_t.
 
-    Forward w_t is the weight at the chunk's end, relative to its peak; in reverse the weight of
-    the state that enters, at t.
+    Forward w_t is the weight of step t in the state at its chunk's end; in reverse that of the
+    state that enters the chunk, at t, and S is the gradient of that state over `scale`.
+
+    SERIAL: one program takes its tile through all chunks and writes it at every border: the state
+    that enters, slot NC the last; in reverse the gradient of the state that leaves, and `inner`,
+    its product with that state. Otherwise one program a chunk writes what it adds, and `borders`
+    does the rest: for few heads, whose serial programs would leave the device idle.
     """
     NX: tl.constexpr = (DX + BX - 1) // BX
     NZ: tl.constexpr = (DZ + BZ - 1) // BZ
     pid = tl.program_id(0)
-    jx, jz = pid % NX, (pid // NX) % NZ
+    tile = pid % (NX * NZ)
+    jx, jz = tile % NX, tile // NX
     pid = pid // (NX * NZ)
-    c, bh = pid % NC, (pid // NC).to(tl.int64)
-    x_p += (((bh // H) * T + c * LC) * H + bh % H) * DX
-    z_p += (((bh // H) * T + c * LC) * H + bh % H) * DZ
+    count = NC if SERIAL else 1
+    chunk = 0 if SERIAL else pid % NC
+    bh = (pid if SERIAL else pid // NC).to(tl.int64)
+    o_x = ((bh // H) * T * H + bh % H) * DX
+    o_z = ((bh // H) * T * H + bh % H) * DZ
     cx, cz = jx * BX + tl.arange(0, BX), jz * BZ + tl.arange(0, BZ)
     o = tl.arange(0, L)
-    if REVERSE:
-        ref = _round(tl.load(m_p + bh * (NC + 1) + c))
-    else:
-        p_chunk = chunk_p + (bh * NC + c) * 4
-        ref = tl.load(p_chunk) - _round(tl.load(p_chunk + 2))
-        ref_rest = tl.load(p_chunk + 1)
+    o_s = cx[:, None] * DZ + cz[None, :]
+    inside = (cx[:, None] < DX) & (cz[None, :] < DZ)
+    dtype = s_p.dtype.element_ty
+    m_p += bh * (NC + 1)
+    rest_in = tl.load(m_p)
+    rest_in = tl.exp(rest_in - _round(rest_in))
+    rest_out = tl.load(m_p + NC)
+    rest_out = tl.exp(_round(rest_out) - rest_out)
     S = tl.zeros((BX, BZ), tl.float32)
     n = tl.zeros((BX,), tl.float32)
-    here = tl.minimum(LC, T - c * LC)
-    for start in tl.range(0, here, L, num_stages=ST):
-        rows = start + o
-        o_vec = (bh * NC + c) * LC + rows
-        rest = tl.load(wr_p + o_vec)
-        rest = rest if REVERSE else rest + ref_rest
-        w = tl.exp((tl.load(w_p + o_vec) + ref) + rest)  # [L]
-        if SEG:
-            seg, before, last = _segments(seg_p + (bh // H) * T, T, c, rows, LC)
-            w = tl.where(seg == (before if REVERSE else last), w, 0.0)
-        if not EVEN:
-            w = tl.where(rows < here, w, 0.0)
-        x = _load_turned(x_p, rows, cx, H * DX, here, DX, EVEN, DX % BX == 0)  # [BX, L]
-        z = _load(z_p, rows, cz, H * DZ, here, DZ, EVEN, DZ % BZ == 0)  # [L, BZ]
-        xw = x.to(tl.float32) * w[None, :]
-        dtype = s_p.dtype.element_ty
-        S = tl.dot(xw.to(dtype), z.to(dtype), S, input_precision=PREC)
+    if SERIAL and HAS_STATE:
+        before = rest_out / scale if REVERSE else rest_in
+        S = tl.load(s0_p + bh * DX * DZ + o_s, mask=inside, other=0.0) * before
+        n = tl.load(n0_p + bh * DX + cx, mask=cx < DX, other=0.0) * before
+    for k in range(count):
+        c = chunk
+        if SERIAL:
+            c = NC - 1 - k if REVERSE else k
+            slot = bh * NS + c
+            if REVERSE:
+                leaving = bh * (NS + 1) + c + 1
+                F = tl.load(fs_p + leaving * DX * DZ + o_s, mask=inside, other=0.0)
+                product = tl.sum(tl.sum(F.to(tl.float32) * S, 1), 0)
+                if jz == 0:
+                    F_n = tl.load(fn_p + leaving * DX + cx, mask=cx < DX, other=0.0)
+                    product += tl.sum(F_n * n, 0)
+                tl.store(inner_p + (bh * NC + c) * NX * NZ + tile, product * scale)
+            tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
+            if jz == 0:
+                tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
+            through = tl.load(through_p + bh * NC + c)
+            S *= through
+            n *= through
         if REVERSE:
-            xw *= tl.load(rho_p + o_vec)[None, :]
-        n += tl.sum(xw, 1)
-    o_c = bh * NS + c
-    inside = (cx[:, None] < DX) & (cz[None, :] < DZ)
-    tl.store(s_p + o_c * DX * DZ + cx[:, None] * DZ + cz[None, :], S.to(s_p.dtype.element_ty), mask=inside)
-    if jz == 0:
-        tl.store(n_p + o_c * DX + cx, n, mask=cx < DX)
+            ref = _round(tl.load(m_p + c))
+            ref_rest = 0.0
+        else:
+            p_chunk = chunk_p + (bh * NC + c) * 4
+            ref = tl.load(p_chunk) - _round(tl.load(m_p + c + 1))
+            ref_rest = tl.load(p_chunk + 1)
+        here = tl.minimum(LC, T - c * LC)
+        p_x = x_p + o_x + tl.cast(c, tl.int64) * (LC * H * DX)
+        p_z = z_p + o_z + tl.cast(c, tl.int64) * (LC * H * DZ)
+        for start in tl.range(0, here, L, num_stages=ST):
+            rows = start + o
+            o_vec = (bh * NC + c) * LC + rows
+            w = tl.exp((tl.load(w_p + o_vec) + ref) + (tl.load(wr_p + o_vec) + ref_rest))  # [L]
+            if SEG:
+                seg, earlier, last = _segments(seg_p + (bh // H) * T, T, c, rows, LC)
+                w = tl.where(seg == (earlier if REVERSE else last), w, 0.0)
+            if not EVEN:
+                w = tl.where(rows < here, w, 0.0)
+            x = _load_turned(p_x, rows, cx, H * DX, here, DX, EVEN, DX % BX == 0)  # [BX, L]
+            z = _load(p_z, rows, cz, H * DZ, here, DZ, EVEN, DZ % BZ == 0)  # [L, BZ]
+            xw = x.to(tl.float32) * w[None, :]
+            S = tl.dot(xw.to(dtype), z.to(dtype), S, input_precision=PREC)
+            if REVERSE:
+                xw *= tl.load(rho_p + o_vec)[None, :]
+            n += tl.sum(xw, 1)
+    if SERIAL:
+        after = rest_in * scale if REVERSE else rest_out
+        tl.store(s_last_p + bh * DX * DZ + o_s, S * after, mask=inside)
+        if jz == 0:
+            tl.store(n_last_p + bh * DX + cx, n * after, mask=cx < DX)
+        if not REVERSE:
+            slot = bh * NS + NC
+            tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
+            if jz == 0:
+                tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
+    else:
+        slot = bh * NS + chunk
+        tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
+        if jz == 0:
+            tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
 
 
 @_kernel
 def borders(
-    s_p, n_p, s0_p, n0_p, through_p, gain_p, m_p, s_last_p, n_last_p, fs_p, fn_p, inner_p,
+    s_p, n_p, s0_p, n0_p, through_p, m_p, s_last_p, n_last_p, fs_p, fn_p, inner_p,
     NC, scale, KV: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_STATE: tl.constexpr,
     REVERSE: tl.constexpr, ST: tl.constexpr,
 ):  # fmt: skip
@@ -264,20 +303,20 @@ def borders(
     if tile < TILES:
         o = tile * BLOCK + tl.arange(0, BLOCK)
         _border(
-            s_p, s0_p, s_last_p, fs_p, inner_p, through_p, gain_p, o, tile, bh, NC,
+            s_p, s0_p, s_last_p, fs_p, inner_p, through_p, o, tile, bh, NC,
             scale, rest_in, rest_out, KV, PARTS, HAS_STATE, REVERSE, ST,
         )  # fmt: skip
     else:
         o = (tile - TILES) * BLOCK + tl.arange(0, BLOCK)
         _border(
-            n_p, n0_p, n_last_p, fn_p, inner_p, through_p, gain_p, o, tile, bh, NC,
+            n_p, n0_p, n_last_p, fn_p, inner_p, through_p, o, tile, bh, NC,
             scale, rest_in, rest_out, K, PARTS, HAS_STATE, REVERSE, ST,
         )  # fmt: skip
 
 
 @triton.jit
 def _border(
-    p, first_p, last_p, f_p, inner_p, through_p, gain_p, o, tile, bh, NC, scale, rest_in, rest_out,
+    p, first_p, last_p, f_p, inner_p, through_p, o, tile, bh, NC, scale, rest_in, rest_out,
     SIZE: tl.constexpr, PARTS: tl.constexpr, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr,
     ST: tl.constexpr,
 ):  # fmt: skip
@@ -307,174 +346,9 @@ def _border(
             o_c = tl.cast(c, tl.int64) * SIZE + o
             added = tl.load(p + o_c, mask=there, other=0.0).to(tl.float32)
             tl.store(p + o_c, s.to(dtype), mask=there)
-            s = tl.load(through_p + c) * s + tl.load(gain_p + bh * NC + c) * added
+            s = tl.load(through_p + c) * s + added
         tl.store(p + tl.cast(NC, tl.int64) * SIZE + o, s.to(dtype), mask=there)
         tl.store(last_p + bh * SIZE + o, s * rest_out, mask=there)
-
-
-@_kernel
-def attend(
-    x_p, y_p, z_p, s_p, n_p, out_p, own_p, dot_p, rho_p, seg_p, m_p, chunk_p,
-    row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
-    T, H, NC, scale, eps,
-    ROLE: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
-    BS: tl.constexpr, L: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr, NS: tl.constexpr, SEG: tl.constexpr,
-    EVEN: tl.constexpr, PREC: tl.constexpr, ST: tl.constexpr,
-):  # fmt: skip
-    """See the head of this file. "h" also writes the row exponents that the other roles read;
-    "dq" and "dk" write dot = own . out for the gates, own being q or k."""
-    NX: tl.constexpr = (DX + BX - 1) // BX
-    NZ: tl.constexpr = (DZ + BZ - 1) // BZ
-    NR: tl.constexpr = LC // L
-    REVERSE: tl.constexpr = ROLE == "dk" or ROLE == "dv"
-    TURNED: tl.constexpr = ROLE == "dq" or ROLE == "dk"  # S is stored (DZ, DX)
-    FULL_X: tl.constexpr = DX % BX == 0
-    FULL_Z: tl.constexpr = DZ % BZ == 0
-    pid = tl.program_id(0)
-    jz = pid % NZ
-    block = (pid // NZ) % (NC * NR)
-    bh = (pid // (NZ * NC * NR)).to(tl.int64)
-    c = block // NR
-    # Long rows first: they take longest.
-    first = (block % NR if REVERSE else NR - 1 - block % NR) * L
-    here = tl.minimum(LC, T - c * LC)
-    if first >= here:
-        return
-    o_row = ((bh // H) * T + c * LC) * H + bh % H
-    x_p += o_row * DX
-    y_p += o_row * DX
-    z_p += o_row * DZ
-    rows = first + tl.arange(0, L)
-    cx, cz = tl.arange(0, BX), jz * BZ + tl.arange(0, BZ)
-    o_vec = (bh * NC + c) * LC
-    if SEG:
-        seg_p += (bh // H) * T
-        seg, before, last = _segments(seg_p, T, c, rows, LC)
-
-    # The row's exponents, and the weight of what comes over the border.
-    border = tl.load(m_p + bh * (NC + 1) + c)
-    if ROLE == "h":
-        entering = border
-        if SEG:
-            entering = tl.where(seg == before, border, NEVER)
-        b = tl.load(b_p + o_vec + rows)
-        row_rest = tl.load(br_p + o_vec + rows)
-        row_m = (b + row_rest) + tl.maximum(tl.load(peak_p + o_vec + rows), entering)
-        whole = _round(row_m)
-        row = b - whole
-        w = tl.exp((row + _round(border)) + row_rest)  # [L]
-    else:
-        row = tl.load(row_p + o_vec + rows)
-        row_rest = tl.load(row_rest_p + o_vec + rows)
-        if REVERSE:
-            p_chunk = chunk_p + (bh * NC + c) * 4
-            leaving = _round(tl.load(m_p + bh * (NC + 1) + c + 1))
-            w = tl.exp((row + (tl.load(p_chunk) - leaving)) + (row_rest + tl.load(p_chunk + 1)))
-        else:
-            w = tl.exp((row + _round(border)) + row_rest)
-    if SEG:
-        w = tl.where(seg == (last if REVERSE else before), w, 0.0)
-    if not EVEN:
-        w = tl.where(rows < here, w, 0.0)
-    if ROLE == "dq":
-        rho_row = tl.load(rho_p + o_vec + rows)
-
-    # Over the border.
-    s_p += (bh * NS + c) * DX * DZ
-    acc = tl.zeros((L, BZ), tl.float32)
-    r = tl.zeros((L,), tl.float32)
-    dtype = s_p.dtype.element_ty
-    for start in tl.range(0, DX, BS, num_stages=ST):
-        cs = start + tl.arange(0, BS)
-        x = _load(x_p, rows, cs, H * DX, here, DX, EVEN, DX % BS == 0)  # [L, BS]
-        if TURNED:
-            S = _load_turned(s_p, cz, cs, DX, DZ, DX, FULL_Z, DX % BS == 0)  # [BS, BZ]
-        else:
-            S = _load(s_p, cs, cz, DZ, DX, DZ, DX % BS == 0, FULL_Z)
-        acc = tl.dot(x.to(dtype), S, acc, input_precision=PREC)
-        if ROLE == "h":
-            n = tl.load(n_p + (bh * NS + c) * DX + cs, mask=cs < DX, other=0.0)
-            r += tl.sum(x.to(tl.float32) * n[None, :], 1)
-    acc *= w[:, None]
-    r *= w
-    if TURNED:
-        n = tl.load(n_p + (bh * NS + c) * DZ + cz, mask=cz < DZ, other=0.0)
-        acc += (w * rho_row if ROLE == "dq" else w)[:, None] * n[None, :]
-
-    # Within the chunk.
-    if NX == 1:
-        x = _load(x_p, rows, cx, H * DX, here, DX, EVEN, FULL_X)  # [L, BX]
-    start = first if REVERSE else 0
-    end = here if REVERSE else tl.minimum(first + L, here)
-    for j in tl.range(start, end, LN, num_stages=ST):
-        cols = j + tl.arange(0, LN)
-        if NX == 1:
-            yt = _load_turned(y_p, cols, cx, H * DX, here, DX, EVEN, FULL_X)  # [BX, LN]
-            p = tl.dot(x, yt, input_precision=PREC)
-        else:
-            p = tl.zeros((L, LN), tl.float32)
-            for jx in tl.static_range(NX):
-                xj = _load(x_p, rows, jx * BX + cx, H * DX, here, DX, EVEN, FULL_X)
-                yt = _load_turned(y_p, cols, jx * BX + cx, H * DX, here, DX, EVEN, FULL_X)
-                p = tl.dot(xj, yt, p, input_precision=PREC)
-        if ROLE == "dq":
-            p += rho_row[:, None]
-        elif ROLE == "dk":
-            p += tl.load(rho_p + o_vec + cols)[None, :]
-        log_w = row[:, None] + tl.load(col_p + o_vec + cols)[None, :]
-        log_w += row_rest[:, None] + tl.load(col_rest_p + o_vec + cols)[None, :]
-        keep = rows[:, None] <= cols[None, :] if REVERSE else rows[:, None] >= cols[None, :]
-        if SEG:
-            seg_col = tl.load(seg_p + tl.minimum(c * LC + cols, T - 1))
-            keep &= seg[:, None] == seg_col[None, :]
-        if not EVEN:
-            keep &= cols[None, :] < here
-        p = tl.where(keep, p * tl.exp(log_w), 0.0)  # [L, LN]
-        if ROLE == "h":
-            r += tl.sum(p, 1)
-        z = _load(z_p, cols, cz, H * DZ, here, DZ, EVEN, FULL_Z)  # [LN, BZ]
-        acc = tl.dot(p.to(dtype), z.to(dtype), acc, input_precision=PREC)
-
-    if ROLE == "h":
-        r *= scale
-        floor = tl.exp(tl.where(whole > -80.0, -whole, 80.0))
-        d = tl.maximum(tl.abs(r), floor) + eps * tl.exp(row_m - whole)
-        acc *= (scale / d)[:, None]
-        if jz == 0:
-            tl.store(row_p + o_vec + rows, row)
-            tl.store(row_rest_p + o_vec + rows, row_rest - tl.log(d))
-            sign = tl.where(r > 0, 1.0, -1.0)
-            tl.store(rho_p + o_vec + rows, tl.where(tl.abs(r) > floor, sign, 0.0))
-    else:
-        acc *= scale
-    if TURNED:
-        own = _load(own_p + o_row * DZ, rows, cz, H * DZ, here, DZ, EVEN, FULL_Z)
-        tl.store(dot_p + o_vec + rows, tl.sum(own.to(tl.float32) * acc, 1))
-    inside = (rows[:, None] < here) & (cz[None, :] < DZ)
-    out_p += o_row * DZ + rows[:, None] * (H * DZ) + cz[None, :]
-    tl.store(out_p, acc.to(out_p.dtype.element_ty), mask=inside)
-
-
-@_kernel
-def denominators(
-    h_p, dh_p, sign_p, rho_p, T, H, NC, V: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    LC: tl.constexpr,
-):  # fmt: skip
-    """rho = -sign dh . h, the gradient through h's denominator, times it."""
-    blocks = NC * (LC // L)
-    block, bh = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    rows = block * L + tl.arange(0, L)
-    o = (((bh // H) * T + rows) * H + bh % H)[:, None] * V
-    total = tl.zeros((L,), tl.float32)
-    for start in tl.static_range(0, V, BV):
-        cols = start + tl.arange(0, BV)[None, :]
-        there = (rows[:, None] < T) & (cols < V)
-        h = tl.load(h_p + o + cols, mask=there, other=0.0).to(tl.float32)
-        dh = tl.load(dh_p + o + cols, mask=there, other=0.0).to(tl.float32)
-        total += tl.sum(h * dh, 1)
-    o_vec = bh * NC * LC + rows
-    sign = tl.load(sign_p + o_vec, mask=rows < T, other=0.0)
-    tl.store(rho_p + o_vec, tl.where(sign == 0.0, 0.0, -sign * total))
 
 
 @_kernel
