@@ -34,14 +34,15 @@ _WRITTEN = {("mlstm", "triton")}
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
-
-
-def _module(op):
-    return importlib.import_module(f"{__name__}.{keras.backend.backend()}.{op}")
+# What the active framework has of its own: {op: module}.
+_own = {
+    op: importlib.import_module(f"{__name__}.{keras.backend.backend()}.{op}")
+    for op in framework.own
+}
 
 
 def _unsupported(op, implementation, **call):
-    """Why `implementation` cannot run `op` on the tensors of `call` (none: at all here), or None."""
+    """Why `implementation` cannot run `op` on the tensors of `call` (at all, without), or None."""
     if implementation == "native":
         return None
     home, active = _KERNELS[implementation], keras.backend.backend()
@@ -49,7 +50,7 @@ def _unsupported(op, implementation, **call):
         return f"it belongs to the {home} backend and Keras runs on {active}"
     if (op, implementation) not in _WRITTEN:
         return f"this version of keras_xlstm has no {implementation} kernel for {op} yet"
-    return _module(op).unsupported(**call)
+    return _own[op].unsupported(**call)
 
 
 def available():
@@ -87,6 +88,7 @@ def use(implementation):
         _scope.reset(token)
 
 
+@framework.once
 def _asked():
     """What `use` or the environment asks for, or None."""
     return _scope.get() or _known(os.environ.get(_VARIABLE) or None, _VARIABLE)
@@ -146,7 +148,7 @@ def mlstm(
     """
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     if _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size) != "native":
-        return _module("mlstm").mlstm(q, k, v, i, f, state, segment_ids, **options)
+        return _own["mlstm"].mlstm(q, k, v, i, f, state, segment_ids, **options)
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     if state is None:
@@ -168,7 +170,7 @@ def slstm(
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
     _choose("slstm", implementation)
-    run = _module("slstm").slstm if keras.backend.backend() == "torch" else native.slstm
+    run = _own.get("slstm", native).slstm
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

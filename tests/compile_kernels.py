@@ -1,6 +1,8 @@
 """Compiles the Triton kernels that a call launches, for a GPU that need not be there.
 
-python tests/compile_kernels.py 90 K V dtype   (run by test_triton.py, one process per target)
+python tests/compile_kernels.py 90 K V dtype
+
+Prints a line per kernel: name, registers, shared memory and its limit, bytes spilled to the stack.
 """
 
 import inspect
@@ -9,6 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+
+os.environ["KERAS_BACKEND"] = "torch"
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import triton
@@ -56,7 +61,8 @@ class Compiler:
         source = ASTSource(kernel, kinds, constants, divisible)
         compiled = triton.compile(source, target=self.target, options=options)
         used = resources(compiled) if self.target.backend == "cuda" else {}
-        name = f"{kernel.fn.__name__} {role}".strip()
+        flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE") if kwargs.get(k))
+        name = f"{kernel.fn.__name__} {role} {flags}"
         self.seen[name] = {"SHARED": compiled.metadata.shared, **used}
 
 
@@ -73,28 +79,34 @@ def resources(compiled):
     return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def compile_all(target, K, V, dtype, T=512, segments=False, shared_memory=232_448, processors=1):
-    """{kernel: resources} of a training step."""
+def compile_all(target, K, V, dtype, shared_memory):
+    """{kernel: resources} of a training step, of the way of few heads, of a single step."""
     mlstm.launch = compiler = Compiler(target)
     mlstm._shared_memory = lambda device: shared_memory
-    mlstm._processors = lambda device: processors
-    q, k = (torch.empty(2, T, 2, K, dtype=dtype, requires_grad=True) for _ in "qk")
-    v = torch.empty(2, T, 2, V, dtype=dtype, requires_grad=True)
-    i, f = (torch.empty(2, T, 2, requires_grad=True) for _ in "if")
-    ids = torch.zeros(2, T, dtype=torch.int32) if segments else None
-    h, _ = mlstm.mlstm(
-        q, k, v, i, f, None, ids, input_gate="exp", eps=1e-6, chunk_size=None
-    )
+    mlstm._machine = lambda *device: None
+    q, k = (torch.empty(2, 512, 2, K, dtype=dtype, requires_grad=True) for _ in "qk")
+    v = torch.empty(2, 512, 2, V, dtype=dtype, requires_grad=True)
+    i, f = (torch.empty(2, 512, 2, requires_grad=True) for _ in "if")
+    state = [torch.empty(2, 2, K, V), torch.empty(2, 2, K), torch.empty(2, 2)]
+    ids = torch.zeros(2, 512, dtype=torch.int32)
+    options = {"input_gate": "exp", "eps": 1e-6, "chunk_size": None}
+    mlstm._processors = lambda device: 1
+    h, _ = mlstm.mlstm(q, k, v, i, f, None, None, **options)
     torch.autograd.grad(h.float().sum(), (q, k, v, i, f))
+    mlstm._processors = lambda device: 10**9
+    with torch.no_grad():
+        mlstm.mlstm(q, k, v, i, f, state, ids, **options)
+        mlstm.mlstm(*(t[:, :1] for t in (q, k, v, i, f)), state, None, **options)
     return compiler.seen
 
 
+# Bytes of shared memory that a program may have.
+MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942": 65_536}
+
 if __name__ == "__main__":
-    arch, K, V, dtype = sys.argv[1:5]
-    memory = {"80": 166_912, "86": 101_376, "89": 101_376, "90": 232_448}.get(arch, 232_448)
-    seen = compile_all(
-        GPUTarget("cuda", int(arch), 32), int(K), int(V), getattr(torch, dtype),
-        shared_memory=memory,
-    )  # fmt: skip
+    arch, K, V, dtype = sys.argv[1:]
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+    seen = compile_all(target, int(K), int(V), getattr(torch, dtype), MEMORY[arch])
     for name, used in seen.items():
-        print(f"sm_{arch} {K}/{V} {dtype} {name:20s}", used, "" if used["SHARED"] <= memory else "TOO MUCH SHARED")
+        print(name, used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0))

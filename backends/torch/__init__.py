@@ -6,6 +6,9 @@ import torch
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum = torch.tanh, torch.maximum
 constant = torch.detach
+own = ("mlstm", "slstm")  # ops with a module here
+# Of a function without tensors: torch.compile calls it while tracing and keeps the result.
+once = torch.compiler.assume_constant_result
 
 
 def scan(step, init, xs, reverse=False):

@@ -5,7 +5,7 @@ Triton itself is imported on the first launch.
 """
 
 import functools
-import importlib
+import importlib.util
 import os
 
 import torch
@@ -17,26 +17,39 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNKS = (16, 32, 64, 128, 256, 512)
 
 
-def unsupported(q=None, v=None, chunk_size=None):
-    """Why the kernels cannot run on these tensors (None: on this machine), or None."""
+@torch.compiler.assume_constant_result
+def _machine(device=None, index=None):
+    """Why no kernel can run on this device (None: on any device here), or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (PyTorch's CUDA builds bring it)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device is None:
+        return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    if device != "cuda":
+        return f"it needs tensors on a CUDA device, not on {device}"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(q=None, v=None, chunk_size=None):
+    """Why the kernels cannot run on these tensors (None: here at all), or None."""
     if q is None:
-        if interpreted or torch.cuda.is_available():
-            return None
-        return "PyTorch finds no CUDA device"
+        return _machine()
+    if q.device.type == "meta":
+        return "it needs tensors with values"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "an exported program holds PyTorch's own operators alone"
     if q.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {str(q.dtype)[6:]}"
-    if interpreted:
-        if q.dtype != torch.float32:
-            return "Triton's interpreter computes float32 alone"
-    elif q.device.type != "cuda":
-        return f"it needs tensors on a CUDA device, not on {q.device.type}"
-    elif q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer"
+    if q.dtype != torch.float32 and _interpreted():
+        return "Triton's interpreter computes float32 alone"
     if q.shape[-1] > 512 or v.shape[-1] > 1024:
         return (
             "it takes up to 512 key and 1024 value dimensions a head, not "
@@ -44,7 +57,7 @@ def unsupported(q=None, v=None, chunk_size=None):
         )
     if chunk_size not in (None, *_CHUNKS):
         return f"its chunk sizes are {', '.join(map(str, _CHUNKS))}, not {chunk_size}"
-    return None
+    return _machine(q.device.type, q.device.index)
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
@@ -158,6 +171,13 @@ def _state_tiles(DX, DZ, dtype, chunk, shared_memory):
     return {"BX": BX, "BZ": BZ, "L": L, "ST": stages, "num_warps": warps, "num_stages": stages}
 
 
+def _precision(dtype):
+    """Of products of float32: float16's states are float32 for their range alone."""
+    if dtype == torch.float16:
+        return "tf32"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
 class _Sizes:
     """What every launch of one call shares."""
 
@@ -170,14 +190,12 @@ class _Sizes:
         self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
-            "PREC": "tf32" if q.dtype == torch.float16 else "tf32x3",
+            "PREC": _precision(q.dtype),
         }  # fmt: skip
-        # Sums of whole logs stay exact in float32 up to 2^24.
+        # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
         self.least = -float(min(1e5, 2**24 // chunk))
         self.shared_memory = _shared_memory(q.device)
-        tiles = self.state_tiles = _state_tiles(
-            self.K, self.V, q.dtype, chunk, self.shared_memory
-        )
+        tiles = self.state_tiles = _state_tiles(self.K, self.V, q.dtype, chunk, self.shared_memory)
         self.parts = -(-self.K // tiles["BX"]) * -(-self.V // tiles["BZ"])
         # Serial programs read and write least, but there must be enough of them.
         self.serial = 10 * self.BH * self.parts >= 9 * _processors(q.device)
@@ -208,14 +226,15 @@ class _Sizes:
         programs *= -(-self.K // tiles["BX"]) * -(-self.V // tiles["BZ"])
         has_state = first[0] is not None
         launch(
-            _kernels().states, programs, x, z, w, w_rest, rho, segment_ids, chunks, m, through, S, n, *first, *last, *forward,
-            inner, self.T, self.H, self.NC, self.scale,
+            _kernels().states, programs, x, z, w, w_rest, rho, segment_ids, chunks, m, through,
+            S, n, *first, *last, *forward, inner, self.T, self.H, self.NC, self.scale,
             DX=self.K, DZ=self.V, NS=S.shape[1], SERIAL=self.serial, REVERSE=reverse,
             HAS_STATE=has_state, **self.common, **tiles,
         )  # fmt: skip
         if not self.serial:
             launch(
-                _kernels().borders, self.BH * self.parts, S, n, *first, through, m, *last, *forward, inner, self.NC, self.scale,
+                _kernels().borders, self.BH * self.parts, S, n, *first, through, m, *last, *forward,
+                inner, self.NC, self.scale,
                 KV=self.K * self.V, K=self.K, BLOCK=_BLOCK, HAS_STATE=has_state, REVERSE=reverse,
                 ST=3, num_warps=4,
             )  # fmt: skip
@@ -236,7 +255,8 @@ def _forward(
     u, u_rest, row, row_rest, sign, *_ = vectors
     b, b_rest, peak = q.new_empty((3, *u.shape), dtype=torch.float32)
     launch(
-        kernels.gates, s.BH * s.NC, i, f, segment_ids, u, u_rest, b, b_rest, peak, chunks, s.T, s.H, s.NC,
+        kernels.gates, s.BH * s.NC, i, f, segment_ids, u, u_rest, b, b_rest, peak, chunks,
+        s.T, s.H, s.NC,
         LC=chunk, LEAST=s.least, SIGMOID=sigmoid, SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
     launch(
@@ -291,9 +311,7 @@ def _backward(
     u, u_rest, row, row_rest, sign = vectors
     rho, q_dot, k_dot = torch.empty_like(vectors[:3])
     rows, cols, common = (row, row_rest), (u, u_rest), (segment_ids, m, chunks)
-    s.attend(
-        "dq", dh, v, k, states, normalisers, dq, q, q_dot, h, sign, rho, *common, rows, cols
-    )
+    s.attend("dq", dh, v, k, states, normalisers, dq, q, q_dot, h, sign, rho, *common, rows, cols)
     dS = states.new_empty((s.BH, s.NC, s.K, s.V))
     dn_all = normalisers.new_empty((s.BH, s.NC, s.K))
     inner = through.new_empty((s.BH, s.NC, s.parts))
@@ -305,7 +323,8 @@ def _backward(
     s.attend("dk", v, dh, q, dS, dn_all, dk, k, k_dot, *common)
     s.attend("dv", k, q, dh, dS, dn_all, dv, None, None, *common)
     launch(
-        _kernels().gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner, di, df, s.T, s.H, s.NC,
+        _kernels().gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner, di, df,
+        s.T, s.H, s.NC,
         LC=chunk, PARTS=s.parts, P=_power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
         SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
@@ -325,6 +344,16 @@ def _(
     sigmoid, chunk,
 ):  # fmt: skip
     return _gradients(q, k, v, i, f)
+
+
+def _no_second(ctx, gradients):
+    raise RuntimeError(
+        "The mLSTM has first derivatives only, here as in its native form: its gradient is a "
+        "kernel of its own. Received: a gradient of a gradient."
+    )
+
+
+_backward.register_autograd(_no_second, setup_context=lambda ctx, inputs, output: None)
 
 
 def _save(ctx, inputs, output):

@@ -13,7 +13,6 @@ Conventions as in mlstm_kernels.py. "dk" and "dv" as one kernel, which would rea
 took half as long again as the two together: their sums leave no registers.
 """
 
-import triton
 import triton.language as tl
 from keras_xlstm.backends.torch.mlstm_kernels import (
     NEVER,
@@ -31,8 +30,8 @@ def attend(
     row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
     T, H, NC, scale, eps,
     ROLE: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
-    BS: tl.constexpr, L: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr, NS: tl.constexpr, SEG: tl.constexpr,
-    EVEN: tl.constexpr, PREC: tl.constexpr, ST: tl.constexpr,
+    BS: tl.constexpr, L: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr, NS: tl.constexpr,
+    SEG: tl.constexpr, EVEN: tl.constexpr, PREC: tl.constexpr, ST: tl.constexpr,
 ):  # fmt: skip
     """See the head of this file. "h" also writes the row exponents and signs that the other roles
     read, "dq" rho; "dq" and "dk" write dot = own . out for the gates, own being q or k."""

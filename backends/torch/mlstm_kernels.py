@@ -334,7 +334,9 @@ def _border(
         inner_p += bh * NC * PARTS + tile
         for k in tl.range(0, NC, num_stages=ST):
             c = NC - 1 - k
-            added = tl.load(p + tl.cast(c, tl.int64) * SIZE + o, mask=there, other=0.0).to(tl.float32)
+            added = tl.load(p + tl.cast(c, tl.int64) * SIZE + o, mask=there, other=0.0).to(
+                tl.float32
+            )
             state = tl.load(f_p + tl.cast(c + 1, tl.int64) * SIZE + o, mask=there, other=0.0)
             tl.store(inner_p + c * PARTS, tl.sum(state.to(tl.float32) * s, 0) * scale)
             tl.store(p + tl.cast(c, tl.int64) * SIZE + o, s.to(dtype), mask=there)
@@ -370,7 +372,7 @@ def gate_gradients(
     leaving = tl.load(inner_p + (bh * NC + c) * PARTS + parts, mask=parts < PARTS, other=0.0)
     leaving = tl.sum(leaving, 0)
     if SEG:
-        seg, before, last = _segments(seg_p + (bh // H) * T, T, c, o, LC)
+        seg, _, last = _segments(seg_p + (bh // H) * T, T, c, o, LC)
         _, x = tl.associative_scan((seg, q_dot - k_dot), 0, _sum_in_segment, reverse=True)
         x += tl.where(seg == last, leaving, 0.0)
         step = tl.maximum(c * LC + o - 1, 0)
