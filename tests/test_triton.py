@@ -54,7 +54,9 @@ def test_interpreted():
 
 # Bytes of stack that a thread may spill, where some do: what was seen with Triton 3.6 and 3.9 and
 # was still the fastest tile there. Elsewhere none.
-SPILLS = {("90", 128): 256, ("90", 256): 768, ("80", 128): 448, ("100", 128): 256}
+SPILLS = {
+    ("90", 128): 384, ("90", 256): 768, ("80", 24): 128, ("80", 128): 448, ("100", 128): 448,
+}  # fmt: skip
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="once, where nothing runs")

@@ -10,7 +10,7 @@ import os
 
 import torch
 from keras_xlstm.backends.parts import carried, holds_something
-from keras_xlstm.backends.torch.operators import launch, operator
+from keras_xlstm.backends.torch.operators import exporting, launch, operator
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +44,7 @@ def unsupported(q=None, v=None, chunk_size=None):
         return _machine()
     if q.device.type == "meta":
         return "it needs tensors with values"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting():
         return "an exported program holds PyTorch's own operators alone"
     if q.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {str(q.dtype)[6:]}"
@@ -118,24 +118,29 @@ def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Tiles found by benchmarks/tune_torch.py. Of `attend`: rows L, columns LN, a slice BS of the border
-# product, stages, warps; by role and sizes as powers of two. Of `states`: BX, BZ, steps L.
+_HOPPER = 232_448  # bytes of shared memory
+# Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN, a
+# slice BS of the border product, stages, warps; by role and sizes as powers of two.
 _ATTEND = {
-    ("h", 64, 128): (64, 64, 64, 2, 4),
+    ("h", 64, 128): (64, 32, 64, 3, 4),
     ("h", 128, 256): (64, 32, 64, 3, 4),
     ("h", 256, 512): (128, 32, 64, 3, 8),
+    ("dq", 128, 64): (64, 32, 64, 3, 4),
     ("dq", 256, 128): (64, 32, 64, 3, 4),
     ("dq", 512, 256): (128, 32, 64, 2, 8),
+    ("dk", 128, 64): (64, 32, 64, 3, 4),
     ("dk", 256, 128): (64, 32, 64, 3, 4),
     ("dk", 512, 256): (128, 32, 64, 2, 8),
+    ("dv", 64, 128): (64, 32, 64, 3, 4),
     ("dv", 128, 256): (64, 64, 64, 2, 4),
     ("dv", 256, 512): (128, 32, 64, 3, 8),
 }
 # Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
 _ATTEND_ANY = (
-    (64, 32, 64, 2, 4), (64, 32, 32, 1, 4), (32, 32, 32, 1, 4), (32, 16, 16, 1, 4),
-    (16, 16, 16, 1, 4),
+    (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
+    (32, 16, 16, 1, 4), (16, 16, 16, 1, 4),
 )  # fmt: skip
+# Of `states`: BX, BZ, steps L, stages, warps.
 _STATES = ((128, 256, 64, 3, 8), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4))
 
 
@@ -145,15 +150,23 @@ def _tiles(role, DX, DZ, dtype, chunk, shared_memory):
     BX, BZ = min(_power(DX), 512 // size), _power(DZ)
     if role in ("h", "dv"):  # the others sum over all of their columns
         BZ = min(BZ, 512 // size)
-    known = _ATTEND.get((role, _power(DX), _power(DZ))) if size == 2 else None
-    for L, LN, BS, stages, warps in (known, *_ATTEND_ANY) if known else _ATTEND_ANY:
-        L = min(L, chunk)
-        LN, BS = min(LN, L), min(BS, BX)
-        within = size * (L * BX + stages * LN * (BX + BZ)) + state_size * L * LN
-        within += (state_size - size) * 2 * LN * BZ
+    NX = -(-DX // BX)
+
+    def fits(L, LN, BS, stages, warps):
+        x = L if NX == 1 else stages * L  # read once, or along with y; two tiles are unrolled
+        within = size * (BX * (x + stages * LN) * min(NX, 2) + stages * LN * BZ)
+        within += state_size * L * LN + 2 * (state_size - size) * LN * BZ
         border = stages * (size * L * BS + state_size * BS * BZ)
-        if max(within, border) + 4096 <= shared_memory and L * BZ <= warps * 32 * 128:
-            break
+        return max(within, border) + 8192 <= shared_memory and L * BZ <= warps * 32 * 128
+
+    known = (role, _power(DX), _power(DZ)) if dtype == torch.bfloat16 else None
+    if known in _ATTEND and shared_memory >= _HOPPER:
+        L, LN, BS, stages, warps = _ATTEND[known]
+    else:
+        any_size = (tiles for tiles in _ATTEND_ANY if fits(*tiles))
+        L, LN, BS, stages, warps = next(any_size, _ATTEND_ANY[-1])
+    L = min(L, chunk)
+    LN, BS = min(LN, L), min(BS, BX)
     return {
         "L": L, "LN": LN, "BX": BX, "BZ": BZ, "BS": BS, "ST": stages, "num_warps": warps,
         "num_stages": stages,

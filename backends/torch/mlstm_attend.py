@@ -13,6 +13,7 @@ Conventions as in mlstm_kernels.py. "dk" and "dv" as one kernel, which would rea
 took half as long again as the two together: their sums leave no registers.
 """
 
+import triton
 import triton.language as tl
 from keras_xlstm.backends.torch.mlstm_kernels import (
     NEVER,
@@ -22,6 +23,17 @@ from keras_xlstm.backends.torch.mlstm_kernels import (
     _round,
     _segments,
 )
+
+
+@triton.jit
+def _slice(
+    p, x_p, y_p, rows, cols, cs, stride, here, D: tl.constexpr, EVEN: tl.constexpr,
+    FULL: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """p + x y^T over the columns cs of both."""
+    x = _load(x_p, rows, cs, stride, here, D, EVEN, FULL)
+    yt = _load_turned(y_p, cols, cs, stride, here, D, EVEN, FULL)
+    return tl.dot(x, yt, p, input_precision=PREC)
 
 
 @_kernel
@@ -132,10 +144,14 @@ def attend(
             p = tl.dot(x, yt, input_precision=PREC)
         else:
             p = tl.zeros((L, LN), tl.float32)
-            for jx in tl.static_range(NX):
-                xj = _load(x_p, rows, jx * BX + cx, H * DX, here, DX, EVEN, FULL_X)
-                yt = _load_turned(y_p, cols, jx * BX + cx, H * DX, here, DX, EVEN, FULL_X)
-                p = tl.dot(xj, yt, p, input_precision=PREC)
+            if NX == 2:
+                p = _slice(p, x_p, y_p, rows, cols, cx, H * DX, here, DX, EVEN, FULL_X, PREC)
+                c1 = BX + cx
+                p = _slice(p, x_p, y_p, rows, cols, c1, H * DX, here, DX, EVEN, FULL_X, PREC)
+            else:
+                for kx in range(NX):
+                    c2 = kx * BX + cx
+                    p = _slice(p, x_p, y_p, rows, cols, c2, H * DX, here, DX, EVEN, FULL_X, PREC)
         if ROLE == "dq":
             p += rho_row[:, None]
         elif ROLE == "dk":

@@ -39,6 +39,12 @@ class _Operator:
         )
 
 
+@torch.compiler.assume_constant_result
+def exporting():
+    # As a constant: PyTorch 2.11 takes torch.compile for an export where it traces this.
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def launch(kernel, programs, *arguments, **constants):
     """kernel[(programs,)](*arguments, **constants), on the device of the first argument."""
     device = arguments[0].device

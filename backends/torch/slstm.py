@@ -8,6 +8,7 @@ Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a
 import torch
 from keras_xlstm.backends import native
 from keras_xlstm.backends.parts import NEVER, carried, reported
+from keras_xlstm.backends.torch.operators import exporting
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +21,7 @@ def slstm(
 ):  # fmt: skip
     """As `native.slstm`."""
     arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if exporting or (x.shape[1] == 1 and recurrent_gradient_clip is None):
+    if exporting() or (x.shape[1] == 1 and recurrent_gradient_clip is None):
         # An exported file must run without this package: only PyTorch's own operators. And one
         # step alone needs no loop.
         return native.slstm(
