@@ -1,6 +1,7 @@
 import gc
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -12,6 +13,12 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# JAX compiles what is equal once: in all tests, all modules, and all processes of tests/run.py.
+_FOLDER = tempfile.TemporaryDirectory()
+_SHARED = os.environ.get("TESTS_SHARED", _FOLDER.name)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_SHARED, "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 sys.path.insert(0, os.path.dirname(__file__))
 
 import keras
@@ -35,6 +42,8 @@ def _fresh():
 @pytest.fixture(autouse=True, scope="module")
 def _memory():
     """Compiled functions are kept for good: gigabytes over the whole suite."""
+    # Keras collects garbage for every attribute that `quantize` deletes: not the frameworks again.
+    gc.freeze()
     yield
     keras.backend.clear_session()
     gc.collect()

@@ -47,6 +47,7 @@ def write(folder):
     x, y = data()
     model = build()
     model.compile("adam", "mse")
+    model.jit_compile = keras.backend.backend() == "jax"  # elsewhere it takes long
     model.fit(x, y, epochs=3, verbose=0)
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")

@@ -2,22 +2,17 @@
 
 import doctest
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from tools import BACKEND, array, assert_close, tensor, vjp
+from tools import BACKEND, array, assert_close, made, tensor, vjp
 
 import keras_xlstm
 from keras_xlstm import convert
 from keras_xlstm._safetensors import Safetensors
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
-HERE = pathlib.Path(__file__).parent
 PAPER = ["v1", "v1-cuda", "v1-stack", "v1-mlstm-bias", "v1-tied", "v1-slstm-plain", "v1-options"]
 LARGE = ["large", "large-fused", "large-options"]
 # What a block's config and a state dict both say.
@@ -31,12 +26,7 @@ SAID = {
 def originals(tmp_path_factory):
     pytest.importorskip("xlstm")
     pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("originals")
-    command = [sys.executable, str(HERE / "originals.py"), str(folder)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return made("originals", "originals.py", tmp_path_factory, HF_HUB_OFFLINE="1")
 
 
 def read(folder, case):

@@ -22,6 +22,7 @@ def run(name, *arguments, cwd):
     return result.stdout
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the same on every backend: run on torch")
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_help(path, tmp_path):
     assert "--" in run(path.name, "--help", cwd=tmp_path)

@@ -38,9 +38,10 @@ def fit(model, x, y, jit_compile=True, **options):
     return model.fit(x, y, batch_size=len(x) + 1, verbose=0, **options).history["loss"][-1]
 
 
-def jit():
-    """torch.compile needs a C++ compiler and minutes; it has a test of its own."""
-    return BACKEND != "torch"
+def jit(xla=False):
+    """torch.compile needs a C++ compiler and minutes, and has a test of its own; XLA on TensorFlow
+    takes ten times as long as a plain graph, and runs where it is asked for."""
+    return BACKEND == "jax" or (xla and BACKEND == "tensorflow")
 
 
 # ------------------------------------------------------------------------------------- maths
@@ -161,14 +162,15 @@ def test_fits(Layer, policy, rng):
     )
     perturbed(layer, rng)
     before = [array(v) for v in layer.trainable_weights]
-    loss = fit(model, data(rng), data(rng, B, 1), jit(), epochs=2)
+    xla = jit(xla=policy != "mixed_float16")
+    loss = fit(model, data(rng), data(rng, B, 1), xla, epochs=2)
     assert np.isfinite(loss)
     for v, old in zip(layer.trainable_weights, before, strict=True):
         assert np.abs(array(v) - old).max() > 0, v.path
     assert model.predict(data(rng, 3, 17, F), verbose=0).shape == (3, 1)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="see test_torch.py")
+@pytest.mark.skipif(BACKEND != "jax", reason="there, every other test is without")
 @each
 def test_fits_without_jit(Layer, rng):
     model = keras.Sequential([keras.Input((None, F)), Layer(U), keras.layers.Dense(1)])
@@ -212,6 +214,7 @@ def test_bidirectional(Layer, mode, rng):
 def test_time_distributed_and_subclassing(Layer, rng):
     x = data(rng, 2, 3, T, F)
     layer = Layer(U, num_heads=2)
+    layer.build((2, None, F))
     out = keras.layers.TimeDistributed(layer)(x)
     np.testing.assert_allclose(array(out)[:, 1], array(layer(x[:, 1])), atol=1e-6)
 
@@ -242,7 +245,8 @@ def test_go_backwards(Layer, rng):
     backwards.build((B, None, F))
     backwards.set_weights(layer.get_weights())
     x = data(rng)
-    np.testing.assert_allclose(array(backwards(x)), array(layer(x[:, ::-1].copy())), atol=1e-6)
+    want = array(layer(x[:, ::-1].copy()))
+    np.testing.assert_allclose(array(backwards(x)), want, atol=1e-6)
 
 
 @each
@@ -321,9 +325,8 @@ def test_mask_travels_on(Layer, rng):
     model = keras.Model(inputs, Layer(U)(Layer(U, return_sequences=True)(x)))
     x = data(rng)
     x[:, 6:] = 0
-    np.testing.assert_allclose(
-        array(model(x)), array(model.layers[-1](model.layers[-2](x[:, :6]))), atol=1e-6
-    )
+    want = array(model.layers[-1](model.layers[-2](x[:, :6])))
+    np.testing.assert_allclose(array(model(x)), want, atol=1e-6)
     layer = Layer(U, return_sequences=True, return_state=True)
     mask = ops.ones((B, T), "bool")
     assert layer.compute_mask(x, mask)[1:] == (None,) * len(layer.state_names)
@@ -360,7 +363,7 @@ def test_stateful_carries_everywhere(Layer, rng):
         np.testing.assert_allclose(got, want, atol=2e-6)
     layer.reset_states()
     assert not any(array(s).any() for s in layer.states)
-    model.compile("sgd", "mse", jit_compile=jit())
+    model.compile("sgd", "mse", jit_compile=jit(xla=True))
     model.fit(np.concatenate(chunks), np.zeros((3 * B, U)), batch_size=B, shuffle=False, verbose=0)
     assert all(array(s).any() for s in layer.states)
 
@@ -381,13 +384,12 @@ def test_cell_in_rnn(rng):
             np.testing.assert_allclose(array(a)[:, -1], array(b)[:, -1], atol=2e-6)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize(("policy", "compiled"), [("mixed_bfloat16", True), ("float32", False)])
 def test_stacked_cells_fit(policy, compiled, rng):
     keras.config.set_dtype_policy(policy)
     cells = keras.layers.StackedRNNCells([sLSTMCell(2 * U, num_heads=4), sLSTMCell(U)])
     model = keras.Sequential([keras.Input((T, F)), keras.layers.RNN(cells), keras.layers.Dense(1)])
-    assert np.isfinite(fit(model, data(rng), data(rng, B, 1), jit() if compiled else False))
+    assert np.isfinite(fit(model, data(rng), data(rng, B, 1), compiled and jit(xla=True)))
     config = keras.layers.serialize(model.layers[0])
     assert keras.layers.deserialize(config).get_config() == model.layers[0].get_config()
 
@@ -485,5 +487,5 @@ def test_bad_calls(Layer, rng):
         layer(x, mask=np.ones((B, T + 1), "bool"))
     with pytest.raises(ValueError, match="`stateful=True` needs a batch size"):
         keras.Sequential([keras.Input((T, F)), Layer(U, stateful=True)])
-    with pytest.raises(ValueError, match="asked for and cannot run: this version"):
+    with pytest.raises(ValueError, match="asked for and cannot run: "):
         Layer(U, use_kernel=True)(x)

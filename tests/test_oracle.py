@@ -4,6 +4,9 @@ import numpy as np
 import oracle
 import pytest
 from test_ops import make_mask, make_segments, mLSTMCase, sLSTMCase
+from tools import BACKEND
+
+pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="NumPy alone: run with torch")
 
 
 def check(call, case, state_names, reference):

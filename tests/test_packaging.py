@@ -24,6 +24,10 @@ def run(code, cwd, **env):
     return result.stdout.strip().splitlines()[-1]
 
 
+# torch, whose run is the shortest.
+once = pytest.mark.skipif(BACKEND != "torch", reason="the same on every backend: run on torch")
+
+
 def test_package_list_is_the_disk():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {
@@ -35,7 +39,7 @@ def test_package_list_is_the_disk():
     assert set(listed) == names
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="the same on every backend: built once")
+@once
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     # --no-isolation: the build requirement, setuptools, is in the test extra.
     command = [
@@ -89,6 +93,7 @@ def test_imports_the_active_framework_alone(tmp_path):
     assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "[] False"
 
 
+@once
 def test_a_bare_checkout_imports(tmp_path):
     code = "import keras_xlstm; print(keras_xlstm.backends.available()['slstm']['native'])"
     assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "True"

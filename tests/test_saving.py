@@ -1,41 +1,34 @@
 """Files written on any backend load on any other, compiled models too; old files keep loading."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import exchange
 import keras
 import numpy as np
 import pytest
-from tools import BACKEND, array
+from test_layers import jit
+from tools import HERE, array, made
 
 import keras_xlstm
 
-HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / "golden"
 
 
 @pytest.fixture(scope="module", params=["jax", "tensorflow", "torch"])
 def written(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    env = {**os.environ, "KERAS_BACKEND": request.param, "PYTHONPATH": str(HERE.parent)}
-    subprocess.run([sys.executable, str(HERE / "exchange.py"), str(folder)], env=env, check=True)
-    return folder
+    name = f"exchange-{request.param}"
+    return made(name, "exchange.py", tmp_path_factory, KERAS_BACKEND=request.param)
 
 
 def test_every_backend_reads_every_backend(written):
     x, y = exchange.data()
     want = np.load(written / "outputs.npy")
     model = keras.models.load_model(written / "model.keras")
-    if BACKEND == "torch":  # JAX's files ask for compilation, minutes here: see test_torch.py
-        model.jit_compile = False
+    model.jit_compile = jit()  # JAX's files ask for compilation
     np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
     model.fit(x, y, verbose=0)  # compiled: the optimizer came along
     assert int(array(model.optimizer.iterations)) == 4
     continues_as_written(written)
     model = exchange.build()
+    model.jit_compile = jit()
     model.load_weights(written / "model.weights.h5")
     np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
 
@@ -43,6 +36,7 @@ def test_every_backend_reads_every_backend(written):
 def test_golden_file():
     """Written by version 0.1: attribute names, class names and weight order are the file format."""
     model = keras.models.load_model(GOLDEN / "model.keras", compile=False)
+    model.jit_compile = jit()
     got = model.predict(exchange.data()[0], verbose=0)
     np.testing.assert_allclose(got, np.load(GOLDEN / "outputs.npy"), atol=1e-5)
     continues_as_written(GOLDEN)

@@ -1,8 +1,15 @@
 """What the tests share: gradients on the active backend, inputs, comparisons."""
 
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
 import keras
 import numpy as np
 
+HERE = pathlib.Path(__file__).parent
 BACKEND = keras.backend.backend()
 # Relative RMS error against the float64 oracle, by dtype of the inputs.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
@@ -43,27 +50,28 @@ def call(layer, x, **options):
     return jax.jit(lambda x, options: layer(x, **options))(x, options)
 
 
-def vjp(function, arguments, cotangents, compiled=True):
-    """Outputs of function(*arguments), a flat tuple, and the arguments' gradients.
+def vjp(function, arguments, cotangents, compiled=True, xla=True, given=()):
+    """Outputs of function(*arguments, *given), a flat tuple, and the gradients of `arguments`.
 
-    A cotangent of None stands for an output that nothing depends on.
+    A cotangent of None stands for an output that nothing depends on. On TensorFlow `xla=False`
+    leaves it at a graph, which is made faster.
     """
     if BACKEND == "jax":
         import jax
 
-        def loss(*arguments):
+        def loss(*arguments):  # and given
             outputs = function(*arguments)
             return _inner(outputs, cotangents), outputs
 
         indices = tuple(range(len(arguments)))
         run = jax.value_and_grad(loss, argnums=indices, has_aux=True)
-        (_, outputs), gradients = (jax.jit(run) if compiled else run)(*arguments)
+        (_, outputs), gradients = (jax.jit(run) if compiled else run)(*arguments, *given)
         return outputs, gradients
     if BACKEND == "torch":
         import torch
 
         leaves = [a.detach().clone().requires_grad_() for a in arguments]
-        outputs = function(*leaves)
+        outputs = function(*leaves, *given)
         gradients = torch.autograd.grad(_inner(outputs, cotangents), leaves, allow_unused=True)
         outputs = [o.detach() for o in outputs]
         return outputs, [
@@ -71,16 +79,43 @@ def vjp(function, arguments, cotangents, compiled=True):
         ]
     import tensorflow as tf
 
-    def run(*arguments):
+    def run(arguments, given):
         with tf.GradientTape() as tape:
             tape.watch(arguments)
-            outputs = function(*arguments)
+            outputs = function(*arguments, *given)
             loss = _inner(outputs, cotangents)
         return outputs, tape.gradient(
             loss, arguments, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
 
-    return (tf.function(run, jit_compile=True) if compiled else run)(*arguments)
+    run = tf.function(run, jit_compile=xla) if compiled else run
+    return run(list(arguments), list(given))
+
+
+def made(name, script, tmp_path_factory, **env):
+    """The folder that `script` fills, in a process of its own; once for all runs of tests/run.py."""
+    shared = os.environ.get("TESTS_SHARED")
+    root = pathlib.Path(shared) if shared else tmp_path_factory.mktemp("made")
+    folder, busy = root / name, root / f"{name}.busy"
+    deadline = time.monotonic() + 300
+    while not folder.exists():
+        try:
+            busy.mkdir()
+        except FileExistsError:  # another run makes it
+            assert time.monotonic() < deadline, f"{busy} is still there"
+            time.sleep(0.2)
+            continue
+        try:
+            if not folder.exists():
+                (partial := root / f"{name}.partial").mkdir()
+                command = [sys.executable, str(HERE / script), str(partial)]
+                env = {**os.environ, "PYTHONPATH": str(HERE.parent), **env}
+                done = subprocess.run(command, env=env, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                partial.rename(folder)
+        finally:
+            busy.rmdir()
+    return folder
 
 
 def _inner(outputs, cotangents):
