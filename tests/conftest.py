@@ -45,6 +45,7 @@ def _memory():
     # Keras collects garbage for every attribute that `quantize` deletes: not the frameworks again.
     gc.freeze()
     yield
+    gc.unfreeze()
     keras.backend.clear_session()
     gc.collect()
     if keras.backend.backend() == "jax":
