@@ -287,6 +287,13 @@ def test_fit_compiled(rng):
 
 
 @runs
+def test_two_processes():
+    script = os.path.join(os.path.dirname(__file__), "two_processes.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert "same gradients" in done.stdout, done.stderr[-3000:]
+
+
+@runs
 def test_export_is_native(rng):
     x = rng.normal(size=(2, 6, 3)).astype("float32")
     layer = keras_xlstm.layers.mLSTM(4, num_heads=2)

@@ -119,8 +119,8 @@ def _processors(device):
 
 
 _HOPPER = 232_448  # bytes of shared memory
-# Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN, a
-# slice BS of the border product, stages, warps; by role and sizes as powers of two.
+# Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN,
+# a slice BS of the border product, stages, warps; by role and sizes as powers of two.
 _ATTEND = {
     ("h", 64, 128): (64, 32, 64, 3, 4),
     ("h", 128, 256): (64, 32, 64, 3, 4),
