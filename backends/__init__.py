@@ -151,10 +151,7 @@ def mlstm(
         return _own["mlstm"].mlstm(q, k, v, i, f, state, segment_ids, **options)
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
-    if state is None:
-        C = ops.zeros_like(k[:, 0])[..., None] * ops.zeros_like(v[:, 0])[..., None, :]
-        state = (C, ops.zeros_like(k[:, 0]), ops.zeros_like(i[:, 0]))
-    state = tuple(_working(v, *state))
+    state = None if state is None else tuple(_working(v, *state))
     h, state = native.mlstm(q, k, v, i, f, state, segment_ids, **options)
     return ops.cast(h, dtype), state
 

@@ -11,6 +11,7 @@ from keras import ops
 from keras_xlstm.backends.parts import (
     NEVER,
     carried,
+    empty_memory,
     framework,
     holds_something,
     reported,
@@ -18,10 +19,11 @@ from keras_xlstm.backends.parts import (
 
 
 def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True):
-    """`keep`: whether a backward pass may come."""
+    """C, n, m: None for a fresh start. `keep`: whether a backward pass may come."""
     inputs = (q, k, v, i, log_f, segment_ids)
     scale = q.shape[-1] ** -0.5
-    m = carried(m, holds_something(C, n))
+    initial = None if C is None else (C, n)
+    C, n, m = empty_memory(k, v, i) if C is None else (C, n, carried(m, holds_something(C, n)))
     rest_in = ops.exp(m - ops.round(m))
     weights = _LogWeights(inputs, chunk_size)
     m_in, m = weights.carry(m)
@@ -48,13 +50,13 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True)
     last, (h,), states = framework.scan_chunks(step, carry, (q, k, v), weights.per_chunk())
     rest_out = ops.exp(ops.round(m) - m)
     outputs = (h, last[0] * rest_out[..., None, None], last[1] * rest_out[..., None], reported(m))
-    return outputs, (inputs, h, states, m_in, m, last, (C, n), rest_in, rest_out)
+    return outputs, (inputs, h, states, m_in, m, last, initial, rest_in, rest_out)
 
 
 def backward(residuals, gradients, eps, chunk_size):
     """The gradients of i and f follow from those of q and k: scaling i_j scales k_j, and scaling
     f_t scales every k before t against every q from t on."""
-    inputs, h, states, m_in, m, last, (C0, n0), rest_in, rest_out = residuals
+    inputs, h, states, m_in, m, last, initial, rest_in, rest_out = residuals
     dh, dC, dn, _ = gradients
     q, k, v, *_ = inputs
     scale = q.shape[-1] ** -0.5
@@ -102,10 +104,13 @@ def backward(residuals, gradients, eps, chunk_size):
         step, carry, (q, k, v, h, dh), (*states, *weights.per_chunk()), reverse=True
     )
     dlog_f = weights.after(across, ops.concatenate([entering[1:], leaving], axis=0))
+    gradients = (*gradients, _steps(di), _steps(dlog_f))
+    if initial is None:
+        return *gradients, None, None, None, None
     dC, dn = dC * rest_in[..., None, None], dn * rest_in[..., None]
     # The state's true value is (C, n) exp(m).
-    dm = _inner(C0, dC, n0, dn)
-    return (*gradients, _steps(di), _steps(dlog_f), dC, dn, dm, None)
+    dm = _inner(initial[0], dC, initial[1], dn)
+    return *gradients, dC, dn, dm, None
 
 
 class _LogWeights:

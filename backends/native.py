@@ -21,6 +21,7 @@ from keras_xlstm.backends.parts import (
     NEVER,
     bound,
     carried,
+    empty_memory,
     framework,
     holds_something,
     reported,
@@ -197,7 +198,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
 
     Args:
         q, k: (B, T, H, K). v: (B, T, H, V). i, f: (B, T, H), pre-activations.
-        state: (C (B, H, K, V), n (B, H, K), m (B, H)).
+        state: (C (B, H, K, V), n (B, H, K), m (B, H)) or None.
         segment_ids: (B, T) int or None; never falls, and 0 is the segment of `state`.
 
     Returns:
@@ -227,7 +228,15 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
     h, *state = framework.differentiable(
         chunkwise.forward,
         chunkwise.backward,
-        (q, k, v, i, log_f, *state, None if segment_ids is None else segment_ids[..., None]),
+        (
+            q,
+            k,
+            v,
+            i,
+            log_f,
+            *(state or (None,) * 3),
+            None if segment_ids is None else segment_ids[..., None],
+        ),
         eps=eps,
         chunk_size=chunk_size,
     )
@@ -243,7 +252,11 @@ def _pad(x, length, fill):
 
 def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
     """One step at a time: constant memory, and the gradient is the framework's own."""
-    C, n, m = state
+    if state is None:
+        state = empty_memory(k, v, i)
+    else:
+        C, n, m = state
+        state = C, n, carried(m, holds_something(C, n))
 
     def step(carry, xs):
         C, n, m = carry  # (B, H, K, V), (B, H, K), (B, H)
@@ -260,15 +273,14 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
         h = ops.squeeze(q[..., None, :] @ C, -2) / bound(r, new_m, eps)[..., None]
         return (C, n, new_m), (h,)
 
-    carry = (C, n, carried(m, holds_something(C, n)))
     xs = (q, k, v, i, log_f)
     if segment_ids is not None:
         xs += (segment_starts(segment_ids),)
     if q.shape[1] == 1:
-        carry, (h,) = step(carry, tuple(x[:, 0] for x in xs))
+        carry, (h,) = step(state, tuple(x[:, 0] for x in xs))
         h = h[:, None]
     else:
-        carry, (h,) = framework.scan(step, carry, tuple(ops.moveaxis(x, 1, 0) for x in xs))
+        carry, (h,) = framework.scan(step, state, tuple(ops.moveaxis(x, 1, 0) for x in xs))
         h = ops.moveaxis(h, 0, 1)
     C, n, m = carry
     return h, (C, n, reported(m))

@@ -30,6 +30,17 @@ def reported(m):
     return ops.where(m <= NEVER / 2, ops.zeros_like(m), m)
 
 
+def empty_memory(k, v, i):
+    """(C, n, m) before the first step, for k, v, i of (B, T, ...): m says that nothing is there.
+
+    A start that is known to be fresh is not asked whether it holds something: XLA would answer by
+    adding up the zeros while compiling, for seconds where the batch is large.
+    """
+    n = ops.zeros_like(k[:, 0])
+    C = n[..., None] * ops.zeros_like(v[:, 0])[..., None, :]
+    return C, n, ops.zeros_like(i[:, 0]) + NEVER
+
+
 def holds_something(C, n):
     return ops.any(n != 0, axis=-1) | ops.any(C != 0, axis=(-2, -1))
 

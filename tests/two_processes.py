@@ -17,10 +17,10 @@ def gradients(model, x):
 
 
 def work(rank, file):
+    import keras
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    import keras
     import keras_xlstm
 
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)

@@ -139,23 +139,26 @@ class Block(StateLayer):
             sizes = {"B": sequences.shape[0], "T": sequences.shape[1]}
             sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
             mask, segment_ids = xlstm_ops.mask_and_segments(mask, segment_ids, sizes)
-        if state is None:
-            shape = ops.shape(x)
-            state = self.get_initial_state(shape[0])
         dropped = None
         if training and self.dropout:
             # Drawn here: not in what may run a second time.
             dropped = self._drawn(ops.shape(x), self.dropout, x.dtype)
 
         def run(x, *state):
-            y, state = self._run(x, list(state), mask, segment_ids, dropped)
+            y, state = self._run(x, list(state) or None, mask, segment_ids, dropped)
             return (ops.cast(y, self.compute_dtype), *state)
 
-        outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *state)
+        outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *(state or ()))
         if mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, inputs)
         return_state = self.return_state if return_state is None else return_state
         return (outputs, *state) if return_state else outputs
+
+    def _split(self, state, batch):
+        """The convolution's state and that of the memory, which is None for a fresh start."""
+        if state is not None:
+            return state[0], state[1:]
+        return ops.zeros(self._state_shapes(batch)[0], self.state_dtype), None
 
     def compute_output_shape(
         self, sequences_shape, initial_state_shape=None, segment_ids_shape=None

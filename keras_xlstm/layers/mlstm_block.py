@@ -158,7 +158,7 @@ class mLSTMBlock(Block):
         cell, gate = ops.split(self.up_projection(self.norm(x)), 2, axis=-1)
         convolved, new = cell, []
         if self.convolution is not None:
-            conv, *state = state
+            conv, state = self._split(state, batch)
             convolved, conv = self.convolution(cell, conv, mask, segment_ids)
             convolved, new = ops.silu(convolved), [conv]
 

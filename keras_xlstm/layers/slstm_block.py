@@ -165,7 +165,7 @@ class sLSTMBlock(Block):
         u = self.norm(x)
         convolved, new = u, []
         if self.convolution is not None:
-            conv, *state = state
+            conv, state = self._split(state, batch)
             convolved, conv = self.convolution(u, conv, mask, segment_ids)
             convolved, new = ops.silu(convolved), [conv]
         u, convolved = (ops.reshape(a, (batch, time, *heads)) for a in (u, convolved))
@@ -177,7 +177,7 @@ class sLSTMBlock(Block):
             ops.cast(ops.stack(gates, axis=2), self.compute_dtype),
             ops.cast(self.recurrent_kernel, self.compute_dtype),
             self.bias,
-            initial_state=[ops.reshape(s, (batch, *heads)) for s in state],
+            initial_state=state and [ops.reshape(s, (batch, *heads)) for s in state],
             mask=mask,
             segment_ids=segment_ids,
             return_state=True,
