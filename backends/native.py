@@ -225,20 +225,10 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
         if segment_ids is not None:
             last = ops.repeat(segment_ids[:, -1:], chunk_size, axis=1)
             segment_ids = ops.concatenate([segment_ids, last[:, :short]], axis=1)
+    ids = None if segment_ids is None else segment_ids[..., None]
+    tensors = (q, k, v, i, log_f, *(state or (None, None, None)), ids)
     h, *state = framework.differentiable(
-        chunkwise.forward,
-        chunkwise.backward,
-        (
-            q,
-            k,
-            v,
-            i,
-            log_f,
-            *(state or (None,) * 3),
-            None if segment_ids is None else segment_ids[..., None],
-        ),
-        eps=eps,
-        chunk_size=chunk_size,
+        chunkwise.forward, chunkwise.backward, tensors, eps=eps, chunk_size=chunk_size
     )
     return h[:, :T], tuple(state)
 

@@ -1,9 +1,18 @@
 """sLSTM and mLSTM as functions of tensors: checks, masks and segments, then the backend."""
 
-import keras
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm._checks import (
+    check_clip,
+    expect_shape,
+    float_tensor,
+    gate_dtype,
+    mask_and_segments,
+    one_of,
+    same_dtype,
+    states_of,
+)
 
 __all__ = ["mlstm", "slstm"]
 
@@ -72,14 +81,14 @@ def mlstm(
     >>> h.shape
     (2, 10, 4, 8)
     """
-    q, k, v, i, f = (_float_tensor(n, x) for n, x in zip("qkvif", (q, k, v, i, f), strict=True))
-    _expect("q", q, ("B", "T", "H", "K"), sizes := {})
-    _expect("k", k, ("B", "T", "H", "K"), sizes)
-    _expect("v", v, ("B", "T", "H", "V"), sizes)
-    _expect("i", i, ("B", "T", "H"), sizes)
-    _expect("f", f, ("B", "T", "H"), sizes)
-    _same_dtype(q=q, k=k, v=v)
-    _one_of("input_gate", input_gate, ("exp", "sigmoid"))
+    q, k, v, i, f = (float_tensor(n, x) for n, x in zip("qkvif", (q, k, v, i, f), strict=True))
+    expect_shape("q", q, ("B", "T", "H", "K"), sizes := {})
+    expect_shape("k", k, ("B", "T", "H", "K"), sizes)
+    expect_shape("v", v, ("B", "T", "H", "V"), sizes)
+    expect_shape("i", i, ("B", "T", "H"), sizes)
+    expect_shape("f", f, ("B", "T", "H"), sizes)
+    same_dtype(q=q, k=k, v=v)
+    one_of("input_gate", input_gate, ("exp", "sigmoid"))
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"`eps` must be a number >= 0. Received: eps={eps!r}.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
@@ -88,13 +97,13 @@ def mlstm(
             f"Received: chunk_size={chunk_size!r}."
         )
     shapes = {"C": ("B", "H", "K", "V"), "n": ("B", "H", "K"), "m": ("B", "H")}
-    state = _states(initial_state, shapes, sizes)
+    state = states_of(initial_state, shapes, sizes)
     mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
     if mask is not None:
         # A shut input gate and an open forget gate leave the state exactly as it is; the zeros
         # keep whatever stands in padding, NaN too, away from everything else.
         real = mask[:, :, None]
-        i, f = (ops.cast(g, _gate_dtype(g)) for g in (i, f))
+        i, f = (ops.cast(g, gate_dtype(g)) for g in (i, f))
         i, f = ops.where(real, i, _SHUT), ops.where(real, f, _OPEN)
         q, k, v = (ops.where(real[..., None], x, ops.zeros_like(x)) for x in (q, k, v))
     h, state = backends.mlstm(
@@ -165,21 +174,21 @@ def slstm(
     >>> keras_xlstm.ops.slstm(x, recurrent_kernel).shape
     (2, 10, 2, 8)
     """
-    x = _float_tensor("x", x)
-    recurrent_kernel = _float_tensor("recurrent_kernel", recurrent_kernel)
-    _expect("x", x, ("B", "T", 4, "H", "D"), sizes := {})
-    _expect("recurrent_kernel", recurrent_kernel, ("H", "D", 4, "D"), sizes)
+    x = float_tensor("x", x)
+    recurrent_kernel = float_tensor("recurrent_kernel", recurrent_kernel)
+    expect_shape("x", x, ("B", "T", 4, "H", "D"), sizes := {})
+    expect_shape("recurrent_kernel", recurrent_kernel, ("H", "D", 4, "D"), sizes)
     if bias is not None:
-        bias = _float_tensor("bias", bias)
-        _expect("bias", bias, (4, "H", "D"), sizes)
+        bias = float_tensor("bias", bias)
+        expect_shape("bias", bias, (4, "H", "D"), sizes)
     if recurrent_scale is not None:
-        recurrent_scale = _float_tensor("recurrent_scale", recurrent_scale)
-        _expect("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)
+        recurrent_scale = float_tensor("recurrent_scale", recurrent_scale)
+        expect_shape("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)
         recurrent_scale = ops.stop_gradient(recurrent_scale)
-    _one_of("forget_gate", forget_gate, ("sigmoid", "exp"))
+    one_of("forget_gate", forget_gate, ("sigmoid", "exp"))
     check_clip(recurrent_gradient_clip)
     shapes = dict.fromkeys("hcnm", ("B", "H", "D"))
-    state = _states(initial_state, shapes, sizes)
+    state = states_of(initial_state, shapes, sizes)
     mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
     if mask is not None:
         # Keeps whatever stands in padding, NaN too, away from everything else.
@@ -190,125 +199,3 @@ def slstm(
         recurrent_scale=recurrent_scale, implementation=implementation,
     )  # fmt: skip
     return (h, state) if return_state else h
-
-
-def last_real_step(mask):
-    """(B, T) bool to (B, T) int: the newest real step at or before each step, -1 where none is."""
-    step = ops.cumsum(ops.ones_like(mask, "int32"), axis=1) - 1
-    real_first = ops.argsort(ops.where(mask, step, step + ops.shape(mask)[1]), axis=1)
-    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
-    last = ops.take_along_axis(ops.cast(real_first, "int32"), ops.maximum(count - 1, 0), axis=1)
-    return ops.where(count > 0, last, -1)
-
-
-# ------------------------------------------------------------------------------------- checks
-
-
-def check_clip(clip):
-    if clip is not None and (
-        isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
-    ):
-        raise ValueError(
-            "`recurrent_gradient_clip` must be a positive number, or None for no clipping. "
-            f"Received: recurrent_gradient_clip={clip!r}."
-        )
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        expected = " or ".join(repr(a) for a in allowed)
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
-
-
-def _tensor(x):
-    # On TensorFlow convert_to_tensor hands a Keras variable back as it is.
-    return ops.convert_to_tensor(x.value if isinstance(x, keras.Variable) else x)
-
-
-def _float_tensor(name, x):
-    x = _tensor(x)
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    if "float" not in dtype:
-        raise ValueError(
-            f"`{name}` must be a floating-point tensor. Received: dtype {dtype}. "
-            "Convert it with keras.ops.cast first."
-        )
-    return x
-
-
-def _gate_dtype(gate):
-    dtype = keras.backend.standardize_dtype(gate.dtype)
-    return dtype if dtype == "float64" else "float32"
-
-
-def _expect(name, x, dims, sizes):
-    """Checks x's shape against `dims`, filling `sizes` with every size seen for the first time."""
-    shape = tuple(x.shape)
-    wanted = [sizes.get(d, d) for d in dims]
-    fits = len(shape) == len(dims)
-    if fits:
-        for d, size in zip(dims, shape, strict=True):
-            if isinstance(size, int):  # unknown and symbolic sizes are the framework's to check
-                fits &= size == sizes.setdefault(d, size) if isinstance(d, str) else size == d
-    if not fits:
-        named = ", ".join(str(d) for d in dims)
-        known = ", ".join(str(w) for w in wanted)
-        raise ValueError(
-            f"`{name}` must have shape ({named}), here ({known}). Received: shape {shape}."
-        )
-
-
-def _same_dtype(**tensors):
-    dtypes = {name: keras.backend.standardize_dtype(x.dtype) for name, x in tensors.items()}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(
-            f"{', '.join(tensors)} must have one dtype. Received: {dtypes}. "
-            "Cast them to the dtype that you want the result in."
-        )
-
-
-def _states(state, shapes, sizes):
-    if state is None:
-        return None
-    names = ", ".join(shapes)
-    if not isinstance(state, (tuple, list)) or len(state) != len(shapes):
-        got = f"{len(state)} tensors" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise ValueError(
-            f"`initial_state` must be the {len(shapes)} tensors ({names}), or None for a fresh "
-            f"start. Received: {got}."
-        )
-    state = tuple(
-        _float_tensor(f"initial_state {n}", s) for n, s in zip(shapes, state, strict=True)
-    )
-    for (name, dims), s in zip(shapes.items(), state, strict=True):
-        _expect(f"initial_state {name}", s, dims, sizes)
-    return state
-
-
-def mask_and_segments(mask, segment_ids, sizes):
-    """Both checked; segments as counts from 0 that rise by one at each change between real steps,
-    so that an id that comes back later is a segment of its own."""
-    if mask is not None:
-        mask = _tensor(mask)
-        if keras.backend.standardize_dtype(mask.dtype) != "bool":
-            raise ValueError(
-                "`mask` must be boolean, True for real steps. Received: dtype "
-                f"{keras.backend.standardize_dtype(mask.dtype)}. Use mask != 0."
-            )
-        _expect("mask", mask, ("B", "T"), sizes)
-    if segment_ids is None:
-        return mask, None
-    segment_ids = _tensor(segment_ids)
-    if "int" not in keras.backend.standardize_dtype(segment_ids.dtype):
-        raise ValueError(
-            "`segment_ids` must be integers, one per step. Received: dtype "
-            f"{keras.backend.standardize_dtype(segment_ids.dtype)}."
-        )
-    _expect("segment_ids", segment_ids, ("B", "T"), sizes)
-    before = ops.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
-    if mask is not None:
-        last = last_real_step(mask)
-        last = ops.concatenate([last[:, :1] * 0 - 1, last[:, :-1]], axis=1)
-        before = ops.take_along_axis(segment_ids, ops.maximum(last, 0), axis=1)
-        before = ops.where(mask & (last >= 0), before, segment_ids)
-    return mask, ops.cumsum(ops.cast(segment_ids != before, "int32"), axis=1)

@@ -114,6 +114,13 @@ def test_slstm_options(options, words, rng):
         ops.slstm(**{**slstm_inputs(rng), **options})
 
 
+def test_symbolic_tensors(rng):
+    words = r"takes tensors with values. Received: the symbolic .*use keras_xlstm.layers"
+    symbolic = {n: keras.Input(x.shape[1:]) for n, x in mlstm_inputs(rng).items()}
+    with pytest.raises(ValueError, match=words):
+        ops.mlstm(**symbolic)
+
+
 def test_variables_and_lists(rng):
     """Keras variables are tensors too, states may come as lists, and dtypes are kept."""
     inputs = {n: keras.Variable(x) for n, x in mlstm_inputs(rng).items()}

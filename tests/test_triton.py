@@ -269,21 +269,36 @@ def test_compiled_whole(rng):
     assert "keras_xlstm.mlstm_forward" in str(explained.graphs[0].graph)
 
 
-@runs
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_fit_compiled(rng):
+def _losses(rng, jit_compile, use_kernel):
     x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+    keras.utils.set_random_seed(0)
+    layer = keras_xlstm.layers.mLSTM(8, num_heads=2, use_kernel=use_kernel)
+    model = keras.Sequential([keras.Input((20, 3)), layer, keras.layers.Dense(1)])
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
 
-    def train(jit_compile, use_kernel):
-        keras.utils.set_random_seed(0)
-        layer = keras_xlstm.layers.mLSTM(8, num_heads=2, use_kernel=use_kernel)
-        model = keras.Sequential([keras.Input((20, 3)), layer, keras.layers.Dense(1)])
-        model.compile("sgd", "mse", jit_compile=jit_compile)
-        return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
 
-    want = train(False, False)
-    np.testing.assert_allclose(train(False, True), want, rtol=1e-4)
-    np.testing.assert_allclose(train(True, True), want, rtol=1e-4)
+@runs
+def test_fit():
+    seeded = np.random.default_rng
+    want = _losses(seeded(0), False, False)
+    np.testing.assert_allclose(_losses(seeded(0), False, True), want, rtol=1e-4)
+    if GPU and shutil.which("g++"):  # torch.compile needs a compiler, and a minute on a CPU
+        np.testing.assert_allclose(_losses(seeded(0), True, True), want, rtol=1e-4)
+
+
+@runs
+def test_gradients_under_torch_compile(rng):
+    inputs = _small(rng)[:5]
+
+    def run(*a):
+        return keras_xlstm.ops.mlstm(*a, implementation="triton") ** 2
+
+    want = torch.autograd.grad(run(*inputs).sum(), inputs)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @runs

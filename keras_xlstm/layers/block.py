@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
-from keras_xlstm import ops as xlstm_ops
+from keras_xlstm._checks import mask_and_segments
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_positive, check_rate, check_use_kernel
 
@@ -138,7 +138,7 @@ class Block(StateLayer):
         if segment_ids is not None:
             sizes = {"B": sequences.shape[0], "T": sequences.shape[1]}
             sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
-            mask, segment_ids = xlstm_ops.mask_and_segments(mask, segment_ids, sizes)
+            mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
         dropped = None
         if training and self.dropout:
             # Drawn here: not in what may run a second time.

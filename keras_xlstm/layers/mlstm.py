@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
+from keras_xlstm._checks import last_real_step
 from keras_xlstm.layers.parts import MultiHeadNorm, check_cap, check_heads, check_positive, soft_cap
 from keras_xlstm.layers.recurrent import Recurrent
 
@@ -263,6 +264,6 @@ class mLSTM(Recurrent):
 
 def _held(outputs, mask):
     """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
-    last = xlstm_ops.last_real_step(mask)[:, :, None]
+    last = last_real_step(mask)[:, :, None]
     held = ops.take_along_axis(outputs, ops.maximum(last, 0), axis=1)
     return ops.where(last >= 0, held, ops.zeros_like(held))

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
+from keras_xlstm._checks import real_first
 
 
 def check_positive(name, value):
@@ -169,12 +170,9 @@ class CausalConv1D(keras.layers.Layer):
         before = self.kernel_size - 1
         x, ids = ops.cast(inputs, self.compute_dtype), segment_ids
         if mask is not None:  # real steps first, in their order
-            time = ops.shape(mask)[1]
-            step = ops.cumsum(ops.ones_like(mask, "int32"), axis=1) - 1
-            real_first = ops.argsort(ops.where(mask, step, step + time), axis=1)
-            count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
-            x = ops.take_along_axis(x, real_first[:, :, None], axis=1)
-            ids = None if ids is None else ops.take_along_axis(ids, real_first, axis=1)
+            order, count = real_first(mask)
+            x = ops.take_along_axis(x, order[:, :, None], axis=1)
+            ids = None if ids is None else ops.take_along_axis(ids, order, axis=1)
         padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)
         if ids is not None:
             first = ops.zeros_like(padded[:, :before, 0], ids.dtype)

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
+from keras_xlstm._checks import check_clip
 from keras_xlstm.layers.block import Block, block_diagonal, layer_norm
 from keras_xlstm.layers.parts import CausalConv1D, GatedFeedForward, MultiHeadNorm, rounded_up
 
@@ -90,7 +91,7 @@ class sLSTMBlock(Block):
                 '`forget_activation` must be "sigmoid" or "exponential". '
                 f"Received: forget_activation={forget_activation!r}."
             )
-        xlstm_ops.check_clip(recurrent_gradient_clip)
+        check_clip(recurrent_gradient_clip)
         self.conv_kernel_size = self._check_taps(conv_kernel_size)
         self.feed_forward_factor = feed_forward_factor
         if feed_forward_factor is not None:

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
+from keras_xlstm._checks import check_clip
 from keras_xlstm.layers.parts import check_heads
 
 _FORGET = ("sigmoid", "exponential")
@@ -77,7 +78,7 @@ class sLSTMCell(keras.layers.Layer):
                 '`forget_activation` must be "sigmoid" or "exponential". '
                 f"Received: forget_activation={forget_activation!r}."
             )
-        xlstm_ops.check_clip(recurrent_gradient_clip)
+        check_clip(recurrent_gradient_clip)
         super().__init__(autocast=False, **kwargs)
         self.units = units
         self.num_heads = num_heads

@@ -1,0 +1,133 @@
+"""What `ops` and the layers ask of their arguments, and masks and segments made ready."""
+
+import keras
+from keras import ops
+
+
+def real_first(mask):
+    """Of a mask (B, T): its steps in order, the real ones first; how many of them come up to each
+    step. Both (B, T) int32."""
+    step = ops.cumsum(ops.ones_like(mask, "int32"), axis=1) - 1
+    order = ops.argsort(ops.where(mask, step, step + ops.shape(mask)[1]), axis=1)
+    return ops.cast(order, "int32"), ops.cumsum(ops.cast(mask, "int32"), axis=1)
+
+
+def last_real_step(mask):
+    """(B, T) bool to (B, T) int: the newest real step at or before each step, -1 where none is."""
+    order, count = real_first(mask)
+    last = ops.take_along_axis(order, ops.maximum(count - 1, 0), axis=1)
+    return ops.where(count > 0, last, -1)
+
+
+def check_clip(clip):
+    if clip is not None and (
+        isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0
+    ):
+        raise ValueError(
+            "`recurrent_gradient_clip` must be a positive number, or None for no clipping. "
+            f"Received: recurrent_gradient_clip={clip!r}."
+        )
+
+
+def one_of(name, value, allowed):
+    if value not in allowed:
+        expected = " or ".join(repr(a) for a in allowed)
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
+
+
+def _tensor(x):
+    if isinstance(x, keras.KerasTensor):
+        raise ValueError(
+            "keras_xlstm.ops takes tensors with values. Received: the symbolic "
+            f"{x}. In a functional model use keras_xlstm.layers, or call the "
+            "function in the call() of a layer of your own."
+        )
+    # On TensorFlow convert_to_tensor hands a Keras variable back as it is.
+    return ops.convert_to_tensor(x.value if isinstance(x, keras.Variable) else x)
+
+
+def float_tensor(name, x):
+    x = _tensor(x)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            f"`{name}` must be a floating-point tensor. Received: dtype {dtype}. "
+            "Convert it with keras.ops.cast first."
+        )
+    return x
+
+
+def gate_dtype(gate):
+    dtype = keras.backend.standardize_dtype(gate.dtype)
+    return dtype if dtype == "float64" else "float32"
+
+
+def expect_shape(name, x, dims, sizes):
+    """Checks x's shape against `dims`, filling `sizes` with every size seen for the first time."""
+    shape = tuple(x.shape)
+    wanted = [sizes.get(d, d) for d in dims]
+    fits = len(shape) == len(dims)
+    if fits:
+        for d, size in zip(dims, shape, strict=True):
+            if isinstance(size, int):  # unknown and symbolic sizes are the framework's to check
+                fits &= size == sizes.setdefault(d, size) if isinstance(d, str) else size == d
+    if not fits:
+        named = ", ".join(str(d) for d in dims)
+        known = ", ".join(str(w) for w in wanted)
+        raise ValueError(
+            f"`{name}` must have shape ({named}), here ({known}). Received: shape {shape}."
+        )
+
+
+def same_dtype(**tensors):
+    dtypes = {name: keras.backend.standardize_dtype(x.dtype) for name, x in tensors.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(
+            f"{', '.join(tensors)} must have one dtype. Received: {dtypes}. "
+            "Cast them to the dtype that you want the result in."
+        )
+
+
+def states_of(state, shapes, sizes):
+    if state is None:
+        return None
+    names = ", ".join(shapes)
+    if not isinstance(state, (tuple, list)) or len(state) != len(shapes):
+        got = f"{len(state)} tensors" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise ValueError(
+            f"`initial_state` must be the {len(shapes)} tensors ({names}), or None for a fresh "
+            f"start. Received: {got}."
+        )
+    state = tuple(float_tensor(f"initial_state {n}", s) for n, s in zip(shapes, state, strict=True))
+    for (name, dims), s in zip(shapes.items(), state, strict=True):
+        expect_shape(f"initial_state {name}", s, dims, sizes)
+    return state
+
+
+def mask_and_segments(mask, segment_ids, sizes):
+    """Both checked; segments as counts from 0 that rise by one at each change between real steps,
+    so that an id that comes back later is a segment of its own."""
+    if mask is not None:
+        mask = _tensor(mask)
+        if keras.backend.standardize_dtype(mask.dtype) != "bool":
+            raise ValueError(
+                "`mask` must be boolean, True for real steps. Received: dtype "
+                f"{keras.backend.standardize_dtype(mask.dtype)}. Use mask != 0."
+            )
+        expect_shape("mask", mask, ("B", "T"), sizes)
+    if segment_ids is None:
+        return mask, None
+    segment_ids = _tensor(segment_ids)
+    if "int" not in keras.backend.standardize_dtype(segment_ids.dtype):
+        raise ValueError(
+            "`segment_ids` must be integers, one per step. Received: dtype "
+            f"{keras.backend.standardize_dtype(segment_ids.dtype)}."
+        )
+    expect_shape("segment_ids", segment_ids, ("B", "T"), sizes)
+    before = ops.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+    if mask is not None:
+        last = last_real_step(mask)
+        last = ops.concatenate([last[:, :1] * 0 - 1, last[:, :-1]], axis=1)
+        before = ops.take_along_axis(segment_ids, ops.maximum(last, 0), axis=1)
+        before = ops.where(mask & (last >= 0), before, segment_ids)
+    return mask, ops.cumsum(ops.cast(segment_ids != before, "int32"), axis=1)
