@@ -91,6 +91,12 @@ def test_any_length(T, rng):
 
 
 @runs
+def test_more_chunks_than_one_block_of_borders(rng):
+    """`chunks` goes along the borders 128 at a time."""
+    check(mLSTMCase(rng, B=1, T=16 * 129 + 3, H=1))
+
+
+@runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "V"), SIZES)
 def test_sizes(K, V, dtype, rng):
