@@ -1,4 +1,4 @@
-"""Finds the tiles of the mLSTM's Triton kernels, for the tables in backends/torch/mlstm.py.
+"""Finds the tiles of the mLSTM's Triton kernels, for backends/torch/mlstm_tiles.py.
 
     python benchmarks/tune_torch.py 128 256 [--stages h,dq,dk,dv,states,reverse] [--heads 16]
 
@@ -18,10 +18,10 @@ PROCESSES = max(1, (os.cpu_count() or 2) - 2)
 
 
 def candidates(stage, K, V, chunk):
-    """Tiles as `_tiles` and `_state_tiles` give them, without those that cannot fit."""
-    from keras_xlstm.backends.torch.mlstm import _power
+    """Tiles as mlstm_tiles.py gives them, without those that cannot fit."""
+    from keras_xlstm.backends.torch.mlstm_tiles import power
 
-    K, V = _power(K), _power(V)
+    K, V = power(K), power(V)
     found = []
     if stage in ("states", "reverse"):
         options = itertools.product((64, 128), (64, 128, 256), (32, 64), (2, 3, 4), (4, 8))
@@ -78,7 +78,7 @@ class Job:
         rho, *_ = other = self.other
         rows, cols, common = (row, row_rest), (u, u_rest), (None, m, chunks)
         reverse = (None, None, rho, *common, cols, rows)
-        self.mlstm._tiles = lambda *_: tiles
+        self.mlstm.tiles.attend = lambda *_: tiles
         if stage == "h":
             s.attend(
                 "h", q, k, v, S, N, h, None, None, None, sign, None, *common, rows, cols, other

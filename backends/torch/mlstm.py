@@ -10,6 +10,7 @@ import os
 
 import torch
 from keras_xlstm.backends.parts import carried, holds_something
+from keras_xlstm.backends.torch import mlstm_tiles as tiles
 from keras_xlstm.backends.torch.operators import exporting, launch, operator
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     C, n, m = state or (None, None, None)
     if m is not None:
         m = carried(m, holds_something(C, n))
-    chunk = chunk_size or _chunk(q.shape[1], q.shape[-1], v.shape[-1], q.dtype)
+    chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], q.dtype)
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int32).contiguous()
     h, *state = _forward(
@@ -86,16 +87,6 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
 
 def _kept(t, keep):
     return torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, 0.0)
-
-
-def _power(n, least=16):
-    return max(least, 1 << (n - 1).bit_length())
-
-
-def _chunk(T, K, V, dtype):
-    """Steps of a chunk. Longer ones write fewer states and compute more pairs."""
-    best = 256 if dtype != torch.float32 and K * V > 8192 else 128
-    return min(best, _power(T))
 
 
 @functools.cache
@@ -118,79 +109,6 @@ def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_HOPPER = 232_448  # bytes of shared memory
-# Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN,
-# a slice BS of the border product, stages, warps; by role and sizes as powers of two.
-_ATTEND = {
-    ("h", 64, 128): (64, 32, 64, 3, 4),
-    ("h", 128, 256): (64, 32, 64, 3, 4),
-    ("h", 256, 512): (128, 32, 64, 3, 8),
-    ("dq", 128, 64): (64, 32, 64, 3, 4),
-    ("dq", 256, 128): (64, 32, 64, 3, 4),
-    ("dq", 512, 256): (128, 32, 64, 2, 8),
-    ("dk", 128, 64): (64, 32, 64, 3, 4),
-    ("dk", 256, 128): (64, 32, 64, 3, 4),
-    ("dk", 512, 256): (128, 32, 64, 2, 8),
-    ("dv", 64, 128): (64, 32, 64, 3, 4),
-    ("dv", 128, 256): (64, 64, 64, 2, 4),
-    ("dv", 256, 512): (128, 32, 64, 3, 8),
-}
-# Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
-_ATTEND_ANY = (
-    (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
-    (32, 16, 16, 1, 4), (16, 16, 16, 1, 4),
-)  # fmt: skip
-# Of `states`: BX, BZ, steps L, stages, warps.
-_STATES = ((128, 256, 64, 3, 8), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4))
-
-
-def _tiles(role, DX, DZ, dtype, chunk, shared_memory):
-    size = dtype.itemsize
-    state_size = 2 if dtype == torch.bfloat16 else 4  # of what enters the second product
-    BX, BZ = min(_power(DX), 512 // size), _power(DZ)
-    if role in ("h", "dv"):  # the others sum over all of their columns
-        BZ = min(BZ, 512 // size)
-    NX = -(-DX // BX)
-
-    def fits(L, LN, BS, stages, warps):
-        x = L if NX == 1 else stages * L  # read once, or along with y; two tiles are unrolled
-        within = size * (BX * (x + stages * LN) * min(NX, 2) + stages * LN * BZ)
-        within += state_size * L * LN + 2 * (state_size - size) * LN * BZ
-        border = stages * (size * L * BS + state_size * BS * BZ)
-        return max(within, border) + 8192 <= shared_memory and L * BZ <= warps * 32 * 128
-
-    known = (role, _power(DX), _power(DZ)) if dtype == torch.bfloat16 else None
-    if known in _ATTEND and shared_memory >= _HOPPER:
-        L, LN, BS, stages, warps = _ATTEND[known]
-    else:
-        any_size = (tiles for tiles in _ATTEND_ANY if fits(*tiles))
-        L, LN, BS, stages, warps = next(any_size, _ATTEND_ANY[-1])
-    L = min(L, chunk)
-    LN, BS = min(LN, L), min(BS, BX)
-    return {
-        "L": L, "LN": LN, "BX": BX, "BZ": BZ, "BS": BS, "ST": stages, "num_warps": warps,
-        "num_stages": stages,
-    }  # fmt: skip
-
-
-def _state_tiles(DX, DZ, dtype, chunk, shared_memory):
-    size = dtype.itemsize
-    wide = 1 if dtype == torch.bfloat16 else 2
-    for BX, BZ, L, stages, warps in _STATES:
-        BX, BZ, L = min(BX, _power(DX)), min(BZ, _power(DZ)), min(L, chunk)
-        needed = max((stages + wide - 1) * size * L * (BX + BZ), 2 * wide * BX * BZ)
-        if needed + 4096 <= shared_memory and BX * BZ <= warps * 32 * 128 // wide:
-            break
-    return {"BX": BX, "BZ": BZ, "L": L, "ST": stages, "num_warps": warps, "num_stages": stages}
-
-
-def _precision(dtype):
-    """Of products of float32: float16's states are float32 for their range alone."""
-    if dtype == torch.float16:
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
 class _Sizes:
     """What every launch of one call shares."""
 
@@ -203,13 +121,14 @@ class _Sizes:
         self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
-            "PREC": _precision(q.dtype),
+            "PREC": tiles.precision(q.dtype),
         }  # fmt: skip
         # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
         self.least = -float(min(1e5, 2**24 // chunk))
         self.shared_memory = _shared_memory(q.device)
-        tiles = self.state_tiles = _state_tiles(self.K, self.V, q.dtype, chunk, self.shared_memory)
-        self.parts = -(-self.K // tiles["BX"]) * -(-self.V // tiles["BZ"])
+        own = tiles.states(self.K, self.V, q.dtype, chunk, self.shared_memory)
+        self.state_tiles = own
+        self.parts = -(-self.K // own["BX"]) * -(-self.V // own["BZ"])
         # Serial programs read and write least, but there must be enough of them.
         self.serial = 10 * self.BH * self.parts >= 9 * _processors(q.device)
         if not self.serial:
@@ -220,13 +139,14 @@ class _Sizes:
         gates=(None, None, None), eps=0.0,
     ):  # fmt: skip
         DX, DZ = x.shape[-1], z.shape[-1]
-        tiles = _tiles(role, DX, DZ, self.dtype, self.chunk, self.shared_memory)
-        programs = self.BH * self.NC * (self.chunk // tiles["L"]) * -(-DZ // tiles["BZ"])
+        own_tiles = tiles.attend(role, DX, DZ, self.dtype, self.chunk, self.shared_memory)
+        rows = self.chunk // own_tiles["L"]
+        programs = self.BH * self.NC * rows * -(-DZ // own_tiles["BZ"])
         launch(
             _kernels("attend").attend, programs, x, y, z, S, n, out, own, dot, h, sign, rho,
             segment_ids, m, chunks, *row, *col, *gates,
             self.T, self.H, self.NC, self.scale, eps,
-            ROLE=role, DX=DX, DZ=DZ, NS=S.shape[1], **self.common, **tiles,
+            ROLE=role, DX=DX, DZ=DZ, NS=S.shape[1], **self.common, **own_tiles,
         )  # fmt: skip
 
     def states(
@@ -235,14 +155,14 @@ class _Sizes:
     ):  # fmt: skip
         """Fills S and n (B * H, borders, ...), and `last`; `first` and `forward` as (C, n)."""
         programs = self.BH * (1 if self.serial else self.NC)
-        tiles = self.state_tiles
-        programs *= -(-self.K // tiles["BX"]) * -(-self.V // tiles["BZ"])
+        own = self.state_tiles
+        programs *= -(-self.K // own["BX"]) * -(-self.V // own["BZ"])
         has_state = first[0] is not None
         launch(
             _kernels().states, programs, x, z, w, w_rest, rho, segment_ids, chunks, m, through,
             S, n, *first, *last, *forward, inner, self.T, self.H, self.NC, self.scale,
             DX=self.K, DZ=self.V, NS=S.shape[1], SERIAL=self.serial, REVERSE=reverse,
-            HAS_STATE=has_state, **self.common, **tiles,
+            HAS_STATE=has_state, **self.common, **own,
         )  # fmt: skip
         if not self.serial:
             launch(
@@ -338,7 +258,7 @@ def _backward(
     launch(
         _kernels().gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner, di, df,
         s.T, s.H, s.NC,
-        LC=chunk, PARTS=s.parts, P=_power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
+        LC=chunk, PARTS=s.parts, P=tiles.power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
         SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
     return gradients
@@ -405,10 +325,10 @@ def _step(
 ) -> list[Tensor]:  # fmt: skip
     B, H, K, V = C.shape
     outputs = [torch.empty_like(t) for t in (v, C, n, m)]
-    BK, BV = min(64, _power(K)), min(_power(V), 32 if B * H * V < 64 * 1024 else 128)
+    BK, BV = min(64, tiles.power(K)), min(tiles.power(V), 32 if B * H * V < 64 * 1024 else 128)
     launch(
         _kernels("step").step, B * H * -(-V // BV), q, k, v, i, f, C, n, m, *outputs, K**-0.5, eps,
-        K=K, V=V, BK=BK, BV=BV, P=_power(K), SIGMOID=sigmoid, num_warps=4,
+        K=K, V=V, BK=BK, BV=BV, P=tiles.power(K), SIGMOID=sigmoid, num_warps=4,
     )  # fmt: skip
     return outputs
 

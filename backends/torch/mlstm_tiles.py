@@ -1,0 +1,88 @@
+"""Tile sizes of the mLSTM's Triton kernels: a table for what was tuned, rules for all else."""
+
+import torch
+
+_HOPPER = 232_448  # bytes of shared memory
+# Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN,
+# a slice BS of the border product, stages, warps; by role and sizes as powers of two.
+_ATTEND = {
+    ("h", 64, 128): (64, 32, 64, 3, 4),
+    ("h", 128, 256): (64, 32, 64, 3, 4),
+    ("h", 256, 512): (128, 32, 64, 3, 8),
+    ("dq", 128, 64): (64, 32, 64, 3, 4),
+    ("dq", 256, 128): (64, 32, 64, 3, 4),
+    ("dq", 512, 256): (128, 32, 64, 2, 8),
+    ("dk", 128, 64): (64, 32, 64, 3, 4),
+    ("dk", 256, 128): (64, 32, 64, 3, 4),
+    ("dk", 512, 256): (128, 32, 64, 2, 8),
+    ("dv", 64, 128): (64, 32, 64, 3, 4),
+    ("dv", 128, 256): (64, 64, 64, 2, 4),
+    ("dv", 256, 512): (128, 32, 64, 3, 8),
+}
+# Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
+_ATTEND_ANY = (
+    (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
+    (32, 16, 16, 1, 4), (16, 16, 16, 1, 4),
+)  # fmt: skip
+# Of `states`: BX, BZ, steps L, stages, warps.
+_STATES = ((128, 256, 64, 3, 8), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4))
+
+
+def attend(role, DX, DZ, dtype, chunk, shared_memory):
+    """Of `attend` in a role, as its constants; `shared_memory` in bytes."""
+    size = dtype.itemsize
+    state_size = 2 if dtype == torch.bfloat16 else 4  # of what enters the second product
+    BX, BZ = min(power(DX), 512 // size), power(DZ)
+    if role in ("h", "dv"):  # the others sum over all of their columns
+        BZ = min(BZ, 512 // size)
+    NX = -(-DX // BX)
+
+    def fits(L, LN, BS, stages, warps):
+        x = L if NX == 1 else stages * L  # read once, or along with y; two tiles are unrolled
+        within = size * (BX * (x + stages * LN) * min(NX, 2) + stages * LN * BZ)
+        within += state_size * L * LN + 2 * (state_size - size) * LN * BZ
+        border = stages * (size * L * BS + state_size * BS * BZ)
+        return max(within, border) + 8192 <= shared_memory and L * BZ <= warps * 32 * 128
+
+    known = (role, power(DX), power(DZ)) if dtype == torch.bfloat16 else None
+    if known in _ATTEND and shared_memory >= _HOPPER:
+        L, LN, BS, stages, warps = _ATTEND[known]
+    else:
+        any_size = (tiles for tiles in _ATTEND_ANY if fits(*tiles))
+        L, LN, BS, stages, warps = next(any_size, _ATTEND_ANY[-1])
+    L = min(L, chunk)
+    LN, BS = min(LN, L), min(BS, BX)
+    return {
+        "L": L, "LN": LN, "BX": BX, "BZ": BZ, "BS": BS, "ST": stages, "num_warps": warps,
+        "num_stages": stages,
+    }  # fmt: skip
+
+
+def states(DX, DZ, dtype, chunk, shared_memory):
+    """Of `states`, likewise."""
+    size = dtype.itemsize
+    wide = 1 if dtype == torch.bfloat16 else 2
+    for BX, BZ, L, stages, warps in _STATES:
+        BX, BZ, L = min(BX, power(DX)), min(BZ, power(DZ)), min(L, chunk)
+        needed = max((stages + wide - 1) * size * L * (BX + BZ), 2 * wide * BX * BZ)
+        if needed + 4096 <= shared_memory and BX * BZ <= warps * 32 * 128 // wide:
+            break
+    return {"BX": BX, "BZ": BZ, "L": L, "ST": stages, "num_warps": warps, "num_stages": stages}
+
+
+def precision(dtype):
+    """Of products of float32: float16's states are float32 for their range alone."""
+    if dtype == torch.float16:
+        return "tf32"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def power(n, least=16):
+    """The power of two that holds n; tl.dot wants 16."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def chunk_steps(T, K, V, dtype):
+    """Steps of a chunk. Longer ones write fewer states and compute more pairs."""
+    best = 256 if dtype != torch.float32 and K * V > 8192 else 128
+    return min(best, power(T))
