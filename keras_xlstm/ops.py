@@ -61,7 +61,8 @@ def mlstm(
         input_gate: `"exp"`, or `"sigmoid"` (log sigmoid(i) in place of i).
         eps: added to the denominator, in units of exp(m). The gradient takes m for a constant: it
             is exact for eps=0, and to about eps otherwise.
-        chunk_size: steps that are computed at once; None picks. It does not change the result.
+        chunk_size: steps that are computed at once; None picks. It does not change the result. The
+            Triton kernels know the powers of two from 16 to 512.
         implementation: None picks what fits; `"native"`, `"triton"`, `"pallas"` or `"xla"` runs
             that one, or says why it cannot.
 
