@@ -30,7 +30,7 @@ compiled = framework.compiled
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
 _OPS = ("mlstm", "slstm")
-_WRITTEN = {("mlstm", "triton")}
+_WRITTEN = {("mlstm", "triton"), ("slstm", "triton")}
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
@@ -166,18 +166,22 @@ def slstm(
     Returns:
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
-    _choose("slstm", implementation)
-    run = _own.get("slstm", native).slstm
+    hold = None if mask is None else ops.logical_not(mask)
+    reset = None if segment_ids is None else native.segment_starts(segment_ids)
+    options = {
+        "forget_gate": forget_gate, "recurrent_gradient_clip": recurrent_gradient_clip,
+    }  # fmt: skip
+    if _choose("slstm", implementation, x=x) != "native":
+        return _own["slstm"].slstm(
+            x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
+        )
+    run = _own["slstm"].native_slstm if "slstm" in _own else native.slstm
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale
     )
     if state is None:
         state = (ops.zeros_like(x[:, 0, 0]),) * 4
-    hold = None if mask is None else ops.logical_not(mask)
-    reset = None if segment_ids is None else native.segment_starts(segment_ids)
-    h, state = run(
-        x, recurrent_kernel, bias, tuple(_working(x, *state)), hold, reset, recurrent_scale,
-        forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip,
-    )  # fmt: skip
+    state = tuple(_working(x, *state))
+    h, state = run(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options)
     return ops.cast(h, dtype), state

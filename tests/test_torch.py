@@ -11,7 +11,7 @@ if BACKEND != "torch":
 
 import keras
 import torch
-from keras_xlstm.backends.torch import slstm as slstm_module
+from keras_xlstm.backends.torch import slstm_loop as slstm_module
 
 import keras_xlstm
 from keras_xlstm.layers import mLSTM, sLSTM

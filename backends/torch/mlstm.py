@@ -5,60 +5,32 @@ Triton itself is imported on the first launch.
 """
 
 import functools
-import importlib.util
-import os
+import importlib
 
 import torch
 from keras_xlstm.backends.parts import carried, holds_something
+from keras_xlstm.backends.torch import machine
 from keras_xlstm.backends.torch import mlstm_tiles as tiles
-from keras_xlstm.backends.torch.operators import exporting, launch, operator
+from keras_xlstm.backends.torch.machine import power, precision
+from keras_xlstm.backends.torch.operators import launch, no_second_derivative, operator
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNKS = (16, 32, 64, 128, 256, 512)
-
-
-@torch.compiler.assume_constant_result
-def _machine(device=None, index=None):
-    """Why no kernel can run on this device (None: on any device here), or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (PyTorch's CUDA builds bring it)"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device is None:
-        return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
-    if device != "cuda":
-        return f"it needs tensors on a CUDA device, not on {device}"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _interpreted():
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these tensors (None: here at all), or None."""
     if q is None:
-        return _machine()
-    if q.device.type == "meta":
-        return "it needs tensors with values"
-    if exporting():
-        return "an exported program holds PyTorch's own operators alone"
-    if q.dtype not in _DTYPES:
-        return f"its dtypes are float32, bfloat16 and float16, not {str(q.dtype)[6:]}"
-    if q.dtype != torch.float32 and _interpreted():
-        return "Triton's interpreter computes float32 alone"
-    if q.shape[-1] > 512 or v.shape[-1] > 1024:
-        return (
+        return machine.missing()
+    reason = machine.unsupported(q)
+    if reason is None and (q.shape[-1] > 512 or v.shape[-1] > 1024):
+        reason = (
             "it takes up to 512 key and 1024 value dimensions a head, not "
             f"{q.shape[-1]} and {v.shape[-1]}"
         )
-    if chunk_size not in (None, *_CHUNKS):
-        return f"its chunk sizes are {', '.join(map(str, _CHUNKS))}, not {chunk_size}"
-    return _machine(q.device.type, q.device.index)
+    if reason is None and chunk_size not in (None, *_CHUNKS):
+        reason = f"its chunk sizes are {', '.join(map(str, _CHUNKS))}, not {chunk_size}"
+    return reason
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
@@ -94,21 +66,6 @@ def _kernels(file="kernels"):
     return importlib.import_module(f"keras_xlstm.backends.torch.mlstm_{file}")
 
 
-@functools.cache
-def _shared_memory(device):
-    """Bytes of shared memory that one program may have."""
-    if device.type != "cuda":
-        return 1 << 18
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-@functools.cache
-def _processors(device):
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class _Sizes:
     """What every launch of one call shares."""
 
@@ -121,16 +78,16 @@ class _Sizes:
         self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
-            "PREC": tiles.precision(q.dtype),
+            "PREC": precision(q.dtype),
         }  # fmt: skip
         # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
         self.least = -float(min(1e5, 2**24 // chunk))
-        self.shared_memory = _shared_memory(q.device)
+        self.shared_memory = machine.shared_memory(q.device)
         own = tiles.states(self.K, self.V, q.dtype, chunk, self.shared_memory)
         self.state_tiles = own
         self.parts = -(-self.K // own["BX"]) * -(-self.V // own["BZ"])
         # Serial programs read and write least, but there must be enough of them.
-        self.serial = 10 * self.BH * self.parts >= 9 * _processors(q.device)
+        self.serial = 10 * self.BH * self.parts >= 9 * machine.processors(q.device)
         if not self.serial:
             self.parts = -(-self.K * self.V // _BLOCK) + -(-self.K // _BLOCK)
 
@@ -258,7 +215,7 @@ def _backward(
     launch(
         _kernels().gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner, di, df,
         s.T, s.H, s.NC,
-        LC=chunk, PARTS=s.parts, P=tiles.power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
+        LC=chunk, PARTS=s.parts, P=power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
         SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
     return gradients
@@ -279,14 +236,7 @@ def _(
     return _gradients(q, k, v, i, f)
 
 
-def _no_second(ctx, gradients):
-    raise RuntimeError(
-        "The mLSTM has first derivatives only, here as in its native form: its gradient is a "
-        "kernel of its own. Received: a gradient of a gradient."
-    )
-
-
-_backward.register_autograd(_no_second, setup_context=lambda ctx, inputs, output: None)
+no_second_derivative(_backward, "mLSTM")
 
 
 def _save(ctx, inputs, output):
@@ -325,10 +275,10 @@ def _step(
 ) -> list[Tensor]:  # fmt: skip
     B, H, K, V = C.shape
     outputs = [torch.empty_like(t) for t in (v, C, n, m)]
-    BK, BV = min(64, tiles.power(K)), min(tiles.power(V), 32 if B * H * V < 64 * 1024 else 128)
+    BK, BV = min(64, power(K)), min(power(V), 32 if B * H * V < 64 * 1024 else 128)
     launch(
         _kernels("step").step, B * H * -(-V // BV), q, k, v, i, f, C, n, m, *outputs, K**-0.5, eps,
-        K=K, V=V, BK=BK, BV=BV, P=tiles.power(K), SIGMOID=sigmoid, num_warps=4,
+        K=K, V=V, BK=BK, BV=BV, P=power(K), SIGMOID=sigmoid, num_warps=4,
     )  # fmt: skip
     return outputs
 

@@ -1,6 +1,7 @@
 """Tile sizes of the mLSTM's Triton kernels: a table for what was tuned, rules for all else."""
 
 import torch
+from keras_xlstm.backends.torch.machine import power
 
 _HOPPER = 232_448  # bytes of shared memory
 # Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN,
@@ -68,18 +69,6 @@ def states(DX, DZ, dtype, chunk, shared_memory):
         if needed + 4096 <= shared_memory and BX * BZ <= warps * 32 * 128 // wide:
             break
     return {"BX": BX, "BZ": BZ, "L": L, "ST": stages, "num_warps": warps, "num_stages": stages}
-
-
-def precision(dtype):
-    """Of products of float32: float16's states are float32 for their range alone."""
-    if dtype == torch.float16:
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
-def power(n, least=16):
-    """The power of two that holds n; tl.dot wants 16."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def chunk_steps(T, K, V, dtype):

@@ -39,6 +39,18 @@ class _Operator:
         )
 
 
+def no_second_derivative(operator, name):
+    """Without it a gradient of a gradient would be silently wrong."""
+
+    def backward(ctx, gradients):
+        raise RuntimeError(
+            f"The {name} has first derivatives only, here as in its native form: its gradient is "
+            "a kernel of its own. Received: a gradient of a gradient."
+        )
+
+    operator.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
+
+
 @torch.compiler.assume_constant_result
 def exporting():
     # As a constant: PyTorch 2.11 takes torch.compile for an export where it traces this.

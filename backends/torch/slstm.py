@@ -1,223 +1,228 @@
-"""The native sLSTM on PyTorch: `native.slstm` with in-place steps.
+"""The sLSTM on NVIDIA GPUs: when the Triton kernels run, and their launches as PyTorch operators.
 
-PyTorch pays for every small operation and every fresh buffer, so the loop writes into the buffers
-that the backward pass reads. Two opaque operators keep `torch.compile` from unrolling the loop.
-Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a head one matrix.
+The native form is slstm_loop.py's. Triton itself is imported on the first launch.
 """
 
-import torch
-from keras_xlstm.backends import native
-from keras_xlstm.backends.parts import NEVER, carried, reported
-from keras_xlstm.backends.torch.operators import exporting
-from torch import Tensor
-from torch.nn import functional as F
+import functools
+import importlib
 
-_BLOCK = 32  # steps of the backward pass whose factors are computed at once
+import torch
+from keras_xlstm.backends.torch import machine
+from keras_xlstm.backends.torch.machine import power, precision
+from keras_xlstm.backends.torch.operators import launch, no_second_derivative, operator
+from keras_xlstm.backends.torch.slstm_loop import native_slstm  # noqa: F401  found by backends
+from torch import Tensor
+
+
+def unsupported(x=None):
+    """Why the kernels cannot run on this tensor (None: here at all), or None."""
+    if x is None:
+        return machine.missing()
+    if x.shape[-1] > 1024:
+        return f"it takes up to 1024 units a head, not {x.shape[-1]}"
+    return machine.unsupported(x)
 
 
 def slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
     recurrent_gradient_clip,
 ):  # fmt: skip
-    """As `native.slstm`."""
-    arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
-    if exporting() or (x.shape[1] == 1 and recurrent_gradient_clip is None):
-        # An exported file must run without this package: only PyTorch's own operators. And one
-        # step alone needs no loop.
-        return native.slstm(
-            *arguments, forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip
-        )
+    """As `native.slstm`, for tensors of any dtype in `unsupported`; `state` may be None.
+
+    The recurrent kernel meets h in x's dtype, with sums in float32.
+    """
     trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, recurrent_kernel, bias, *state)
+        t is not None and t.requires_grad for t in (x, recurrent_kernel, bias, *(state or ()))
     )
-    clip = recurrent_gradient_clip or 0.0
-    h, _, _, _, _, *last = _forward(
-        x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale,
-        forget_gate == "exp", clip, trains,
-    )  # fmt: skip
-    h_last, c, n, m = (s.transpose(0, 1) for s in last)
-    return h.permute(2, 1, 0, 3), (h_last, c, n, reported(m))
+    h, *last = _forward(
+        x.contiguous(), recurrent_kernel.contiguous(), None if bias is None else bias.contiguous(),
+        *(s.float().contiguous() for s in state) if state else (None,) * 4,
+        *(None if flag is None else flag.to(torch.int8).contiguous() for flag in (hold, reset)),
+        None if recurrent_scale is None else recurrent_scale.float().contiguous(),
+        forget_gate == "exp", recurrent_gradient_clip or 0.0, trains,
+    )[:5]  # fmt: skip
+    return h, tuple(last)
 
 
-def _per_step(flags: Tensor) -> Tensor:
-    """(B, T) to (T, B, 1)."""
-    return flags.t()[:, :, None]
+@functools.cache
+def _kernels():
+    return importlib.import_module("keras_xlstm.backends.torch.slstm_kernels")
 
 
-@torch.library.custom_op("keras_xlstm::slstm_forward", mutates_args=())
+class _Plan:
+    """How the work of a call is cut: rows and units of a program, programs of a launch."""
+
+    def __init__(self, B, H, D, dtype, device):
+        self.B, self.H, self.D = B, H, D
+        self.processors = machine.processors(device)
+        self.whole = D <= (64 if dtype == torch.float32 else 128)
+        DP = power(D)
+        if self.whole:
+            self.BB = 8
+            while self.BB < 32 and self.groups > self.processors:
+                self.BB *= 2
+            self.tiles = 1
+            self.forward = {"DP": DP, "BB": self.BB, "num_warps": 4 if DP <= 64 else 8}
+            self.backward = dict(self.forward)
+        else:
+            self.BB, BU = 16, 16
+            self.tiles = -(-D // BU)
+            warps = 4 if DP <= 256 else 8
+            self.forward = {"DP": DP, "BB": self.BB, "BU": BU, "num_warps": warps}
+            S = 4 if DP <= 128 else 8
+            KP = max(16, power(-(-4 * D // S)))
+            self.backward = {"KP": KP, "S": S, "BB": self.BB, "BU": BU, "num_warps": S}
+        for constants in (self.forward, self.backward):
+            constants |= {"D": D, "PREC": precision(dtype), "num_stages": 1}
+        # Programs that wait for each other must all be resident.
+        self.waits = self.tiles <= self.processors
+
+    @property
+    def groups(self):
+        """Parts of the work that do not meet: a head's rows."""
+        return self.H * -(-self.B // self.BB)
+
+    def launch_split(self, kernel, arguments, start, stop, reverse=False, **constants):
+        """Groups side by side, as many as are resident at once; or, where the programs of one
+        group are not, a launch for each step. `arguments(start, stop, first group)`."""
+        constants |= self.backward if reverse else self.forward
+        if not self.waits:
+            for t in reversed(range(start, stop)) if reverse else range(start, stop):
+                programs = self.groups * self.tiles
+                launch(kernel, programs, *arguments(t, t + 1, 0), WAIT=False, **constants)
+            return
+        together = self.processors // self.tiles
+        for group in range(0, self.groups, together):
+            launch(
+                kernel, min(together, self.groups - group) * self.tiles,
+                *arguments(start, stop, group), WAIT=True, launch_cooperative_grid=True,
+                **constants,
+            )  # fmt: skip
+
+    def missing(self, t):
+        """Fills what programs exchange with a NaN that they never write."""
+        if self.waits and not self.whole:
+            t.view(torch.int16 if t.itemsize == 2 else torch.int32).fill_(-1)
+        return t
+
+
+@operator("slstm_triton_forward")
 def _forward(
     x: Tensor, recurrent_kernel: Tensor, bias: Tensor | None,
-    h: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    h: Tensor | None, c: Tensor | None, n: Tensor | None, m: Tensor | None,
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     exp_forget: bool, clip: float, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
     B, T, _, H, D = x.shape
-    # Holds x, then every step's pre-activations, with z and o activated in place.
-    gates = x.new_empty(H, T, B, 4, D)
-    gates.copy_(x.permute(3, 1, 0, 2, 4))
-    if bias is not None:
-        gates += bias.transpose(0, 1)[:, None, None]
-    R = recurrent_kernel.reshape(H, D, 4 * D)
-    scale = None if recurrent_scale is None else recurrent_scale.transpose(0, 1)
-    holds = None if hold is None else _per_step(hold)
-    resets = None if reset is None else _per_step(reset)
+    plan = _Plan(B, H, D, x.dtype, x.device)
+    outputs = _outputs(x, exp_forget, trains)
+    h_all, *last, saved = outputs
+    R, saved = recurrent_kernel.to(x.dtype), saved if trains else None
+    given = (x, R, bias, hold, reset, recurrent_scale)
+    if plan.whole:
+        launch(
+            _kernels().forward_whole, plan.groups, *given, h, c, n, m, h_all, saved, *last,
+            B, T, H, EXP_FORGET=exp_forget, **plan.forward,
+        )  # fmt: skip
+        return outputs
+    plan.missing(h_all)
+    first = None if h is None else h.to(x.dtype)
 
-    # Without a backward pass to come, two slots in turn are enough for c, n and m.
-    slots = T if trains else 2
-    hs = x.new_empty(H, T, B, D)
-    cs, ns, ms = (x.new_empty(H, slots, B, D) for _ in range(3))
-    h, c, n, m = (s.transpose(0, 1) for s in (h, c, n, m))
-    m = carried(m, n != 0)
-    steps = [gates.view(H, T, B, 4 * D).unbind(1), *(g.unbind(1) for g in gates.unbind(3))]
-    for t, (g, i, f, z, o) in enumerate(zip(*steps, strict=True)):
-        old = (h, c, n, m)
-        if resets is not None:
-            h = h.masked_fill(resets[t], 0.0)
-            m = m.masked_fill(resets[t], NEVER)
-        g.baddbmm_(h if scale is None else h * scale, R)
-        log_f = f if exp_forget else F.logsigmoid(f)
-        slot = t % slots
-        new_h, new_c, new_n, new_m = hs[:, t], cs[:, slot], ns[:, slot], ms[:, slot]
-        torch.maximum(log_f + m, i, out=new_m)
-        i = (i - new_m).exp_()
-        f = (m - new_m).add_(log_f).exp_()
-        torch.mul(f, c, out=new_c).addcmul_(i, z.tanh_())
-        torch.mul(f, n, out=new_n).add_(i)
-        torch.div(new_c, new_n, out=new_h).mul_(o.sigmoid_())
-        h, c, n, m = new = (new_h, new_c, new_n, new_m)
-        if holds is not None:
-            for a, b in zip(new, old, strict=True):
-                torch.where(holds[t], b, a, out=a)
-    last = [s.clone(memory_format=torch.contiguous_format) for s in (h, c, n, m)]
-    return [hs, cs, ns, ms, gates if trains else gates.new_empty(0), *last]
+    def arguments(start, stop, group):
+        before = (h, c, n, m) if start == 0 else last
+        return *given, first, *before, h_all, saved, *last, B, T, H, start, stop, group
+
+    plan.launch_split(_kernels().forward_split, arguments, 0, T, EXP_FORGET=exp_forget)
+    return outputs
+
+
+def _outputs(x, exp_forget, trains):
+    """Empty tensors: h, the last h, c, n, m, and what the backward pass needs."""
+    B, T, _, H, D = x.shape
+    outputs = [x.new_empty(B, T, H, D)]
+    outputs += [x.new_empty(B, H, D, dtype=torch.float32) for _ in range(4)]
+    saved = (6 if exp_forget else 7, B, T, H, D) if trains else (0,)
+    return [*outputs, x.new_empty(saved, dtype=torch.float32)]
 
 
 @_forward.register_fake
 def _(
     x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale, exp_forget, clip, trains
 ):
-    B, T, _, H, D = x.shape
-    slots = T if trains else 2
-    gates = (H, T, B, 4, D) if trains else (0,)
-    shapes = [(H, T, B, D), *[(H, slots, B, D)] * 3, gates, *[(H, B, D)] * 4]
-    return [x.new_empty(shape) for shape in shapes]
+    return _outputs(x, exp_forget, trains)
 
 
-@torch.library.custom_op("keras_xlstm::slstm_backward", mutates_args=())
+@operator("slstm_triton_backward")
 def _backward(
     dh: Tensor, dh_last: Tensor, dc: Tensor, dn: Tensor,
-    hs: Tensor, cs: Tensor, ns: Tensor, ms: Tensor, gates: Tensor, recurrent_kernel: Tensor,
-    h0: Tensor, c0: Tensor, n0: Tensor, m0: Tensor,
+    x: Tensor, recurrent_kernel: Tensor, bias: Tensor | None,
+    h0: Tensor | None, c0: Tensor | None, n0: Tensor | None,
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
-    exp_forget: bool, clip: float, has_bias: bool,
+    h: Tensor, c: Tensor, n: Tensor, saved: Tensor, exp_forget: bool, clip: float,
 ) -> list[Tensor]:  # fmt: skip
-    H, T, B, D = hs.shape
-    R_transposed = recurrent_kernel.reshape(H, D, 4 * D).transpose(1, 2).contiguous()
-    scale = None if recurrent_scale is None else recurrent_scale.transpose(0, 1)
-    holds = None if hold is None else _per_step(hold)
-    resets = None if reset is None else _per_step(reset)
-    first = [s.transpose(0, 1) for s in (h0, c0, n0, carried(m0, n0 != 0))]
-    dh_in = dh_last.clone()
-    dcn = torch.stack([dc, dn], 2)
-    dc, dn = dcn[:, :, :1], dcn[:, :, 1:]
-    dx = gates.new_empty(B, T, 4, H, D)
-    dR = gates.new_zeros(H, D, 4 * D)
-    # In blocks of steps, so that what is computed for a block at once stays in the cache.
-    for start in reversed(range(0, T, _BLOCK)):
-        block = slice(start, min(start + _BLOCK, T))
-        steps = range(block.start, block.stop)
-        starts = None if resets is None else resets[block]
+    B, T, _, H, D = x.shape
+    plan = _Plan(B, H, D, x.dtype, x.device)
+    R = recurrent_kernel.to(x.dtype)
+    dx = plan.missing(torch.empty_like(x))
+    d_first = [torch.empty_like(c) for _ in range(3)]
+    given = (dh, saved, R, hold, reset, recurrent_scale, c0, n0)
+    options = {"EXP_FORGET": exp_forget, "CLIP": clip > 0}
+    if plan.whole:
+        launch(
+            _kernels().backward_whole, plan.groups, *given, dh_last, dc, dn, c, n, dx, *d_first,
+            B, T, H, clip, **options, **plan.backward,
+        )  # fmt: skip
+    else:
 
-        def before(states, initial, fill=0.0, block=block, starts=starts):
-            if block.start:
-                states = states[:, block.start - 1 : block.stop - 1].clone()
-            else:
-                states = torch.cat([initial[:, None], states[:, : block.stop - 1]], 1)
-            return states if starts is None else states.masked_fill_(starts, fill)
+        def arguments(start, stop, group):
+            after = (dh_last, dc, dn) if stop == T else d_first
+            return *given, *after, c, n, dx, *d_first, B, T, H, start, stop, group, clip
 
-        h, n, m = (s[:, block] for s in (hs, ns, ms))
-        i, f, z, o = gates[:, block].unbind(3)
-        i = (i - m).exp_()
-        slope = None if exp_forget else torch.sigmoid(-f)
-        log_f = f if exp_forget else F.logsigmoid(f)
-        f = before(ms, first[3], NEVER).sub_(m).add_(log_f).exp_()
-        f_slope = f if slope is None else slope.mul_(f)
-        h_cn = torch.stack([o / n, -h / n], 3)  # what c and n hear from h
-        c_ifz = torch.stack([i * z, f_slope * before(cs, first[1]), i * (1 - z * z)], 3)
-        n_if = torch.stack([i, f_slope * before(ns, first[2])], 3)
-        h_o = torch.addcmul(h, h, o, value=-1)
-        f = f[:, :, :, None]
-        if holds is not None:
-            held = holds[block][:, :, None]
-            f = f.masked_fill(held, 1.0)
-            for a in (h_cn, c_ifz, n_if):
-                a.masked_fill_(held, 0.0)
-            h_o.masked_fill_(held[:, :, 0], 0.0)
-
-        dg = gates.new_empty(H, len(steps), B, 4, D)
-        columns = (dh[:, block], h_cn, c_ifz, n_if, h_o, f)
-        columns += (dg[..., :3, :], dg[..., :2, :], dg[..., 3, :], dg.flatten(3))
-        columns = (reversed(a.unbind(1)) for a in columns)
-        for t, dh_t, h_cn, c_ifz, n_if, h_o, f, dg_ifz, dg_if, dg_o, dg_t in zip(
-            reversed(steps), *columns, strict=True
-        ):
-            dh_out = dh_in.add_(dh_t)
-            dcn.addcmul_(dh_out[:, :, None], h_cn)
-            torch.mul(c_ifz, dc, out=dg_ifz)
-            dg_if.addcmul_(n_if, dn)
-            torch.mul(h_o, dh_out, out=dg_o)
-            dcn.mul_(f)
-            dh_in = torch.bmm(dg_t, R_transposed)
-            if scale is not None:
-                dh_in.mul_(scale)
-            if clip:
-                dh_in.clamp_(-clip, clip)
-            if resets is not None:
-                dh_in.masked_fill_(resets[t], 0.0)
-            if holds is not None:
-                dh_in = torch.where(holds[t], dh_out, dh_in)
-
-        h_in = before(hs, first[0])
-        h_in = h_in if scale is None else h_in.mul_(scale[:, None])
-        dR.baddbmm_(h_in.flatten(1, 2).transpose(1, 2), dg.flatten(3).flatten(1, 2))
-        dx[:, block] = dg.permute(2, 1, 3, 0, 4)
-    dbias = dx.sum((0, 1)) if has_bias else dx.new_empty(0)
-    dc, dn = dc.squeeze(2), dn.squeeze(2)
-    dm = first[1] * dc + first[2] * dn  # the state's true value is (c, n) exp(m)
-    # clone, not contiguous: dc and dn share one buffer, and results may not alias.
-    layout = torch.contiguous_format
-    last = [s.transpose(0, 1).clone(memory_format=layout) for s in (dh_in, dc, dn, dm)]
-    return [dx, dR.view(H, D, 4, D), dbias, *last]
+        plan.launch_split(_kernels().backward_split, arguments, -1, T, True, **options)
+    first = None if h0 is None else h0.to(x.dtype)
+    tile = {"BK": min(64, power(D)), "BN": min(128, power(D)), "L": 64}
+    programs = 4 * H * -(-D // tile["BK"]) * -(-D // tile["BN"])
+    splits = max(1, min(2 * plan.processors // programs, B * T // 256))
+    rows = -(-B * T // (splits * tile["L"])) * tile["L"]
+    dR = x.new_empty(splits, H, D, 4, D, dtype=torch.float32)
+    dbias = None if bias is None else x.new_empty(splits, 4, H, D, dtype=torch.float32)
+    launch(
+        _kernels().kernel_gradient, splits * programs, h, dx, first, reset, recurrent_scale, dR,
+        dbias, B, T, H, rows, D=D, PREC=precision(x.dtype), num_warps=4, **tile,
+    )  # fmt: skip
+    dR = dR.sum(0).to(recurrent_kernel.dtype)
+    dbias = x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
+    return [dx, dR, dbias, *d_first]
 
 
 @_backward.register_fake
 def _(
-    dh, dh_last, dc, dn, hs, cs, ns, ms, gates, recurrent_kernel, h0, c0, n0, m0, hold, reset,
-    recurrent_scale, exp_forget, clip, has_bias,
+    dh, dh_last, dc, dn, x, recurrent_kernel, bias, h0, c0, n0, hold, reset, recurrent_scale,
+    h, c, n, saved, exp_forget, clip,
 ):  # fmt: skip
-    H, T, B, D = hs.shape
-    bias = (4, H, D) if has_bias else (0,)
-    shapes = [(B, T, 4, H, D), (H, D, 4, D), bias, *[(B, H, D)] * 4]
-    return [hs.new_empty(shape) for shape in shapes]
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    last = [torch.empty_like(c) for _ in range(3)]
+    return [torch.empty_like(x), torch.empty_like(recurrent_kernel), dbias, *last]
 
 
 def _save(ctx, inputs, output):
-    _, R, bias, *initial, hold, reset, scale, exp_forget, clip, _ = inputs
-    hs, cs, ns, ms, gates, *_ = output
-    ctx.save_for_backward(hs, cs, ns, ms, gates, R, *initial, hold, reset, scale)
-    ctx.options = exp_forget, clip, bias is not None
-    # Otherwise every saved buffer, an output too, would come back with zeros as its gradient.
+    x, R, bias, h0, c0, n0, _, hold, reset, scale, exp_forget, clip, _ = inputs
+    h, _, c, n, _, saved = output
+    ctx.save_for_backward(x, R, bias, h0, c0, n0, hold, reset, scale, h, c, n, saved)
+    ctx.options = exp_forget, clip
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, gradients):
-    dh, _, _, _, _, dh_last, dc, dn, _ = gradients
-    saved = ctx.saved_tensors
-    hs = saved[0]
-    dh = torch.zeros_like(hs) if dh is None else dh
-    dh_last, dc, dn = (torch.zeros_like(hs[:, 0]) if s is None else s for s in (dh_last, dc, dn))
-    dx, dR, dbias, *dstate = _backward(dh, dh_last, dc, dn, *saved, *ctx.options)
-    return dx, dR, dbias if ctx.options[-1] else None, *dstate, *[None] * 6
+    dh, dh_last, dc, dn, *_ = gradients
+    _, _, bias, _, c0, n0, *_, h, c, _, _ = tensors = ctx.saved_tensors
+    dh = torch.zeros_like(h) if dh is None else dh.contiguous()
+    last = (torch.zeros_like(c) if d is None else d.contiguous() for d in (dh_last, dc, dn))
+    dx, dR, dbias, dh, dc, dn = _backward(dh, *last, *tensors, *ctx.options)
+    # The state's true value is (c, n) exp(m).
+    state = [None] * 4 if c0 is None else [dh, dc, dn, c0 * dc + n0 * dn]
+    return dx, dR, None if bias is None else dbias, *state, *[None] * 6
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+no_second_derivative(_backward, "sLSTM")

@@ -1,0 +1,72 @@
+"""What the Triton kernels ask of PyTorch, of Triton and of the device."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from keras_xlstm.backends.torch.operators import exporting
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def missing(device=None, index=None):
+    """Why no kernel can run on this device (None: on any device here), or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (PyTorch's CUDA builds bring it)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device is None:
+        return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    if device != "cuda":
+        return f"it needs tensors on a CUDA device, not on {device}"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(x):
+    """Why no kernel can run on this tensor, or None."""
+    if x.device.type == "meta":
+        return "it needs tensors with values"
+    if exporting():
+        return "an exported program holds PyTorch's own operators alone"
+    if x.dtype not in _DTYPES:
+        return f"its dtypes are float32, bfloat16 and float16, not {str(x.dtype)[6:]}"
+    if x.dtype != torch.float32 and interpreted():
+        return "Triton's interpreter computes float32 alone"
+    return missing(x.device.type, x.device.index)
+
+
+@functools.cache
+def shared_memory(device):
+    """Bytes of shared memory that one program may have."""
+    if device.type != "cuda":
+        return 1 << 18
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def processors(device):
+    """How many programs run at once, one on each."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def precision(dtype):
+    """Of products of float32: float16's states are float32 for their range alone."""
+    if dtype == torch.float16:
+        return "tf32"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def power(n, least=16):
+    """The power of two that holds n; tl.dot wants 16."""
+    return max(least, 1 << (n - 1).bit_length())
