@@ -17,13 +17,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import triton
-from keras_xlstm.backends.torch import mlstm
+from keras_xlstm.backends.torch import machine, mlstm, slstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
+    torch.int8: "*i8",
 }  # fmt: skip
+
+_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 
 
 def signature(kernel, args, kwargs):
@@ -39,6 +42,8 @@ def signature(kernel, args, kwargs):
             kinds[name], divisible[(j,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             kinds[name] = "fp32"
+        elif parameter.do_not_specialize:
+            kinds[name] = "i32"
         elif value == 1:
             kinds[name], constants[(j,)] = "constexpr", 1
         else:
@@ -55,13 +60,13 @@ class Compiler:
         self.target, self.seen = target, {}
 
     def __call__(self, kernel, programs, *args, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         kinds, constants, divisible = signature(kernel, args, kwargs)
         role = kwargs.get("ROLE", "reverse" if kwargs.get("REVERSE") else "")
         source = ASTSource(kernel, kinds, constants, divisible)
         compiled = triton.compile(source, target=self.target, options=options)
         used = resources(compiled) if self.target.backend == "cuda" else {}
-        flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE") if kwargs.get(k))
+        flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
         name = f"{kernel.fn.__name__} {role} {flags}"
         self.seen[name] = {"SHARED": compiled.metadata.shared, **used}
 
@@ -79,25 +84,34 @@ def resources(compiled):
     return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def compile_all(target, K, V, dtype, shared_memory):
-    """{kernel: resources} of a training step, of the way of few heads, of a single step."""
-    mlstm.launch = compiler = Compiler(target)
-    mlstm._shared_memory = lambda device: shared_memory
-    mlstm._machine = lambda *device: None
+def compile_mlstm(K, V, dtype):
+    """A training step, the way of few heads, a single step."""
     q, k = (torch.empty(2, 512, 2, K, dtype=dtype, requires_grad=True) for _ in "qk")
     v = torch.empty(2, 512, 2, V, dtype=dtype, requires_grad=True)
     i, f = (torch.empty(2, 512, 2, requires_grad=True) for _ in "if")
     state = [torch.empty(2, 2, K, V), torch.empty(2, 2, K), torch.empty(2, 2)]
     ids = torch.zeros(2, 512, dtype=torch.int32)
     options = {"input_gate": "exp", "eps": 1e-6, "chunk_size": None}
-    mlstm._processors = lambda device: 1
+    machine.processors = lambda device: 1
     h, _ = mlstm.mlstm(q, k, v, i, f, None, None, **options)
     torch.autograd.grad(h.float().sum(), (q, k, v, i, f))
-    mlstm._processors = lambda device: 10**9
+    machine.processors = lambda device: 10**9
     with torch.no_grad():
         mlstm.mlstm(q, k, v, i, f, state, ids, **options)
         mlstm.mlstm(*(t[:, :1] for t in (q, k, v, i, f)), state, None, **options)
-    return compiler.seen
+
+
+def compile_slstm(D, dtype):
+    """A training step from a fresh state, and one with everything that a call can have."""
+    x = torch.empty(16, 64, 4, 2, D, dtype=dtype, requires_grad=True)
+    R = torch.empty(2, D, 4, D, dtype=dtype, requires_grad=True)
+    bias = torch.empty(4, 2, D, requires_grad=True)
+    state = tuple(torch.empty(16, 2, D) for _ in "hcnm")
+    flags = torch.zeros(16, 64, dtype=torch.bool)
+    machine.processors = lambda device: 10**9
+    for s, flag, scale, clip in ((None, None, None, None), (state, flags, state[0], 10.0)):
+        h, _ = slstm.slstm(x, R, bias, s, flag, flag, scale, "sigmoid", clip)
+        torch.autograd.grad(h.float().sum(), (x, R, bias))
 
 
 # Bytes of shared memory that a program may have.
@@ -107,6 +121,12 @@ if __name__ == "__main__":
     arch, K, V, dtype = sys.argv[1:]
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    seen = compile_all(target, int(K), int(V), getattr(torch, dtype), MEMORY[arch])
-    for name, used in seen.items():
+    launched = Compiler(target)
+    mlstm.launch = slstm.launch = launched
+    machine.shared_memory = lambda device: MEMORY[arch]
+    if K == V:
+        compile_slstm(int(K), getattr(torch, dtype))
+    else:
+        compile_mlstm(int(K), int(V), getattr(torch, dtype))
+    for name, used in launched.seen.items():
         print(name, used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0))

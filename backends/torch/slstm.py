@@ -67,11 +67,10 @@ class _Plan:
         else:
             self.BB, BU = 16, 16
             self.tiles = -(-D // BU)
-            warps = 4 if DP <= 256 else 8
-            self.forward = {"DP": DP, "BB": self.BB, "BU": BU, "num_warps": warps}
-            S = 4 if DP <= 128 else 8
-            KP = max(16, power(-(-4 * D // S)))
-            self.backward = {"KP": KP, "S": S, "BB": self.BB, "BU": BU, "num_warps": S}
+            KR = min(256, DP)
+            both = {"KR": KR, "BB": self.BB, "BU": BU}
+            self.forward = both | {"num_warps": 4 if DP <= 256 else 8}
+            self.backward = both | {"S": 8, "num_warps": 8}
         for constants in (self.forward, self.backward):
             constants |= {"D": D, "PREC": precision(dtype), "num_stages": 1}
         # Programs that wait for each other must all be resident.

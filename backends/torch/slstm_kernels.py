@@ -72,6 +72,15 @@ def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: 
 
 
 @triton.jit
+def _four(g):
+    """i, f, z, o, which are the last two axes (2, 2)."""
+    i_z, f_o = tl.split(g)
+    i, z = tl.split(i_z)
+    f, o = tl.split(f_o)
+    return i, f, z, o
+
+
+@triton.jit
 def _if(condition, there):
     """A mask where a scalar condition holds. (The interpreter's & would make it whole numbers.)"""
     return tl.where(condition, there, there & False)
@@ -140,12 +149,10 @@ def forward_whole(
     o_state = b[None, :] * HD + head * D + u[:, None]
     o_h = b[None, :] * T * HD + head * D + u[:, None]
     o_x = b[None, :] * T * 4 * HD + head * D + u[:, None]
-    square = (u < D)[:, None] & (k < D)[None, :]
-    o_R = (head * D + k[None, :]) * 4 * D + u[:, None]  # [out, in]
-    Ri = tl.load(R_p + o_R, mask=square, other=0.0)
-    Rf = tl.load(R_p + o_R + D, mask=square, other=0.0)
-    Rz = tl.load(R_p + o_R + 2 * D, mask=square, other=0.0)
-    Ro = tl.load(R_p + o_R + 3 * D, mask=square, other=0.0)
+    j = tl.arange(0, 4 * DP)
+    gate, unit = j // DP, j % DP
+    o_R = (head * D + k[None, :]) * 4 * D + gate[:, None] * D + unit[:, None]  # [gate and out, in]
+    R = tl.load(R_p + o_R, mask=(unit < D)[:, None] & (k < D)[None, :], other=0.0)
     if bias_p is not None:
         o_bias = head * D + u
         bi = tl.load(bias_p + o_bias, mask=u < D, other=0.0).to(tl.float32)[:, None]
@@ -175,11 +182,9 @@ def forward_whole(
             h, m = tl.where(starts, 0.0, h), tl.where(starts, NEVER, m)
         if scale_p is not None:
             h *= scale
-        h = h.to(dtype)
-        i = tl.dot(Ri, h, input_precision=PREC) + xi
-        f = tl.dot(Rf, h, input_precision=PREC) + xf
-        z = tl.dot(Rz, h, input_precision=PREC) + xz
-        o = tl.dot(Ro, h, input_precision=PREC) + xo
+        g = tl.reshape(tl.dot(R, h.to(dtype), input_precision=PREC), (2, 2, DP, BB))
+        i, f, z, o = _four(tl.permute(g, (2, 3, 0, 1)))
+        i, f, z, o = i + xi, f + xf, z + xz, o + xo
         # The next step's inputs arrive while this one is computed.
         o_x += 4 * HD
         later = _if(t + 1 < T, at)
@@ -204,6 +209,31 @@ def forward_whole(
     tl.store(m1_p + o_state, tl.where(m <= NEVER / 2, 0.0, m), mask=at)
 
 
+@triton.jit
+def _back(
+    d_if, d_zo, R_if, R_zo, scale_p, o_scale, at, starts, clip,
+    CLIP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """What h hears from the next step's gates (2 DP, BB): a held step's are zero."""
+    back_if = tl.dot(R_if, d_if, input_precision=PREC)
+    back_zo = tl.dot(R_zo, d_zo, input_precision=PREC)
+    # Not back_if + back_zo, which would keep all else in the tensor core's layout: every load and
+    # store would then pass through shared memory.
+    dh = tl.sum(tl.join(back_if, back_zo), 2)
+    return _limited(dh, scale_p, o_scale, at, starts, clip, CLIP)
+
+
+@triton.jit
+def _limited(dh, scale_p, o_scale, at, starts, clip, CLIP: tl.constexpr):
+    if scale_p is not None:
+        dh *= tl.load(scale_p + o_scale, mask=at, other=0.0)
+    if CLIP:
+        dh = tl.minimum(tl.maximum(dh, -clip), clip)
+    if starts is not None:
+        dh = tl.where(starts, 0.0, dh)
+    return dh
+
+
 @_kernel
 def backward_whole(
     dh_p, saved_p, R_p, hold_p, reset_p, scale_p, c0_p, n0_p, dh1_p, dc1_p, dn1_p, c1_p, n1_p,
@@ -213,21 +243,18 @@ def backward_whole(
 ):  # fmt: skip
     head = tl.program_id(0) % H
     b = (tl.program_id(0) // H) * BB + tl.arange(0, BB).to(tl.int64)
-    u, k = tl.arange(0, DP), tl.arange(0, DP)
+    u = tl.arange(0, DP)
     HD = H * D
     at = (u < D)[:, None] & (b < B)[None, :]
     o_state = b[None, :] * HD + head * D + u[:, None]
     o_h = (b[None, :] * T + T - 1) * HD + head * D + u[:, None]
     o_x = (b[None, :] * T + T - 1) * 4 * HD + head * D + u[:, None]
-    square = (u < D)[:, None] & (k < D)[None, :]
-    o_R = (head * D + u[:, None]) * 4 * D + k[None, :]  # [in, out]
-    Ri = tl.load(R_p + o_R, mask=square, other=0.0)
-    Rf = tl.load(R_p + o_R + D, mask=square, other=0.0)
-    Rz = tl.load(R_p + o_R + 2 * D, mask=square, other=0.0)
-    Ro = tl.load(R_p + o_R + 3 * D, mask=square, other=0.0)
-    if scale_p is not None:
-        scale = tl.load(scale_p + o_state, mask=at, other=0.0)
-    dh = tl.load(dh1_p + o_state, mask=at, other=0.0)
+    j = tl.arange(0, 2 * DP)
+    o_R = (head * D + u[:, None]) * 4 * D + (j // DP * D + j % DP)[None, :]  # [in, gate and out]
+    at_R = (u < D)[:, None] & (j % DP < D)[None, :]
+    R_if = tl.load(R_p + o_R, mask=at_R, other=0.0)
+    R_zo = tl.load(R_p + o_R + 2 * D, mask=at_R, other=0.0)
+    kept = tl.load(dh1_p + o_state, mask=at, other=0.0)
     dc = tl.load(dc1_p + o_state, mask=at, other=0.0)
     dn = tl.load(dn1_p + o_state, mask=at, other=0.0)
     c = tl.load(c1_p + o_state, mask=at, other=0.0)
@@ -238,42 +265,45 @@ def backward_whole(
     upstream = tl.load(dh_p + o_h, mask=at, other=0.0)
     i, f, z, o, slope = _saved(saved_p, plane, o_h, at, EXP_FORGET)
     c_in, n_in = _before(saved_p, plane, o_h - HD, at, T - 1, c0_p, n0_p, o_state, at)
+    d_if = tl.zeros((2 * DP, BB), dtype)
+    d_zo = d_if
     for step in range(0, T):
         t = T - 1 - tl.cast(step, tl.int32)
-        dh += upstream
+        starts = None
+        if reset_p is not None:
+            after = b * T + tl.minimum(t + 1, T - 1)
+            starts = tl.load(reset_p + after, mask=b < B, other=0)[None, :] != 0
+        dh = _back(d_if, d_zo, R_if, R_zo, scale_p, o_state, at, starts, clip, CLIP, PREC)
+        dh += kept + upstream
         old_dc, old_dn = dc, dn
         di, df, dz, do, dc, dn = _cell_gradient(
             dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET
         )
+        kept = tl.zeros((DP, BB), tl.float32)
         if hold_p is not None:
             held = tl.load(hold_p + b * T + t, mask=b < B, other=0)[None, :] != 0
             di, df = tl.where(held, 0.0, di), tl.where(held, 0.0, df)
             dz, do = tl.where(held, 0.0, dz), tl.where(held, 0.0, do)
             dc, dn = tl.where(held, old_dc, dc), tl.where(held, old_dn, dn)
+            kept = tl.where(held, dh, 0.0)
+        di, df, dz, do = di.to(dtype), df.to(dtype), dz.to(dtype), do.to(dtype)
+        tl.store(dx_p + o_x, di, mask=at)
+        tl.store(dx_p + HD + o_x, df, mask=at)
+        tl.store(dx_p + 2 * HD + o_x, dz, mask=at)
+        tl.store(dx_p + 3 * HD + o_x, do, mask=at)
+        o_x -= 4 * HD
+        d_if = tl.reshape(tl.permute(tl.join(di, df), (2, 0, 1)), (2 * DP, BB))
+        d_zo = tl.reshape(tl.permute(tl.join(dz, do), (2, 0, 1)), (2 * DP, BB))
         c, n = c_in, n_in
         o_h -= HD
         earlier = _if(t > 0, at)
         upstream = tl.load(dh_p + o_h, mask=earlier, other=0.0)
         i, f, z, o, slope = _saved(saved_p, plane, o_h, earlier, EXP_FORGET)
         c_in, n_in = _before(saved_p, plane, o_h - HD, earlier, t - 1, c0_p, n0_p, o_state, at)
-        di, df, dz, do = di.to(dtype), df.to(dtype), dz.to(dtype), do.to(dtype)
-        old_dh = dh
-        dh = tl.dot(Ri, di, input_precision=PREC) + tl.dot(Rf, df, input_precision=PREC)
-        dh += tl.dot(Rz, dz, input_precision=PREC) + tl.dot(Ro, do, input_precision=PREC)
-        tl.store(dx_p + o_x, di, mask=at)
-        tl.store(dx_p + HD + o_x, df, mask=at)
-        tl.store(dx_p + 2 * HD + o_x, dz, mask=at)
-        tl.store(dx_p + 3 * HD + o_x, do, mask=at)
-        o_x -= 4 * HD
-        if scale_p is not None:
-            dh *= scale
-        if CLIP:
-            dh = tl.minimum(tl.maximum(dh, -clip), clip)
-        if reset_p is not None:
-            starts = tl.load(reset_p + b * T + t, mask=b < B, other=0)[None, :] != 0
-            dh = tl.where(starts, 0.0, dh)
-        if hold_p is not None:
-            dh = tl.where(held, old_dh, dh)
+    starts = None
+    if reset_p is not None:
+        starts = tl.load(reset_p + b * T, mask=b < B, other=0)[None, :] != 0
+    dh = _back(d_if, d_zo, R_if, R_zo, scale_p, o_state, at, starts, clip, CLIP, PREC) + kept
     tl.store(dh0_p + o_state, dh, mask=at)
     tl.store(dc0_p + o_state, dc, mask=at)
     tl.store(dn0_p + o_state, dn, mask=at)
@@ -312,11 +342,35 @@ def _quarters(x, BB: tl.constexpr, K: tl.constexpr):
     return x0, x1, x2, x3
 
 
+@triton.jit
+def _recurrent(
+    p, o, k, there, R, starts, scale_p, o_scale,
+    D: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr, KR: tl.constexpr, WAIT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """h of one step, (BB, D), times R, in rounds of KR units: i, f, z, o, each (BB, BU)."""
+    g = tl.zeros((BB, 4 * BU), tl.float32)
+    for j in tl.static_range((D + KR - 1) // KR):
+        at = there & (j * KR + k < D)[None, :]
+        h = _exchanged(p, o + j * KR, at, WAIT)
+        if starts is not None:
+            h = tl.where(starts, 0.0, h)
+        if scale_p is not None:
+            h *= tl.load(scale_p + o_scale + j * KR, mask=at, other=0.0)
+        h0, h1, h2, h3 = _quarters(h.to(p.dtype.element_ty), BB, KR)
+        even = tl.dot(h0, R[4 * j], input_precision=PREC)
+        even += tl.dot(h2, R[4 * j + 2], input_precision=PREC)
+        odd = tl.dot(h1, R[4 * j + 1], input_precision=PREC)
+        odd += tl.dot(h3, R[4 * j + 3], input_precision=PREC)
+        g += even + odd
+    return _four(tl.permute(tl.reshape(g, (BB, 2, BU, 2)), (0, 2, 1, 3)))
+
+
 @_kernel
 def forward_split(
     x_p, R_p, bias_p, hold_p, reset_p, scale_p, first_p, h0_p, c0_p, n0_p, m0_p,
     h_p, saved_p, h1_p, c1_p, n1_p, m1_p, B, T, H, start, stop, group,
-    D: tl.constexpr, DP: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr,
+    D: tl.constexpr, KR: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr,
     EXP_FORGET: tl.constexpr, WAIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Steps start to stop - 1. `first_p` is h0 in h's dtype, or None; `group` the first one."""
@@ -324,31 +378,28 @@ def forward_split(
     group += tl.program_id(0) // P
     tile, head = tl.program_id(0) % P, group % H
     b = (group // H) * BB + tl.arange(0, BB).to(tl.int64)
-    u, k = tile * BU + tl.arange(0, BU), tl.arange(0, DP)
+    u, k = tile * BU + tl.arange(0, BU), tl.arange(0, KR)
     HD = H * D
     at = (b < B)[:, None] & (u < D)[None, :]
     o_state = b[:, None] * HD + head * D + u[None, :]
     o_h = (b[:, None] * T + start) * HD + head * D + u[None, :]
     o_x = (b[:, None] * T + start) * 4 * HD + head * D + u[None, :]
-    row = (b < B)[:, None] & (k < D)[None, :]
+    row = (b < B)[:, None] & (k >= 0)[None, :]
     # The four gates of a unit side by side: a column is two of them in each half.
     j = tl.arange(0, 4 * BU)
     gate, unit = j // (2 * BU) * 2 + j % 2, tile * BU + j % (2 * BU) // 2
-    r = tl.arange(0, DP // 4) * 4
+    r = tl.arange(0, KR // 4) * 4
     o_R = (head * D + r[:, None]) * 4 * D + gate[None, :] * D + unit[None, :]
-    wide = (unit < D)[None, :]
-    R0 = tl.load(R_p + o_R, mask=wide & (r < D)[:, None], other=0.0)
-    R1 = tl.load(R_p + o_R + 4 * D, mask=wide & (r + 1 < D)[:, None], other=0.0)
-    R2 = tl.load(R_p + o_R + 8 * D, mask=wide & (r + 2 < D)[:, None], other=0.0)
-    R3 = tl.load(R_p + o_R + 12 * D, mask=wide & (r + 3 < D)[:, None], other=0.0)
+    R = ()
+    for j in tl.static_range((D + KR - 1) // KR * 4):
+        at_R = (unit < D)[None, :] & (r + (j // 4 * KR + j % 4) < D)[:, None]
+        R += (tl.load(R_p + o_R + (j // 4 * KR + j % 4) * 4 * D, mask=at_R, other=0.0),)
     if bias_p is not None:
         o_bias = head * D + u
         bi = tl.load(bias_p + o_bias, mask=u < D, other=0.0).to(tl.float32)[None, :]
         bf = tl.load(bias_p + HD + o_bias, mask=u < D, other=0.0).to(tl.float32)[None, :]
         bz = tl.load(bias_p + 2 * HD + o_bias, mask=u < D, other=0.0).to(tl.float32)[None, :]
         bo = tl.load(bias_p + 3 * HD + o_bias, mask=u < D, other=0.0).to(tl.float32)[None, :]
-    if scale_p is not None:
-        scale = tl.load(scale_p + b[:, None] * HD + head * D + k[None, :], mask=row, other=0.0)
     if h0_p is not None:
         h = tl.load(h0_p + o_state, mask=at, other=0.0)
         c, n, m = _first(c0_p, n0_p, m0_p, o_state, at)
@@ -358,13 +409,9 @@ def forward_split(
     plane = tl.cast(B, tl.int64) * T * HD
     dtype: tl.constexpr = h_p.dtype.element_ty
 
-    if first_p is not None:
-        whole = tl.load(first_p + b[:, None] * HD + head * D + k[None, :], mask=row, other=0.0)
-    else:
-        whole = tl.zeros((BB, DP), dtype)
-    o_row = (b[:, None] * T + start) * HD + head * D + k[None, :]
-    if start > 0:
-        whole = tl.load(h_p + o_row - HD, mask=row, other=0.0)
+    o_row = b[:, None] * T * HD + head * D + k[None, :]
+    o_scale = b[:, None] * HD + head * D + k[None, :]
+    o_row += (tl.cast(start, tl.int64) - 1) * HD
     xi = tl.load(x_p + o_x, mask=at, other=0.0)
     xf = tl.load(x_p + HD + o_x, mask=at, other=0.0)
     xz = tl.load(x_p + 2 * HD + o_x, mask=at, other=0.0)
@@ -372,18 +419,22 @@ def forward_split(
     for step in range(start, stop):
         t = tl.cast(step, tl.int32)  # the interpreter has a Python number
         h_old, c_old, n_old, m_old = h, c, n, m
+        starts = None
         if reset_p is not None:
             starts = tl.load(reset_p + b * T + t, mask=b < B, other=0)[:, None] != 0
-            whole, m = tl.where(starts, 0.0, whole), tl.where(starts, NEVER, m)
-        if scale_p is not None:
-            whole *= scale
-        a0, a1, a2, a3 = _quarters(whole.to(dtype), BB, DP)
-        g = tl.dot(a0, R0, input_precision=PREC) + tl.dot(a1, R1, input_precision=PREC)
-        g += tl.dot(a2, R2, input_precision=PREC) + tl.dot(a3, R3, input_precision=PREC)
-        g = tl.permute(tl.reshape(g, (BB, 2, BU, 2)), (0, 2, 1, 3))
-        i_z, f_o = tl.split(g)
-        i, z = tl.split(i_z)
-        f, o = tl.split(f_o)
+            m = tl.where(starts, NEVER, m)
+        if t > 0:
+            i, f, z, o = _recurrent(
+                h_p, o_row, k, row, R, starts, scale_p, o_scale, D, BB, BU, KR, WAIT, PREC
+            )
+        elif first_p is not None:
+            i, f, z, o = _recurrent(
+                first_p, o_scale, k, row, R, starts, scale_p, o_scale, D, BB, BU, KR, False, PREC
+            )
+        else:
+            i = tl.zeros((BB, BU), tl.float32)
+            f, z, o = i, i, i
+        o_row += HD
         i, f, z, o = i + xi, f + xf, z + xz, o + xo
         if bias_p is not None:
             i, f, z, o = i + bi, f + bf, z + bz, o + bo
@@ -403,8 +454,6 @@ def forward_split(
         if saved_p is not None:
             _save(saved_p, plane, o_h, at, i, f, z, o, c, n, slope, EXP_FORGET)
         o_h += HD
-        whole = _exchanged(h_p, o_row, _if(t + 1 < stop, row), WAIT)
-        o_row += HD
     tl.store(h1_p + o_state, h, mask=at)
     tl.store(c1_p + o_state, c, mask=at)
     tl.store(n1_p + o_state, n, mask=at)
@@ -415,12 +464,13 @@ def forward_split(
 def backward_split(
     dh_p, saved_p, R_p, hold_p, reset_p, scale_p, c0_p, n0_p, dh1_p, dc1_p, dn1_p, c1_p, n1_p,
     dx_p, dh0_p, dc0_p, dn0_p, B, T, H, start, stop, group, clip,
-    D: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr,
+    D: tl.constexpr, KR: tl.constexpr, S: tl.constexpr, BB: tl.constexpr, BU: tl.constexpr,
     EXP_FORGET: tl.constexpr, CLIP: tl.constexpr, WAIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Steps stop - 1 down to start; -1 stands for the initial state. S pieces of the 4 D gate
-    gradients, of KP units of a gate each, meet their part of the recurrent kernel apart."""
+    """Steps stop - 1 down to start; -1 stands for the initial state. The gate gradients meet the
+    recurrent kernel in rounds of KR units, S pieces side by side, each of them of one gate."""
     P: tl.constexpr = (D + BU - 1) // BU
+    KP: tl.constexpr = 4 * KR // S
     group += tl.program_id(0) // P
     tile, head = tl.program_id(0) % P, group % H
     b = (group // H) * BB + tl.arange(0, BB).to(tl.int64)
@@ -433,11 +483,11 @@ def backward_split(
     s, k = tl.arange(0, S)[:, None, None], tl.arange(0, KP)
     d_a, d_R = s // 4 * KP + k[None, None, :], s // 4 * KP + k[None, :, None]
     o_R = (head * D + u[None, None, :]) * 4 * D + s % 4 * D + d_R  # [piece, out, in]
-    R = tl.load(R_p + o_R, mask=(u < D)[None, None, :] & (d_R < D), other=0.0)
-    pieces = (b < B)[None, :, None] & (d_a < D)
+    R = ()
+    for j in tl.static_range((D + KR - 1) // KR):
+        at_R = (u < D)[None, None, :] & (j * KR + d_R < D)
+        R += (tl.load(R_p + o_R + j * KR, mask=at_R, other=0.0),)
     o_a = (b[None, :, None] * T + stop) * 4 * HD + s % 4 * HD + head * D + d_a
-    if scale_p is not None:
-        scale = tl.load(scale_p + o_state, mask=at, other=0.0)
     dh = tl.load(dh1_p + o_state, mask=at, other=0.0)
     dc = tl.load(dc1_p + o_state, mask=at, other=0.0)
     dn = tl.load(dn1_p + o_state, mask=at, other=0.0)
@@ -455,18 +505,18 @@ def backward_split(
     for step in range(0, stop - start):
         t = stop - 1 - tl.cast(step, tl.int32)
         if t + 1 < T:
-            a = _exchanged(dx_p, o_a, pieces, WAIT)
-            back = tl.sum(tl.dot(a, R, input_precision=PREC), 0)
-            if scale_p is not None:
-                back *= scale
-            if CLIP:
-                back = tl.minimum(tl.maximum(back, -clip), clip)
+            pieces = tl.zeros((S, BB, BU), tl.float32)
+            for j in tl.static_range((D + KR - 1) // KR):
+                at_a = (b < B)[None, :, None] & (j * KR + d_a < D)
+                a = _exchanged(dx_p, o_a + j * KR, at_a, WAIT)
+                pieces = tl.dot(a, R[j], pieces, input_precision=PREC)
+            starts = None
             if reset_p is not None:
                 starts = tl.load(reset_p + b * T + t + 1, mask=b < B, other=0)[:, None] != 0
-                back = tl.where(starts, 0.0, back)
-            if hold_p is not None:
+            back = _limited(tl.sum(pieces, 0), scale_p, o_state, at, starts, clip, CLIP)
+            if hold_p is not None:  # a held step's gate gradients are zero: so is `back`
                 held = tl.load(hold_p + b * T + t + 1, mask=b < B, other=0)[:, None] != 0
-                back = tl.where(held, dh, back)
+                back += tl.where(held, dh, 0.0)
             dh = back
         o_a -= 4 * HD
         there = _if(t >= 0, at)
