@@ -53,6 +53,14 @@ def shared_memory(device):
 
 
 @functools.cache
+def all_shared_memory(device):
+    """Bytes that the programs on one processor share out."""
+    if device.type != "cuda":
+        return 1 << 18
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@functools.cache
 def processors(device):
     """How many programs run at once, one on each."""
     if device.type != "cuda":

@@ -18,9 +18,12 @@ def unsupported(x=None):
     """Why the kernels cannot run on this tensor (None: here at all), or None."""
     if x is None:
         return machine.missing()
-    if x.shape[-1] > 1024:
-        return f"it takes up to 1024 units a head, not {x.shape[-1]}"
-    return machine.unsupported(x)
+    reason = machine.unsupported(x)
+    if reason is None and x.shape[-1] > 1024:
+        reason = f"it takes up to 1024 units a head, not {x.shape[-1]}"
+    if reason is None and not _split(x.shape[-1], x.dtype, machine.shared_memory(x.device)):
+        reason = f"heads of {x.shape[-1]} units are too large for the device's shared memory"
+    return reason
 
 
 def slstm(
@@ -49,32 +52,45 @@ def _kernels():
     return importlib.import_module("keras_xlstm.backends.torch.slstm_kernels")
 
 
+def _split(D, dtype, shared_memory):
+    """Units of a program, units of a round, bytes of shared memory; or None: nothing fits."""
+    size = dtype.itemsize
+    KR = min(power(D), 256 if size == 2 else 128)
+    for BU in (16, 8) if size == 2 else (8,):
+        needed = 4 * size * KR * (BU * -(-D // KR) + 32) + 4096
+        if needed <= shared_memory:
+            return BU, KR, needed
+    return None
+
+
 class _Plan:
     """How the work of a call is cut: rows and units of a program, programs of a launch."""
 
     def __init__(self, B, H, D, dtype, device):
         self.B, self.H, self.D = B, H, D
-        self.processors = machine.processors(device)
+        self.processors = self.resident = machine.processors(device)
         self.whole = D <= (64 if dtype == torch.float32 else 128)
-        DP = power(D)
+        BU, KR, needed = _split(D, dtype, machine.shared_memory(device))
+        self.tiles = 1 if self.whole else -(-D // BU)
+        # Few rows: less work in each step's chain of dependent operations, where there are
+        # processors for all the programs.
+        self.BB = 8
+        most = 16 if dtype == torch.float32 else 32
+        while self.BB < most and self.groups * self.tiles > self.processors:
+            self.BB *= 2
         if self.whole:
-            self.BB = 8
-            while self.BB < 32 and self.groups > self.processors:
-                self.BB *= 2
-            self.tiles = 1
-            self.forward = {"DP": DP, "BB": self.BB, "num_warps": 4 if DP <= 64 else 8}
+            self.forward = {"DP": power(D), "BB": self.BB, "num_warps": 8}
             self.backward = dict(self.forward)
         else:
-            self.BB, BU = 16, 16
-            self.tiles = -(-D // BU)
-            KR = min(256, DP)
-            both = {"KR": KR, "BB": self.BB, "BU": BU}
-            self.forward = both | {"num_warps": 4 if DP <= 256 else 8}
-            self.backward = both | {"S": 8, "num_warps": 8}
+            S = 4 if self.BB < 32 else 8
+            self.forward = {"KR": KR, "BB": self.BB, "BU": BU, "num_warps": S}
+            self.backward = self.forward | {"S": S}
+            if S == 4:  # then the registers, too, are enough for two programs a processor
+                self.resident *= max(1, min(2, machine.all_shared_memory(device) // needed))
         for constants in (self.forward, self.backward):
             constants |= {"D": D, "PREC": precision(dtype), "num_stages": 1}
         # Programs that wait for each other must all be resident.
-        self.waits = self.tiles <= self.processors
+        self.waits = self.tiles <= self.resident
 
     @property
     def groups(self):
@@ -90,7 +106,7 @@ class _Plan:
                 programs = self.groups * self.tiles
                 launch(kernel, programs, *arguments(t, t + 1, 0), WAIT=False, **constants)
             return
-        together = self.processors // self.tiles
+        together = self.resident // self.tiles
         for group in range(0, self.groups, together):
             launch(
                 kernel, min(together, self.groups - group) * self.tiles,
