@@ -1,6 +1,7 @@
-"""The Triton kernels on one NVIDIA GPU beside their peers, in bfloat16.
+"""The mLSTM's Triton kernels on one NVIDIA GPU beside their peers, in bfloat16; and, with
+gpu_slstm.py and gpu_model.py, all of PyTorch's figures in RESULTS.md.
 
-    python benchmarks/gpu_torch.py [--only errors,mlstm,step]
+    python benchmarks/gpu_torch.py [--only errors,mlstm,step,slstm,model]
 
 Peers: `mlstm_kernels` (pip install "keras-xlstm[benchmark]") and PyTorch's causal attention through
 cuDNN. Each family runs in a process of its own, because some peers' compilers abort; a first pass
@@ -166,7 +167,7 @@ def environment():
     import torch
 
     names = []
-    for name in ("torch", "triton", "keras", "mlstm_kernels"):
+    for name in ("torch", "triton", "keras", "mlstm_kernels", "flashrnn", "xlstm"):
         try:
             names.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -181,10 +182,14 @@ def environment():
     return bandwidth
 
 
-def run(family, warm=False, steps=False):
-    command = [sys.executable, __file__, "--family", family]
-    command += ["--warm"] * warm + ["--steps"] * steps
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def run(script, *arguments, errors=subprocess.DEVNULL):
+    """One family in a process of its own: the peers' compilers can abort theirs."""
+    command = [sys.executable, script, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+def run_family(family, warm=False, steps=False):
+    return run(__file__, "--family", family, *["--warm"] * warm, *["--steps"] * steps)
 
 
 def figures(process):
@@ -203,7 +208,7 @@ def cell(value, ours):
 
 
 def table(bandwidth):
-    results = {family: figures(run(family)) for family in FAMILIES}
+    results = {family: figures(run_family(family)) for family in FAMILIES}
     for family, found in results.items():
         if "died" in found:
             print(f"{family}: the process died ({found['died']})")
@@ -221,7 +226,10 @@ def table(bandwidth):
 
 
 def step_table(bandwidth):
-    ours, theirs = figures(run("ours", steps=True)), figures(run("theirs", steps=True))
+    ours, theirs = (
+        figures(run_family("ours", steps=True)),
+        figures(run_family("theirs", steps=True)),
+    )
     print(
         "\n| step, float32 state 8x256x512, ms | ours | of the copy's bandwidth | mlstm_kernels |"
     )
@@ -239,7 +247,9 @@ def step_table(bandwidth):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="errors,mlstm,step", help="parts, with commas")
+    parser.add_argument(
+        "--only", default="errors,mlstm,step,slstm,model", help="parts, with commas"
+    )
     parser.add_argument("--family", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
@@ -248,9 +258,9 @@ if __name__ == "__main__":
         (measure_steps if arguments.steps else measure)(arguments.family, arguments.warm)
         sys.exit()
     parts = arguments.only.split(",")
-    warming = [run(f, warm=True) for f in FAMILIES] if "mlstm" in parts else []
+    warming = [run_family(f, warm=True) for f in FAMILIES] if "mlstm" in parts else []
     if "step" in parts:
-        warming += [run(f, warm=True, steps=True) for f in ("ours", "theirs")]
+        warming += [run_family(f, warm=True, steps=True) for f in ("ours", "theirs")]
     if "errors" in parts:
         measure_errors()
     for process in warming:
@@ -260,3 +270,7 @@ if __name__ == "__main__":
         table(bandwidth)
     if "step" in parts:
         step_table(bandwidth)
+    for part in ("slstm", "model"):  # each has a file of its own
+        if part in parts:
+            script = os.path.join(os.path.dirname(__file__), f"gpu_{part}.py")
+            subprocess.run([sys.executable, script], check=False)

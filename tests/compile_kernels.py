@@ -1,6 +1,7 @@
 """Compiles the Triton kernels that a call launches, for a GPU that need not be there.
 
-python tests/compile_kernels.py 90 K V dtype
+python tests/compile_kernels.py 90 128/256 bfloat16    # the mLSTM, keys/values of a head
+python tests/compile_kernels.py 90 192 bfloat16        # the sLSTM, units of a head
 
 Prints a line per kernel: name, registers, shared memory and its limit, bytes spilled to the stack.
 """
@@ -118,15 +119,12 @@ def compile_slstm(D, dtype):
 MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942": 65_536}
 
 if __name__ == "__main__":
-    arch, K, V, dtype = sys.argv[1:]
+    arch, sizes, dtype = sys.argv[1:]
+    sizes, dtype = [int(n) for n in sizes.split("/")], getattr(torch, dtype)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    launched = Compiler(target)
-    mlstm.launch = slstm.launch = launched
-    machine.shared_memory = lambda device: MEMORY[arch]
-    if K == V:
-        compile_slstm(int(K), getattr(torch, dtype))
-    else:
-        compile_mlstm(int(K), int(V), getattr(torch, dtype))
+    mlstm.launch = slstm.launch = launched = Compiler(target)
+    machine.shared_memory = machine.all_shared_memory = lambda device: MEMORY[arch]
+    (compile_mlstm if len(sizes) == 2 else compile_slstm)(*sizes, dtype)
     for name, used in launched.seen.items():
         print(name, used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0))

@@ -1,6 +1,7 @@
 """What the Triton kernels ask of PyTorch, of Triton and of the device."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
@@ -66,6 +67,12 @@ def processors(device):
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def triton_version():
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
 
 
 def precision(dtype):

@@ -21,7 +21,7 @@ def unsupported(x=None):
     reason = machine.unsupported(x)
     if reason is None and x.shape[-1] > 1024:
         reason = f"it takes up to 1024 units a head, not {x.shape[-1]}"
-    if reason is None and not _split(x.shape[-1], x.dtype, machine.shared_memory(x.device)):
+    if reason is None and not _split(x.shape[-1], 8, x.dtype, machine.shared_memory(x.device)):
         reason = f"heads of {x.shape[-1]} units are too large for the device's shared memory"
     return reason
 
@@ -52,15 +52,24 @@ def _kernels():
     return importlib.import_module("keras_xlstm.backends.torch.slstm_kernels")
 
 
-def _split(D, dtype, shared_memory):
+def _split(D, BB, dtype, shared_memory):
     """Units of a program, units of a round, bytes of shared memory; or None: nothing fits."""
     size = dtype.itemsize
     KR = min(power(D), 256 if size == 2 else 128)
+    rows = max(16, BB * size // 2)
     for BU in (16, 8) if size == 2 else (8,):
-        needed = 4 * size * KR * (BU * -(-D // KR) + 32) + 4096
+        needed = 4 * size * KR * (BU * -(-D // KR) + rows) + 2048
         if needed <= shared_memory:
             return BU, KR, needed
     return None
+
+
+def _warps(D, BB, dtype):
+    """Of a program of `split`: as few as have registers enough. Triton holds the recurrent kernel
+    in them from 3.9 on, in shared memory before."""
+    if BB == 32 or dtype == torch.float32 or (D > 512 and machine.triton_version() >= (3, 9)):
+        return 8
+    return 4
 
 
 class _Plan:
@@ -70,19 +79,20 @@ class _Plan:
         self.B, self.H, self.D = B, H, D
         self.processors = self.resident = machine.processors(device)
         self.whole = D <= (64 if dtype == torch.float32 else 128)
-        BU, KR, needed = _split(D, dtype, machine.shared_memory(device))
-        self.tiles = 1 if self.whole else -(-D // BU)
-        # Few rows: less work in each step's chain of dependent operations, where there are
+        # Few rows: less work in each step's chain of dependent operations, as long as there are
         # processors for all the programs.
-        self.BB = 8
-        most = 16 if dtype == torch.float32 else 32
-        while self.BB < most and self.groups * self.tiles > self.processors:
-            self.BB *= 2
+        cut = None
+        for self.BB in (8, 16) if dtype == torch.float32 else (8, 16, 32):
+            cut = _split(D, self.BB, dtype, machine.shared_memory(device)) or cut
+            self.tiles = 1 if self.whole else -(-D // cut[0])
+            if self.groups * self.tiles <= self.processors:
+                break
         if self.whole:
             self.forward = {"DP": power(D), "BB": self.BB, "num_warps": 8}
             self.backward = dict(self.forward)
         else:
-            S = 4 if self.BB < 32 else 8
+            BU, KR, needed = cut
+            S = _warps(D, self.BB, dtype)
             self.forward = {"KR": KR, "BB": self.BB, "BU": BU, "num_warps": S}
             self.backward = self.forward | {"S": S}
             if S == 4:  # then the registers, too, are enough for two programs a processor
@@ -195,7 +205,9 @@ def _backward(
 
         plan.launch_split(_kernels().backward_split, arguments, -1, T, True, **options)
     first = None if h0 is None else h0.to(x.dtype)
-    tile = {"BK": min(64, power(D)), "BN": min(128, power(D)), "L": 64}
+    tile = {"BK": min(64, power(D)), "BN": min(64, power(D)), "L": 64}
+    if x.dtype == torch.float32:
+        tile["L"] = 32
     programs = 4 * H * -(-D // tile["BK"]) * -(-D // tile["BN"])
     splits = max(1, min(2 * plan.processors // programs, B * T // 256))
     rows = -(-B * T // (splits * tile["L"])) * tile["L"]

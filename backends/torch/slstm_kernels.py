@@ -570,17 +570,22 @@ def kernel_gradient(
     dtype: tl.constexpr = h_p.dtype.element_ty
     acc = tl.zeros((BK, BN), tl.float32)
     total = tl.zeros((BN,), tl.float32)
-    for begin in range(0, rows, L):
-        r = split * rows + begin + tl.arange(0, L)
-        t, b = r % T, r // T
-        there = (begin + tl.arange(0, L) < rows) & (b < B)
+    # Offsets within a block of rows are short: pointers would fill the registers.
+    block = tl.arange(0, L)
+    o_dg = block[:, None] * 4 * HD + u[None, :]
+    o_h = block[None, :] * HD + k[:, None]
+    for step in range(0, rows, L):
+        begin = split * rows + tl.cast(step, tl.int64)
+        r = begin + block
+        t, b = (r % T).to(tl.int32), (r // T).to(tl.int32)
+        there = (step + block < rows) & (b < B)
         dg = tl.load(
-            dx_p + (r * 4 + gate)[:, None] * HD + head * D + u[None, :],
+            dx_p + (begin * 4 + gate) * HD + head * D + o_dg,
             mask=there[:, None] & (u < D)[None, :], other=0.0,
         )  # fmt: skip
-        o = (r - 1)[None, :] * HD + head * D + k[:, None]
         at = there[None, :] & (k < D)[:, None]
-        h = tl.load(h_p + o, mask=at & (t > 0)[None, :], other=0.0)
+        at_h = at & (t > 0)[None, :]
+        h = tl.load(h_p + (begin - 1) * HD + head * D + o_h, mask=at_h, other=0.0)
         o_state = b[None, :] * HD + head * D + k[:, None]
         if first_p is not None:
             h += tl.load(first_p + o_state, mask=at & (t == 0)[None, :], other=0.0)
