@@ -22,6 +22,8 @@ SHAPES = [
     (16, 1024, 1, 768),
 ]  # fmt: skip
 FAMILIES = ("ours", "triton_fused", "cuda", "cudnn")
+ALL = "0,1,2,3,4"
+CUDA = (2, 3, 4)  # what flashrnn's Triton kernel cannot run
 
 
 def function(family, B, T, H, D):
@@ -52,12 +54,14 @@ def function(family, B, T, H, D):
     return peer, [x, random(4, H, D, D, scale=D**-0.5), bias]
 
 
-def measure(family):
+def measure(family, shapes, warm):
+    """[shape index, "forward" or "both", ms] a line, for one family in this process."""
     import torch
 
-    for n, (B, T, H, D) in enumerate(SHAPES):
+    for n in shapes:
+        B, T, H, D = SHAPES[n]
         try:
-            f, inputs = function(family, B, T, H, D)
+            f, inputs = function(family, B, 4 if warm else T, H, D)
 
             def forward(f=f, inputs=inputs):
                 with torch.no_grad():
@@ -69,6 +73,9 @@ def measure(family):
                 torch.autograd.grad(f(*inputs), inputs, gradient)
 
             for name, timed in (("forward", forward), ("both", both)):
+                if warm:
+                    timed()
+                    continue
                 print(json.dumps([n, name, bench(timed)]), flush=True)
         except Exception as e:  # noqa: BLE001  a peer that cannot run is a result, too
             for name in ("forward", "both"):
@@ -77,10 +84,17 @@ def measure(family):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        measure(sys.argv[1])
+        family, shapes, *warm = sys.argv[1:]
+        measure(family, [int(n) for n in shapes.split(",")], bool(warm))
         sys.exit()
+    # First everything is compiled, side by side; flashrnn's CUDA takes a minute a head size.
+    warming = [run(__file__, "cuda", str(n), "warm") for n in CUDA]
+    warming.append(run(__file__, "ours", ALL, "warm"))
+    for process in warming:
+        process.communicate()
     environment()
-    results = {family: figures(run(__file__, family)) for family in FAMILIES}
+    shapes = {"triton_fused": "0,1", "cuda": ",".join(map(str, CUDA))}
+    results = {f: figures(run(__file__, f, shapes.get(f, ALL))) for f in FAMILIES}
     print("\nms (us a step); in brackets how many times ours is faster\n")
     print("| B T heads x units | | ours | flashrnn triton_fused | flashrnn cuda | nn.LSTM |")
     print("|---|---|---|---|---|---|")

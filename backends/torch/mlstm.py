@@ -275,7 +275,8 @@ def _step(
 ) -> list[Tensor]:  # fmt: skip
     B, H, K, V = C.shape
     outputs = [torch.empty_like(t) for t in (v, C, n, m)]
-    BK, BV = min(64, power(K)), min(power(V), 32 if B * H * V < 64 * 1024 else 128)
+    BK, BV = (64, 32) if B * H * V < 64 * 1024 else (32, 64)
+    BK, BV = min(BK, power(K)), min(BV, power(V))
     launch(
         _kernels("step").step, B * H * -(-V // BV), q, k, v, i, f, C, n, m, *outputs, K**-0.5, eps,
         K=K, V=V, BK=BK, BV=BV, P=power(K), SIGMOID=sigmoid, num_warps=4,
