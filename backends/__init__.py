@@ -13,7 +13,6 @@ if __name__ != "keras_xlstm.backends":
 
 import contextlib
 import contextvars
-import functools
 import importlib
 import logging
 import os
@@ -26,6 +25,7 @@ from keras_xlstm.backends.parts import framework
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 compiled = framework.compiled
+regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None
 
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
@@ -34,6 +34,7 @@ _WRITTEN = {("mlstm", "triton"), ("slstm", "triton")}
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
+_said = set()
 # What the active framework has of its own: {op: module}.
 _own = {
     op: importlib.import_module(f"{__name__}.{keras.backend.backend()}.{op}")
@@ -125,9 +126,11 @@ def _choose(op, implementation, **call):
     return implementation
 
 
-@functools.cache
+@framework.once  # torch.compile would break its graph at a logger
 def _say_once(message):
-    _log.info(message)
+    if message not in _said:
+        _said.add(message)
+        _log.info(message)
 
 
 def _working(like, *tensors):

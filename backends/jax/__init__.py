@@ -9,6 +9,7 @@ import keras
 tanh, maximum = jax.numpy.tanh, jax.numpy.maximum
 constant = jax.lax.stop_gradient
 own = ()  # ops with a module here
+by_region = False  # whole steps are compiled
 
 
 def once(function):

@@ -5,6 +5,7 @@ import tensorflow as tf
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum = tf.tanh, tf.maximum
 own = ()  # ops with a module here
+by_region = False  # whole steps are compiled
 
 
 def once(function):

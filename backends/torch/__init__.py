@@ -7,6 +7,7 @@ import torch
 tanh, maximum = torch.tanh, torch.maximum
 constant = torch.detach
 own = ("mlstm", "slstm")  # ops with a module here
+by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.
 once = torch.compiler.assume_constant_result
 

@@ -1,5 +1,7 @@
 """What the residual blocks share: the call, states, masks, recomputation, sub-layers."""
 
+from functools import partial
+
 import keras
 from keras import ops
 
@@ -16,6 +18,8 @@ class Block(StateLayer):
     `_run(x, state, mask, segment_ids, dropped)`, which returns the block's output, its residual
     included, and the new state; `dropped` is None or a dropout mask of x's shape.
     """
+
+    _region = None  # `_run`, compiled for all blocks like this one (backends/torch/regions.py)
 
     def __init__(
         self,
@@ -145,7 +149,8 @@ class Block(StateLayer):
             dropped = self._drawn(ops.shape(x), self.dropout, x.dtype)
 
         def run(x, *state):
-            y, state = self._run(x, list(state) or None, mask, segment_ids, dropped)
+            compute = self._run if self._region is None else partial(self._region, self)
+            y, state = compute(x, list(state) or None, mask, segment_ids, dropped)
             return (ops.cast(y, self.compute_dtype), *state)
 
         outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *(state or ()))

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
@@ -150,6 +151,28 @@ class xLSTMLanguageModel(Generates, stack.StackModel):
         """`keras.Model.predict`; token ids in NumPy arrays are checked first."""
         self._check_ids(x)
         return super().predict(x, *args, **kwargs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """`keras.Model.compute_loss`."""
+        if keras.backend.backend() == "torch" and self._tokens_count_alike(
+            y, y_pred, sample_weight
+        ):
+            # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
+            # across the vocabulary at strides, and was a third of the time of a training step.
+            y, y_pred = ops.reshape(y, (-1,)), ops.reshape(y_pred, (-1, y_pred.shape[-1]))
+            sample_weight = None if sample_weight is None else ops.reshape(sample_weight, (-1,))
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def _tokens_count_alike(self, y, y_pred, sample_weight):
+        """Whether the loss is a mean over tokens that may stand in any order."""
+        return (
+            type(self.loss) is keras.losses.SparseCategoricalCrossentropy
+            and self.loss.reduction in ("sum", "sum_over_batch_size", "mean")
+            and getattr(y_pred, "_keras_mask", None) is None
+            and len(y_pred.shape) == 3
+            and len(y.shape) == 2
+            and (sample_weight is None or len(sample_weight.shape) == 2)
+        )
 
     # ------------------------------------------------------------------ in parts
 

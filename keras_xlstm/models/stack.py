@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_xlstm import backends
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
 from keras_xlstm.layers.parts import check_positive, check_rate
 
@@ -119,6 +120,21 @@ class StackModel(keras.Model):
     def compute_output_spec(self, inputs, training=None, mask=None):
         x = self._named(inputs)[self._main]
         return keras.KerasTensor((*x.shape[:2], self._outer_dim), dtype=self.outputs[0].dtype)
+
+    # ------------------------------------------------------------------ training
+
+    def compile(self, *args, **kwargs):
+        """`keras.Model.compile`. On torch, `jit_compile=True` compiles one block of each kind for
+        all of them, in place of the whole training step: seconds, not minutes."""
+        super().compile(*args, **kwargs)
+        by_region = backends.regions is not None and self.jit_compile
+        if by_region:
+            self.jit_compile = False
+        regions = {}
+        for block in self.blocks:
+            if by_region and type(block) not in regions:
+                regions[type(block)] = backends.regions.region(block)
+            block._region = regions.get(type(block))
 
     # ------------------------------------------------------------------ states
 
