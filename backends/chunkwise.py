@@ -146,7 +146,7 @@ class _LogWeights:
 
     def carry(self, m):
         """m of the states that enter the chunks, (N, B, H), and of the one that leaves the last."""
-        peak = ops.max(self.end + self.end_rest, axis=-1)
+        peak = framework.largest(self.end + self.end_rest, -1)
 
         def step(carry, xs):
             (m,), (total, peak) = carry, xs

@@ -15,6 +15,7 @@ from keras_xlstm.backends.torch import slstm_loop as slstm_module
 
 import keras_xlstm
 from keras_xlstm.layers import mLSTM, sLSTM
+from keras_xlstm.models import xLSTMLanguageModel
 
 
 def arguments(rng, T=5, flags=True):
@@ -58,14 +59,18 @@ def test_meta_tensors_run_no_loop(Layer, monkeypatch):
     assert not steps
 
 
+def with_aot_eager(function, **options):
+    """torch.compile without its code generator, which takes a minute for some of these."""
+    return torch._dynamo.optimize("aot_eager")(function)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_fit_compiled(rng):
     x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
 
     def train(jit_compile):
         keras.utils.set_random_seed(0)
-        first = sLSTM(8, num_heads=2, return_sequences=True)
-        layers = [first, mLSTM(8, num_heads=2), keras.layers.Dense(1)]
+        layers = [sLSTM(8, num_heads=2), keras.layers.Dense(1)]
         model = keras.Sequential([keras.Input((20, 3)), *layers])
         model.compile("sgd", "mse", jit_compile=jit_compile)
         return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
@@ -107,3 +112,59 @@ def test_inference_keeps_no_history(rng):
     full = slstm_module._forward(*inputs, False, 0.0, True)
     for a, b in zip([kept[0], *kept[5:]], [full[0], *full[5:]], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+IDS = np.random.default_rng(0).integers(1, 9, (4, 9), dtype="int32")
+
+
+def language_model(jit_compile, loss=None, **options):
+    keras.utils.set_random_seed(0)
+    options = {"num_blocks": 2, "num_heads": 2, "seed": 3, **options}
+    model = xLSTMLanguageModel(9, 8, **options)
+    loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, jit_compile=jit_compile)
+    return model
+
+
+def losses(model):
+    fit = model.fit(IDS[:, :-1], IDS[:, 1:], batch_size=2, epochs=2, shuffle=False, verbose=0)
+    return [*fit.history["loss"], *keras.ops.sum(model.predict(IDS, verbose=0), (1, 2)).tolist()]
+
+
+def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
+    """One block of each kind: the others run it with their own weights."""
+    compiled = []
+
+    def compile_(function):
+        compiled.append(function.__name__)
+        return with_aot_eager(function)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    options = {"dropout": 0.2, "architecture": "large"}
+    want = losses(language_model(False, **options))
+    assert compiled == []
+    model = language_model(True, **options)
+    np.testing.assert_allclose(losses(model), want, rtol=1e-5)
+    assert compiled == ["compute_xLSTMLargeBlock"]
+    model.enable_lora(2)
+    model.compile("sgd", model.loss, jit_compile=False)
+    assert all(block._region is None for block in model.blocks)
+    model.save(tmp_path / "model.keras")
+
+
+class Plain(keras.losses.SparseCategoricalCrossentropy):
+    """Not the class itself, so that Keras's own way is taken."""
+
+
+@pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size", "mean_with_sample_weight"])
+@pytest.mark.parametrize("weights", [None, "tokens", "rows"])
+def test_the_loss_over_a_row_of_tokens_is_keras_own(reduction, weights, rng):
+    y = torch.tensor(rng.integers(0, 9, (4, 8)))
+    logits = torch.tensor(rng.normal(size=(4, 8, 9)).astype("float32"))
+    shape = {None: None, "tokens": (4, 8), "rows": (4, 1)}[weights]
+    weights = None if shape is None else torch.tensor(rng.random(shape).astype("float32"))
+    found = []
+    for Loss in (keras.losses.SparseCategoricalCrossentropy, Plain):
+        model = language_model(False, Loss(from_logits=True, reduction=reduction))
+        found.append(float(model.compute_loss(None, y, logits, weights)))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

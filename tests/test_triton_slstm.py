@@ -18,7 +18,7 @@ from keras_xlstm.backends.torch import slstm as kernels
 import keras_xlstm
 
 # A head in one program, and in several.
-ONE, SEVERAL = {"D": 6}, {"D": 70, "T": 5, "H": 1}
+ONE, SEVERAL = {"D": 6, "T": 9}, {"D": 70, "T": 9 if GPU else 3, "H": 1}
 both = pytest.mark.parametrize("sizes", [ONE, SEVERAL], ids=["one", "several"])
 
 
@@ -41,10 +41,10 @@ def test_any_length(T, rng):
         check(sLSTMCase(rng, B=2, T=T, H=1, D=70))
 
 
-@pytest.mark.parametrize("D", [1, 16, 17, 33, 64, 65, 100])
+@pytest.mark.parametrize("D", [1, 16, 17, 64, 65, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes(D, dtype, rng):
-    check(sLSTMCase(rng, B=2, T=40 if GPU else 3, H=2, D=D), dtype)
+    check(sLSTMCase(rng, B=2, T=40 if GPU else 2, H=2, D=D), dtype)
 
 
 @on_gpu
@@ -54,10 +54,10 @@ def test_large_heads(D, dtype, rng):
     check(sLSTMCase(rng, B=9, T=70, H=2 if D < 700 else 1, D=D), dtype)
 
 
-@pytest.mark.parametrize("B", [1, 7, 8, 9, 17, 33])
+@pytest.mark.parametrize("B", [1, 8, 9, 33])
 @both
 def test_rows_of_a_batch(B, sizes, rng):
-    check(sLSTMCase(rng, B=B, **{**sizes, "T": 3}))
+    check(sLSTMCase(rng, B=B, **{**sizes, "T": 2}))
 
 
 @on_gpu
@@ -85,7 +85,7 @@ def test_small_devices(processors, rng, monkeypatch):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("segments", [None, "growing", "returning"])
 def test_masks_and_segments(mask, segments, sizes, rng):
-    B, T = 4, 9 if GPU or sizes is ONE else 5
+    B, T = 4, 9 if GPU or sizes is ONE else 4
     mask = make_mask(mask, B, T, rng)
     ids = make_segments(segments, B, T, rng)
     check(sLSTMCase(rng, B=B, **{**sizes, "T": T}), mask=mask, segment_ids=ids)
@@ -200,7 +200,7 @@ def _small(rng, **sizes):
 
 @both
 def test_operators_are_well_formed(sizes, rng):
-    x, R, bias, *state = _small(rng, **{**sizes, "T": 3})
+    x, R, bias, *state = _small(rng, **{**sizes, "T": 2})
     flags = torch.zeros(x.shape[:2], dtype=torch.int8, device=x.device)
     for given in ((bias, *state, flags, flags, state[0].detach()), (None,) * 8):
         torch.library.opcheck(kernels._forward.call, (x, R, *given, False, 0.0, True))

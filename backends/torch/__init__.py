@@ -3,8 +3,9 @@
 import keras
 import torch
 
-# keras.ops turns float64 into float32 in these, on one backend or another.
-tanh, maximum = torch.tanh, torch.maximum
+# keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
+# its graph at keras.ops.max.
+tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
 constant = torch.detach
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step

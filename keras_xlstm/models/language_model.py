@@ -171,7 +171,7 @@ class xLSTMLanguageModel(Generates, stack.StackModel):
             and getattr(y_pred, "_keras_mask", None) is None
             and len(y_pred.shape) == 3
             and len(y.shape) == 2
-            and (sample_weight is None or len(sample_weight.shape) == 2)
+            and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
         )
 
     # ------------------------------------------------------------------ in parts
