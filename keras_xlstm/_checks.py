@@ -77,6 +77,8 @@ def expect_shape(name, x, dims, sizes):
         raise ValueError(
             f"`{name}` must have shape ({named}), here ({known}). Received: shape {shape}."
         )
+    if sizes.get("T") == 0:
+        raise ValueError(f"`{name}` must have at least one time step. Received: shape {shape}.")
 
 
 def same_dtype(**tensors):

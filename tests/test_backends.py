@@ -24,11 +24,11 @@ def slstm_inputs(rng, B=2, T=5, H=3, D=4):
 
 
 def test_available_says_why():
-    for op, said in backends.available().items():
+    for said in backends.available().values():
         assert said["native"] is True
         for name, home in HOME.items():
             words = "has no" if home == BACKEND else f"belongs to the {home} backend"
-            if (op, name, BACKEND) == ("mlstm", "triton", "torch"):
+            if (name, BACKEND) == ("triton", "torch"):
                 assert said[name] is True or "CUDA" in said[name] or "triton" in said[name]
             else:
                 assert words in said[name]
@@ -150,3 +150,12 @@ def test_scan(rng):
     _, (sums, _) = framework.scan(step, zero, xs, reverse=True)
     np.testing.assert_allclose(array(sums), np.cumsum(array(xs[0])[::-1], 0)[::-1], rtol=1e-5)
     np.testing.assert_allclose(array(carry[0]), array(xs[0]).sum(0), rtol=1e-5)
+
+
+def test_no_steps_are_refused(rng):
+    x, *_ = slstm_inputs(rng).values()
+    gate = x[:, :0, 0, :, 0]
+    with pytest.raises(ValueError, match="`x` must have at least one time step.*0, 4, 3, 4"):
+        ops.slstm(**{**slstm_inputs(rng), "x": x[:, :0]})
+    with pytest.raises(ValueError, match="`q` must have at least one time step"):
+        ops.mlstm(*[x[:, :0, 0]] * 3, gate, gate)

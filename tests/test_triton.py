@@ -66,8 +66,8 @@ def test_interpreted(file):
 # was still the fastest tile there. Elsewhere none.
 SPILLS = {
     ("90", "128/256"): 384, ("90", "256/512"): 768, ("80", "24/40"): 128, ("80", "128/256"): 448,
-    ("100", "128/256"): 448, ("90", "192"): 128, ("90", "768"): 32, ("80", "300"): 64,
-    ("100", "192"): 192, ("80", "128"): 192, ("90", "1024"): 384,
+    ("100", "128/256"): 448, ("90", "192"): 128, ("90", "768"): 400, ("90", "1024"): 832,
+    ("86", "1024"): 256, ("100", "192"): 192, ("80", "128"): 192,
 }  # fmt: skip
 STAGES = {
     "mlstm": {"gates", "chunks", "states", "attend", "step"},
@@ -86,6 +86,7 @@ STAGES = {
     ("90", "split", "192", "bfloat16"), ("90", "split", "768", "bfloat16"),
     ("90", "split", "1024", "float16"), ("86", "split", "1024", "bfloat16"),
     ("80", "split", "300", "float32"), ("100", "split", "192", "bfloat16"),
+    ("86", "split", "128", "bfloat16"), ("86", "split", "64", "float32"),
     ("gfx942", "split", "192", "bfloat16"),
 ])  # fmt: skip
 def test_compiles_without_a_gpu(arch, stages, sizes, dtype):

@@ -52,6 +52,13 @@ def _kernels():
     return importlib.import_module("keras_xlstm.backends.torch.slstm_kernels")
 
 
+def _whole(D, BB, dtype, shared_memory):
+    """Whether one program can hold the recurrent kernel of a head; float32's is there in parts."""
+    DP, size = power(D), dtype.itemsize
+    needed = (4 * DP * DP * size + 16 * DP * BB) * size // 2
+    return DP <= (64 if dtype == torch.float32 else 128) and needed <= shared_memory
+
+
 def _split(D, BB, dtype, shared_memory):
     """Units of a program, units of a round, bytes of shared memory; or None: nothing fits."""
     size = dtype.itemsize
@@ -78,12 +85,16 @@ class _Plan:
     def __init__(self, B, H, D, dtype, device):
         self.B, self.H, self.D = B, H, D
         self.processors = self.resident = machine.processors(device)
-        self.whole = D <= (64 if dtype == torch.float32 else 128)
+        memory = machine.shared_memory(device)
+        self.whole = _whole(D, 8, dtype, memory)
         # Few rows: less work in each step's chain of dependent operations, as long as there are
         # processors for all the programs.
-        cut = None
-        for self.BB in (8, 16) if dtype == torch.float32 else (8, 16, 32):
-            cut = _split(D, self.BB, dtype, machine.shared_memory(device)) or cut
+        cut = _split(D, 8, dtype, memory)
+        for BB in (8, 16) if dtype == torch.float32 else (8, 16, 32):
+            larger = _split(D, BB, dtype, memory)
+            if not (_whole(D, BB, dtype, memory) if self.whole else larger):
+                break
+            self.BB, cut = BB, larger or cut
             self.tiles = 1 if self.whole else -(-D // cut[0])
             if self.groups * self.tiles <= self.processors:
                 break

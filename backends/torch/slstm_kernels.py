@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 NEVER = tl.constexpr(-(2.0**100))
-_kernel = triton.jit(do_not_specialize=["B", "T", "H", "start", "stop"])
+_kernel = triton.jit(do_not_specialize=["B", "T", "H", "start", "stop", "group", "rows"])
 
 
 @triton.jit
