@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_slstm.py
 
-Peers: `flashrnn` (its Triton kernel where that runs, its CUDA one, which calls cuBLAS at every
-step, elsewhere) and PyTorch's `nn.LSTM` of the same width, which is cuDNN's. cuDNN's input product
-is in its time; it is not in the others'. Each family runs in a process of its own. Times are
-medians of triton.testing.do_bench.
+Peers: `flashrnn` (pip install flashrnn; its Triton kernel where that runs, elsewhere its CUDA one,
+which calls cuBLAS at every step) and PyTorch's `nn.LSTM` of the same width, which is cuDNN's and has
+its input product in its time. Each family runs in a process of its own. Times are medians of
+triton.testing.do_bench.
 """
 
 import json
