@@ -3,7 +3,7 @@
     python benchmarks/gpu_slstm.py
 
 Peers: `flashrnn` (pip install flashrnn; its Triton kernel where that runs, elsewhere its CUDA one,
-which calls cuBLAS at every step) and PyTorch's `nn.LSTM` of the same width, which is cuDNN's and has
+which calls cuBLAS at every step), and cuDNN's LSTM of the same width, `torch.nn.LSTM`, which has
 its input product in its time. Each family runs in a process of its own. Times are medians of
 triton.testing.do_bench.
 """
