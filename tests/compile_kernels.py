@@ -68,7 +68,8 @@ class Compiler:
         compiled = triton.compile(source, target=self.target, options=options)
         used = resources(compiled) if self.target.backend == "cuda" else {}
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
-        name = f"{kernel.fn.__name__} {role} {flags}"
+        file = kernel.fn.__module__.rpartition("_")[2]
+        name = f"{file}.{kernel.fn.__name__} {role} {flags}"
         self.seen[name] = {"SHARED": compiled.metadata.shared, **used}
 
 

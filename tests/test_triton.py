@@ -62,6 +62,25 @@ def test_interpreted(file):
     print(done.stdout.splitlines()[-1])
 
 
+def assert_exports_natively(model, x):
+    want = array(model(x))
+    with torch.no_grad():
+        program = torch.export.export(model, (tensor(x),), strict=False)
+    assert "keras_xlstm" not in str(program.graph)
+    assert_close(program.module()(tensor(x)).detach(), want, 1e-5)
+
+
+def assert_same_in_a_cuda_graph(run):
+    with torch.no_grad():
+        want = [t.clone() for t in keras.tree.flatten(run())]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = keras.tree.flatten(run())
+        graph.replay()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 # Bytes of stack that a thread may spill, where some do: what was seen with Triton 3.6 and 3.9 and
 # was still the fastest tile there. Elsewhere none.
 SPILLS = {
@@ -70,10 +89,12 @@ SPILLS = {
     ("86", "1024"): 256, ("100", "192"): 192, ("80", "128"): 192,
 }  # fmt: skip
 STAGES = {
-    "mlstm": {"gates", "chunks", "states", "attend", "step"},
-    "whole": {"forward_whole", "backward_whole", "kernel_gradient"},
-    "split": {"forward_split", "backward_split", "kernel_gradient"},
-}
+    "mlstm": {
+        "kernels.gates", "kernels.chunks", "kernels.states", "attend.attend", "step.step"
+    },
+    "whole": {"whole.forward", "whole.backward", "kernels.kernel_gradient"},
+    "split": {"split.forward", "split.backward", "kernels.kernel_gradient"},
+}  # fmt: skip
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="once, where nothing runs")
@@ -340,11 +361,7 @@ def test_export_is_native(rng):
     x = rng.normal(size=(2, 6, 3)).astype("float32")
     layer = keras_xlstm.layers.mLSTM(4, num_heads=2)
     model = keras.Sequential([keras.Input((6, 3)), layer])
-    want = array(model(x))
-    with torch.no_grad():
-        program = torch.export.export(model, (tensor(x),), strict=False)
-    assert "keras_xlstm" not in str(program.graph)
-    assert_close(program.module()(tensor(x)).detach(), want, 1e-5)
+    assert_exports_natively(model, x)
 
 
 @on_gpu
@@ -357,11 +374,4 @@ def test_steps_in_a_cuda_graph(rng):
             *inputs[:5], inputs[5:], return_state=True, implementation="triton"
         )
 
-    with torch.no_grad():
-        want = [t.clone() for t in keras.tree.flatten(run())]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = keras.tree.flatten(run())
-        graph.replay()
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert_same_in_a_cuda_graph(run)

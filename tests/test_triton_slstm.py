@@ -5,7 +5,15 @@ import keras
 import numpy as np
 import pytest
 from test_ops import MASKS, make_mask, make_segments, sLSTMCase
-from test_triton import DTYPES, GPU, INTERPRETED, on_gpu, poisoned
+from test_triton import (
+    DTYPES,
+    GPU,
+    INTERPRETED,
+    assert_exports_natively,
+    assert_same_in_a_cuda_graph,
+    on_gpu,
+    poisoned,
+)
 from tools import array, assert_close, tensor
 
 if not (GPU or INTERPRETED):
@@ -258,11 +266,7 @@ def test_fit():
 def test_export_is_native(rng):
     x = rng.normal(size=(2, 6, 3)).astype("float32")
     model = keras.Sequential([keras.Input((6, 3)), keras_xlstm.layers.sLSTM(4, num_heads=2)])
-    want = array(model(x))
-    with torch.no_grad():
-        program = torch.export.export(model, (tensor(x),), strict=False)
-    assert "keras_xlstm" not in str(program.graph)
-    assert_close(program.module()(tensor(x)).detach(), want, 1e-5)
+    assert_exports_natively(model, x)
 
 
 @on_gpu
@@ -277,11 +281,4 @@ def test_in_a_cuda_graph(T, sizes, rng):
             *inputs[:3], inputs[3:], return_state=True, implementation="triton"
         )
 
-    with torch.no_grad():
-        want = [t.clone() for t in keras.tree.flatten(run())]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = keras.tree.flatten(run())
-        graph.replay()
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert_same_in_a_cuda_graph(run)

@@ -48,8 +48,8 @@ def slstm(
 
 
 @functools.cache
-def _kernels():
-    return importlib.import_module("keras_xlstm.backends.torch.slstm_kernels")
+def _kernels(file="kernels"):
+    return importlib.import_module(f"keras_xlstm.backends.torch.slstm_{file}")
 
 
 def _whole(D, BB, dtype, shared_memory):
@@ -157,7 +157,7 @@ def _forward(
     given = (x, R, bias, hold, reset, recurrent_scale)
     if plan.whole:
         launch(
-            _kernels().forward_whole, plan.groups, *given, h, c, n, m, h_all, saved, *last,
+            _kernels("whole").forward, plan.groups, *given, h, c, n, m, h_all, saved, *last,
             B, T, H, EXP_FORGET=exp_forget, **plan.forward,
         )  # fmt: skip
         return outputs
@@ -168,7 +168,7 @@ def _forward(
         before = (h, c, n, m) if start == 0 else last
         return *given, first, *before, h_all, saved, *last, B, T, H, start, stop, group
 
-    plan.launch_split(_kernels().forward_split, arguments, 0, T, EXP_FORGET=exp_forget)
+    plan.launch_split(_kernels("split").forward, arguments, 0, T, EXP_FORGET=exp_forget)
     return outputs
 
 
@@ -205,7 +205,7 @@ def _backward(
     options = {"EXP_FORGET": exp_forget, "CLIP": clip > 0}
     if plan.whole:
         launch(
-            _kernels().backward_whole, plan.groups, *given, dh_last, dc, dn, c, n, dx, *d_first,
+            _kernels("whole").backward, plan.groups, *given, dh_last, dc, dn, c, n, dx, *d_first,
             B, T, H, clip, **options, **plan.backward,
         )  # fmt: skip
     else:
@@ -214,7 +214,7 @@ def _backward(
             after = (dh_last, dc, dn) if stop == T else d_first
             return *given, *after, c, n, dx, *d_first, B, T, H, start, stop, group, clip
 
-        plan.launch_split(_kernels().backward_split, arguments, -1, T, True, **options)
+        plan.launch_split(_kernels("split").backward, arguments, -1, T, True, **options)
     first = None if h0 is None else h0.to(x.dtype)
     tile = {"BK": min(64, power(D)), "BN": min(64, power(D)), "L": 64}
     if x.dtype == torch.float32:
