@@ -11,10 +11,15 @@ from keras_xlstm.backends.torch.operators import exporting
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
+def _installed():
+    return importlib.util.find_spec("triton") is not None
+
+
 @torch.compiler.assume_constant_result
 def missing(device=None, index=None):
     """Why no kernel can run on this device (None: on any device here), or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "the package triton is not installed (PyTorch's CUDA builds bring it)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None

@@ -100,21 +100,14 @@ def attend(
         w = tl.where(seg == (last if REVERSE else before), w, 0.0)
     if not EVEN:
         w = tl.where(rows < here, w, 0.0)
-    if ROLE == "dq":
-        product = tl.zeros((L,), tl.float32)
-        for jx in tl.static_range(NX):
-            cj = jx * BX + cx
-            dh = _load(x_p, rows, cj, H * DX, here, DX, EVEN, FULL_X)
-            h = _load(h_p + o_row * DX, rows, cj, H * DX, here, DX, EVEN, FULL_X)
-            product += tl.sum(dh.to(tl.float32) * h.to(tl.float32), 1)
-        rho_row = -tl.load(sign_p + o_vec + rows) * product
-        tl.store(rho_p + o_vec + rows, rho_row)
-
     # Over the border.
     s_p += (bh * NS + c) * DX * DZ
     acc = tl.zeros((L, BZ), tl.float32)
     r = tl.zeros((L,), tl.float32)
     dtype = s_p.dtype.element_ty
+    if ROLE == "dq":
+        h_p += o_row * DX
+        h = _load(h_p, rows, tl.arange(0, BS), H * DX, here, DX, EVEN, DX % BS == 0)
     for start in tl.range(0, DX, BS, num_stages=ST):
         cs = start + tl.arange(0, BS)
         xs = _load(x_p, rows, cs, H * DX, here, DX, EVEN, DX % BS == 0)  # [L, BS]
@@ -126,6 +119,12 @@ def attend(
         if ROLE == "h":
             n = tl.load(n_p + (bh * NS + c) * DX + cs, mask=cs < DX, other=0.0)
             r += tl.sum(xs.to(tl.float32) * n[None, :], 1)
+        elif ROLE == "dq":  # h of the next slice is on its way: not part of the product's pipeline
+            r += tl.sum(xs.to(tl.float32) * h.to(tl.float32), 1)
+            h = _load(h_p, rows, cs + BS, H * DX, here, DX, EVEN, False)
+    if ROLE == "dq":
+        rho_row = -tl.load(sign_p + o_vec + rows) * r
+        tl.store(rho_p + o_vec + rows, rho_row)
     acc *= w[:, None]
     r *= w
     if TURNED:

@@ -174,6 +174,20 @@ def chunks(chunk_p, m0_p, m_p, through_p, last_p, NC, HAS_STATE: tl.constexpr, N
     tl.store(last_p + bh, tl.where(m <= NEVER / 2, 0.0, m))
 
 
+@triton.jit
+def _reference(chunk_p, m_p, through_p, bh, c, NC, REVERSE: tl.constexpr):
+    """What is left of a state after chunk c, and what the log weights of its steps are over, as
+    a whole number and a rest. `m_p` is that of this head."""
+    if REVERSE:
+        ref = _round(tl.load(m_p + c))
+        rest = tl.cast(0.0, tl.float32)
+    else:
+        p = chunk_p + (bh * NC + c) * 4
+        ref = tl.load(p) - _round(tl.load(m_p + c + 1))
+        rest = tl.load(p + 1)
+    return tl.load(through_p + bh * NC + c), ref, rest
+
+
 @_kernel
 def states(
     x_p, z_p, w_p, wr_p, rho_p, seg_p, chunk_p, m_p, through_p, s_p, n_p,
@@ -199,8 +213,10 @@ def states(
     tile = pid % (NX * NZ)
     jx, jz = tile % NX, tile // NX
     pid = pid // (NX * NZ)
-    count = NC if SERIAL else 1
-    chunk = 0 if SERIAL else pid % NC
+    STEPS: tl.constexpr = LC // L
+    c = pid % NC
+    if SERIAL:
+        c = NC - 1 if REVERSE else 0
     bh = (pid if SERIAL else pid // NC).to(tl.int64)
     o_x = ((bh // H) * T * H + bh % H) * DX
     o_z = ((bh // H) * T * H + bh % H) * DZ
@@ -220,51 +236,54 @@ def states(
         before = rest_out / scale if REVERSE else rest_in
         S = tl.load(s0_p + bh * DX * DZ + o_s, mask=inside, other=0.0) * before
         n = tl.load(n0_p + bh * DX + cx, mask=cx < DX, other=0.0) * before
-    for k in range(count):
-        c = chunk
+    # One loop through all chunks, and what the next chunk's weights refer to is loaded one chunk
+    # ahead: no load waits at a border.
+    through, ref, ref_rest = _reference(chunk_p, m_p, through_p, bh, c, NC, REVERSE)
+    own_ref, own_rest = ref, ref_rest
+    for t in tl.range(0, NC * STEPS if SERIAL else STEPS, num_stages=ST):
         if SERIAL:
-            c = NC - 1 - k if REVERSE else k
-            slot = bh * NS + c
-            if REVERSE:
-                leaving = bh * (NS + 1) + c + 1
-                F = tl.load(fs_p + leaving * DX * DZ + o_s, mask=inside, other=0.0)
-                product = tl.sum(tl.sum(F.to(tl.float32) * S, 1), 0)
+            c = NC - 1 - t // STEPS if REVERSE else t // STEPS
+            if t % STEPS == 0:
+                slot = bh * NS + c
+                if REVERSE:
+                    leaving = bh * (NS + 1) + c + 1
+                    F = tl.load(fs_p + leaving * DX * DZ + o_s, mask=inside, other=0.0)
+                    product = tl.sum(tl.sum(F.to(tl.float32) * S, 1), 0)
+                    if jz == 0:
+                        F_n = tl.load(fn_p + leaving * DX + cx, mask=cx < DX, other=0.0)
+                        product += tl.sum(F_n * n, 0)
+                    tl.store(inner_p + (bh * NC + c) * NX * NZ + tile, product * scale)
+                tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
                 if jz == 0:
-                    F_n = tl.load(fn_p + leaving * DX + cx, mask=cx < DX, other=0.0)
-                    product += tl.sum(F_n * n, 0)
-                tl.store(inner_p + (bh * NC + c) * NX * NZ + tile, product * scale)
-            tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
-            if jz == 0:
-                tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
-            through = tl.load(through_p + bh * NC + c)
-            S *= through
-            n *= through
-        if REVERSE:
-            ref = _round(tl.load(m_p + c))
-            ref_rest = 0.0
-        else:
-            p_chunk = chunk_p + (bh * NC + c) * 4
-            ref = tl.load(p_chunk) - _round(tl.load(m_p + c + 1))
-            ref_rest = tl.load(p_chunk + 1)
+                    tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
+                S *= through
+                n *= through
+                own_ref, own_rest = ref, ref_rest
+                following = tl.maximum(c - 1, 0) if REVERSE else tl.minimum(c + 1, NC - 1)
+                through, ref, ref_rest = _reference(
+                    chunk_p, m_p, through_p, bh, following, NC, REVERSE
+                )
+        rows = (t % STEPS) * L + o
         here = tl.minimum(LC, T - c * LC)
+        o_vec = (bh * NC + c) * LC + rows
+        w = tl.exp((tl.load(w_p + o_vec) + own_ref) + (tl.load(wr_p + o_vec) + own_rest))  # [L]
+        if SEG:
+            seg, earlier, last = _segments(seg_p + (bh // H) * T, T, c, rows, LC)
+            w = tl.where(seg == (earlier if REVERSE else last), w, 0.0)
+        if not EVEN:
+            w = tl.where(rows < here, w, 0.0)
         p_x = x_p + o_x + tl.cast(c, tl.int64) * (LC * H * DX)
         p_z = z_p + o_z + tl.cast(c, tl.int64) * (LC * H * DZ)
-        for start in tl.range(0, here, L, num_stages=ST):
-            rows = start + o
-            o_vec = (bh * NC + c) * LC + rows
-            w = tl.exp((tl.load(w_p + o_vec) + ref) + (tl.load(wr_p + o_vec) + ref_rest))  # [L]
-            if SEG:
-                seg, earlier, last = _segments(seg_p + (bh // H) * T, T, c, rows, LC)
-                w = tl.where(seg == (earlier if REVERSE else last), w, 0.0)
-            if not EVEN:
-                w = tl.where(rows < here, w, 0.0)
-            x = _load_turned(p_x, rows, cx, H * DX, here, DX, EVEN, DX % BX == 0)  # [BX, L]
-            z = _load(p_z, rows, cz, H * DZ, here, DZ, EVEN, DZ % BZ == 0)  # [L, BZ]
-            xw = x.to(tl.float32) * w[None, :]
-            S = tl.dot(xw.to(dtype), z.to(dtype), S, input_precision=PREC)
-            if REVERSE:
-                xw *= tl.load(rho_p + o_vec)[None, :]
-            n += tl.sum(xw, 1)
+        x = _load_turned(p_x, rows, cx, H * DX, here, DX, EVEN, DX % BX == 0)  # [BX, L]
+        z = _load(p_z, rows, cz, H * DZ, here, DZ, EVEN, DZ % BZ == 0)  # [L, BZ]
+        xw = x.to(tl.float32) * w[None, :]
+        S = tl.dot(xw.to(dtype), z.to(dtype), S, input_precision=PREC)
+        if REVERSE:
+            there = rows < here  # beyond, nobody wrote rho
+            xw *= tl.load(rho_p + o_vec, mask=None if EVEN else there, other=None if EVEN else 0.0)[
+                None, :
+            ]
+        n += tl.sum(xw, 1)
     if SERIAL:
         after = rest_in * scale if REVERSE else rest_out
         tl.store(s_last_p + bh * DX * DZ + o_s, S * after, mask=inside)
@@ -276,7 +295,7 @@ def states(
             if jz == 0:
                 tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
     else:
-        slot = bh * NS + chunk
+        slot = bh * NS + c
         tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
         if jz == 0:
             tl.store(n_p + slot * DX + cx, n, mask=cx < DX)

@@ -1,5 +1,7 @@
 """Tile sizes of the mLSTM's Triton kernels: a table for what was tuned, rules for all else."""
 
+import functools
+
 import torch
 from keras_xlstm.backends.torch.machine import power
 
@@ -29,6 +31,7 @@ _ATTEND_ANY = (
 _STATES = ((128, 256, 64, 3, 8), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4))
 
 
+@functools.cache
 def attend(role, DX, DZ, dtype, chunk, shared_memory):
     """Of `attend` in a role, as its constants; `shared_memory` in bytes."""
     size = dtype.itemsize
@@ -59,6 +62,7 @@ def attend(role, DX, DZ, dtype, chunk, shared_memory):
     }  # fmt: skip
 
 
+@functools.cache
 def states(DX, DZ, dtype, chunk, shared_memory):
     """Of `states`, likewise."""
     size = dtype.itemsize

@@ -6,12 +6,13 @@ from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
-from keras_xlstm.models import stack
 from keras_xlstm.models.generation import Generates
+from keras_xlstm.models.settings import ARGUMENTS, settings_of
+from keras_xlstm.models.stack import StackModel
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
-class xLSTMLanguageModel(Generates, stack.StackModel):
+class xLSTMLanguageModel(Generates, StackModel):
     """A language model of xLSTM blocks: embedding, `xLSTMStack`'s blocks and norm, head.
 
     A functional model: [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517),
@@ -70,7 +71,7 @@ class xLSTMLanguageModel(Generates, stack.StackModel):
         logit_soft_cap=None,
     ):
         check_positive("vocabulary_size", vocabulary_size)
-        settings = stack.settings_of(
+        settings = settings_of(
             units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
             slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
         )  # fmt: skip
@@ -199,4 +200,4 @@ class xLSTMLanguageModel(Generates, stack.StackModel):
         return soft_cap(logits, self.settings["logit_soft_cap"])
 
 
-xLSTMLanguageModel.__doc__ = xLSTMLanguageModel.__doc__.replace("{arguments}", stack._ARGUMENTS)
+xLSTMLanguageModel.__doc__ = xLSTMLanguageModel.__doc__.replace("{arguments}", ARGUMENTS)
