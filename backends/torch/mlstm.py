@@ -75,7 +75,6 @@ class _Sizes:
         self.BH, self.NC = self.B * self.H, -(-self.T // chunk)
         self.chunk, self.dtype, self.device = chunk, q.dtype, q.device
         self.scale = self.K**-0.5
-        self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
             "PREC": precision(q.dtype),
@@ -166,19 +165,24 @@ def _forward(
     return outputs
 
 
+def _state_dtype(dtype):
+    """Of the states at the borders; float16's range would not do."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
 def _outputs(q, v, chunk, trains):
     """Empty tensors: h, the last C, n, m; for the backward pass vectors (5, B * H, NC * LC), chunk
     sums, m at the borders, decays, states and normalisers at the borders."""
-    s = _Sizes(q, v, chunk, None)
-    C, n = (s.B, s.H, s.K, s.V), (s.B, s.H, s.K)
-    outputs = [q.new_empty((s.B, s.T, s.H, s.V))]
-    outputs += [q.new_empty(shape, dtype=torch.float32) for shape in (C, n, n[:2])]
+    B, T, H, K = q.shape
+    V, BH, NC = v.shape[-1], B * H, -(-T // chunk)
+    outputs = [torch.empty_like(v)]
+    outputs += [q.new_empty(s, dtype=torch.float32) for s in ((B, H, K, V), (B, H, K), (B, H))]
     kept = [
-        (5, s.BH, s.NC * chunk), (s.BH, s.NC, 4), (s.BH, s.NC + 1), (s.BH, s.NC),
-        (s.BH, s.NC + 1, s.K, s.V), (s.BH, s.NC + 1, s.K),
+        (5, BH, NC * chunk), (BH, NC, 4), (BH, NC + 1), (BH, NC), (BH, NC + 1, K, V),
+        (BH, NC + 1, K),
     ]  # fmt: skip
     for j, shape in enumerate(kept):
-        dtype = s.state_dtype if j == 4 else torch.float32
+        dtype = _state_dtype(q.dtype) if j == 4 else torch.float32
         outputs.append(q.new_empty(shape if trains else (0,), dtype=dtype))
     return outputs
 

@@ -222,20 +222,25 @@ def states(
     o_z = ((bh // H) * T * H + bh % H) * DZ
     cx, cz = jx * BX + tl.arange(0, BX), jz * BZ + tl.arange(0, BZ)
     o = tl.arange(0, L)
-    o_s = cx[:, None] * DZ + cz[None, :]
-    inside = (cx[:, None] < DX) & (cz[None, :] < DZ)
+    o_s = cx[None, :] * DZ + cz[:, None]
+    inside = (cx[None, :] < DX) & (cz[:, None] < DZ)
     dtype = s_p.dtype.element_ty
     m_p += bh * (NC + 1)
     rest_in = tl.load(m_p)
     rest_in = tl.exp(rest_in - _round(rest_in))
     rest_out = tl.load(m_p + NC)
     rest_out = tl.exp(_round(rest_out) - rest_out)
-    S = tl.zeros((BX, BZ), tl.float32)
-    n = tl.zeros((BX,), tl.float32)
+    # S is turned, so that what is computed (x with its weights) is the tensor core's second operand:
+    # the first would pass through registers once more. n is kept as N rows, summed where it is
+    # needed: at every step that would be an exchange between warps.
+    S = tl.zeros((BZ, BX), tl.float32)
+    N: tl.constexpr = 16
+    n = tl.zeros((N, BX), tl.float32)
     if SERIAL and HAS_STATE:
         before = rest_out / scale if REVERSE else rest_in
         S = tl.load(s0_p + bh * DX * DZ + o_s, mask=inside, other=0.0) * before
-        n = tl.load(n0_p + bh * DX + cx, mask=cx < DX, other=0.0) * before
+        only = (tl.arange(0, N) == 0)[:, None] & (cx < DX)[None, :]
+        n = tl.load(n0_p + bh * DX + cx[None, :], mask=only, other=0.0) * before
     # One loop through all chunks, and what the next chunk's weights refer to is loaded one chunk
     # ahead: no load waits at a border.
     through, ref, ref_rest = _reference(chunk_p, m_p, through_p, bh, c, NC, REVERSE)
@@ -251,11 +256,11 @@ def states(
                     product = tl.sum(tl.sum(F.to(tl.float32) * S, 1), 0)
                     if jz == 0:
                         F_n = tl.load(fn_p + leaving * DX + cx, mask=cx < DX, other=0.0)
-                        product += tl.sum(F_n * n, 0)
+                        product += tl.sum(tl.sum(F_n[None, :] * n, 1), 0)
                     tl.store(inner_p + (bh * NC + c) * NX * NZ + tile, product * scale)
                 tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
                 if jz == 0:
-                    tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
+                    tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
                 S *= through
                 n *= through
                 own_ref, own_rest = ref, ref_rest
@@ -274,31 +279,29 @@ def states(
             w = tl.where(rows < here, w, 0.0)
         p_x = x_p + o_x + tl.cast(c, tl.int64) * (LC * H * DX)
         p_z = z_p + o_z + tl.cast(c, tl.int64) * (LC * H * DZ)
-        x = _load_turned(p_x, rows, cx, H * DX, here, DX, EVEN, DX % BX == 0)  # [BX, L]
-        z = _load(p_z, rows, cz, H * DZ, here, DZ, EVEN, DZ % BZ == 0)  # [L, BZ]
-        xw = x.to(tl.float32) * w[None, :]
-        S = tl.dot(xw.to(dtype), z.to(dtype), S, input_precision=PREC)
+        x = _load(p_x, rows, cx, H * DX, here, DX, EVEN, DX % BX == 0)  # [L, BX]
+        zt = _load_turned(p_z, rows, cz, H * DZ, here, DZ, EVEN, DZ % BZ == 0)  # [BZ, L]
+        xw = x.to(tl.float32) * w[:, None]
+        S = tl.dot(zt.to(dtype), xw.to(dtype), S, input_precision=PREC)
         if REVERSE:
-            there = rows < here  # beyond, nobody wrote rho
-            xw *= tl.load(rho_p + o_vec, mask=None if EVEN else there, other=None if EVEN else 0.0)[
-                None, :
-            ]
-        n += tl.sum(xw, 1)
+            rho = tl.load(rho_p + o_vec, mask=rows < here, other=0.0)  # beyond, nobody wrote it
+            xw *= rho[:, None]
+        n += tl.sum(tl.reshape(xw, (L // N, N, BX)), 0)
     if SERIAL:
         after = rest_in * scale if REVERSE else rest_out
         tl.store(s_last_p + bh * DX * DZ + o_s, S * after, mask=inside)
         if jz == 0:
-            tl.store(n_last_p + bh * DX + cx, n * after, mask=cx < DX)
+            tl.store(n_last_p + bh * DX + cx, tl.sum(n, 0) * after, mask=cx < DX)
         if not REVERSE:
             slot = bh * NS + NC
             tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
             if jz == 0:
-                tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
+                tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
     else:
         slot = bh * NS + c
         tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
         if jz == 0:
-            tl.store(n_p + slot * DX + cx, n, mask=cx < DX)
+            tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
 
 
 @_kernel
