@@ -230,9 +230,9 @@ def states(
     rest_in = tl.exp(rest_in - _round(rest_in))
     rest_out = tl.load(m_p + NC)
     rest_out = tl.exp(_round(rest_out) - rest_out)
-    # S is turned, so that what is computed (x with its weights) is the tensor core's second operand:
-    # the first would pass through registers once more. n is kept as N rows, summed where it is
-    # needed: at every step that would be an exchange between warps.
+    # S is turned, so that what is computed (x with its weights) is the second operand of the tensor
+    # cores: the first would pass through registers once more. n is kept as N rows, summed where it
+    # is needed: at every step that would be an exchange between warps.
     S = tl.zeros((BZ, BX), tl.float32)
     N: tl.constexpr = 16
     n = tl.zeros((N, BX), tl.float32)
