@@ -30,7 +30,7 @@ regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_r
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
 _OPS = ("mlstm", "slstm")
-_WRITTEN = {("mlstm", "triton"), ("slstm", "triton")}
+_WRITTEN = {("mlstm", "triton"), ("slstm", "triton"), ("mlstm", "pallas")}
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")

@@ -1,4 +1,4 @@
-"""Finds the tiles of the mLSTM's Triton kernels, for backends/torch/mlstm_tiles.py.
+"""Finds the tiles of the mLSTM's Triton kernels, for backends/mlstm_tiles.py.
 
     python benchmarks/tune_torch.py 128 256 [--stages h,dq,dk,dv,states,reverse] [--heads 16]
 
@@ -19,7 +19,7 @@ PROCESSES = max(1, (os.cpu_count() or 2) - 2)
 
 def candidates(stage, K, V, chunk):
     """Tiles as mlstm_tiles.py gives them, without those that cannot fit."""
-    from keras_xlstm.backends.torch.mlstm_tiles import power
+    from keras_xlstm.backends.mlstm_tiles import power
 
     K, V = power(K), power(V)
     found = []

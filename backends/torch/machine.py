@@ -44,7 +44,7 @@ def unsupported(x):
     if exporting():
         return "an exported program holds PyTorch's own operators alone"
     if x.dtype not in _DTYPES:
-        return f"its dtypes are float32, bfloat16 and float16, not {str(x.dtype)[6:]}"
+        return f"its dtypes are float32, bfloat16 and float16, not {name(x.dtype)}"
     if x.dtype != torch.float32 and interpreted():
         return "Triton's interpreter computes float32 alone"
     return missing(x.device.type, x.device.index)
@@ -80,13 +80,12 @@ def triton_version():
     return int(major), int(minor)
 
 
+def name(dtype):
+    return str(dtype)[6:]
+
+
 def precision(dtype):
     """Of products of float32: float16's states are float32 for their range alone."""
     if dtype == torch.float16:
         return "tf32"
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
-def power(n, least=16):
-    """The power of two that holds n; tl.dot wants 16."""
-    return max(least, 1 << (n - 1).bit_length())

@@ -8,10 +8,11 @@ import functools
 import importlib
 
 import torch
+from keras_xlstm.backends import mlstm_tiles as tiles
+from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import carried, holds_something
 from keras_xlstm.backends.torch import machine
-from keras_xlstm.backends.torch import mlstm_tiles as tiles
-from keras_xlstm.backends.torch.machine import power, precision
+from keras_xlstm.backends.torch.machine import name, precision
 from keras_xlstm.backends.torch.operators import launch, no_second_derivative, operator
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     C, n, m = state or (None, None, None)
     if m is not None:
         m = carried(m, holds_something(C, n))
-    chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], q.dtype)
+    chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], name(q.dtype))
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int32).contiguous()
     h, *state = _forward(
@@ -73,7 +74,7 @@ class _Sizes:
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[-1]
         self.BH, self.NC = self.B * self.H, -(-self.T // chunk)
-        self.chunk, self.dtype, self.device = chunk, q.dtype, q.device
+        self.chunk, self.dtype, self.device = chunk, name(q.dtype), q.device
         self.scale = self.K**-0.5
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
@@ -82,7 +83,7 @@ class _Sizes:
         # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
         self.least = -float(min(1e5, 2**24 // chunk))
         self.shared_memory = machine.shared_memory(q.device)
-        own = tiles.states(self.K, self.V, q.dtype, chunk, self.shared_memory)
+        own = tiles.states(self.K, self.V, self.dtype, chunk, self.shared_memory)
         self.state_tiles = own
         self.parts = -(-self.K // own["BX"]) * -(-self.V // own["BZ"])
         # Serial programs read and write least, but there must be enough of them.

@@ -7,8 +7,9 @@ import functools
 import importlib
 
 import torch
+from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.torch import machine
-from keras_xlstm.backends.torch.machine import power, precision
+from keras_xlstm.backends.torch.machine import precision
 from keras_xlstm.backends.torch.operators import launch, no_second_derivative, operator
 from keras_xlstm.backends.torch.slstm_loop import native_slstm  # noqa: F401  found by backends
 from torch import Tensor

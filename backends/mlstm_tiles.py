@@ -1,10 +1,9 @@
-"""Tile sizes of the mLSTM's Triton kernels: a table for what was tuned, rules for all else."""
+"""Tile sizes of the mLSTM's kernels, in Triton and in Pallas: a table for what was tuned, rules for
+all else. Dtypes by name."""
 
 import functools
 
-import torch
-from keras_xlstm.backends.torch.machine import power
-
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _HOPPER = 232_448  # bytes of shared memory
 # Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN,
 # a slice BS of the border product, stages, warps; by role and sizes as powers of two.
@@ -31,11 +30,16 @@ _ATTEND_ANY = (
 _STATES = ((128, 128, 64, 3, 4), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4))
 
 
+def power(n, least=16):
+    """The power of two that holds n; products want 16."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
 @functools.cache
 def attend(role, DX, DZ, dtype, chunk, shared_memory):
     """Of `attend` in a role, as its constants; `shared_memory` in bytes."""
-    size = dtype.itemsize
-    state_size = 2 if dtype == torch.bfloat16 else 4  # of what enters the second product
+    size = _SIZES[dtype]
+    state_size = 2 if dtype == "bfloat16" else 4  # of what enters the second product
     BX, BZ = min(power(DX), 512 // size), power(DZ)
     if role in ("h", "dv"):  # the others sum over all of their columns
         BZ = min(BZ, 512 // size)
@@ -48,7 +52,7 @@ def attend(role, DX, DZ, dtype, chunk, shared_memory):
         border = stages * (size * L * BS + state_size * BS * BZ)
         return max(within, border) + 8192 <= shared_memory and L * BZ <= warps * 32 * 128
 
-    known = (role, power(DX), power(DZ)) if dtype == torch.bfloat16 else None
+    known = (role, power(DX), power(DZ)) if dtype == "bfloat16" else None
     if known in _ATTEND and shared_memory >= _HOPPER:
         L, LN, BS, stages, warps = _ATTEND[known]
     else:
@@ -65,8 +69,8 @@ def attend(role, DX, DZ, dtype, chunk, shared_memory):
 @functools.cache
 def states(DX, DZ, dtype, chunk, shared_memory):
     """Of `states`, likewise."""
-    size = dtype.itemsize
-    wide = 1 if dtype == torch.bfloat16 else 2
+    size = _SIZES[dtype]
+    wide = 1 if dtype == "bfloat16" else 2
     for BX, BZ, L, stages, warps in _STATES:
         BX, BZ, L = min(BX, power(DX)), min(BZ, power(DZ)), min(L, chunk)
         needed = max((stages + wide - 1) * size * L * (BX + BZ), 2 * wide * BX * BZ)
@@ -77,5 +81,5 @@ def states(DX, DZ, dtype, chunk, shared_memory):
 
 def chunk_steps(T, K, V, dtype):
     """Steps of a chunk. Longer ones write fewer states and compute more pairs."""
-    best = 256 if dtype != torch.float32 and K * V > 8192 else 128
+    best = 256 if dtype != "float32" and K * V > 8192 else 128
     return min(best, power(T))

@@ -1,0 +1,68 @@
+"""What the Pallas kernels ask of JAX and of the device."""
+
+import importlib.util
+import os
+
+import jax
+from jax import lax
+
+_DTYPES = ("float32", "bfloat16", "float16")
+# Bytes of shared memory that one program may have, by compute capability.
+_SHARED_MEMORY = {"8.0": 166_912, "8.6": 101_376, "8.7": 166_912, "8.9": 101_376, "12.0": 101_376}
+
+
+def interpreted():
+    """Whether kernels are to run by Pallas's interpreter, as tests do on a CPU."""
+    return os.environ.get("KERAS_XLSTM_INTERPRET") == "1"
+
+
+def _device():
+    """Where a traced function will run, as far as can be known while it is traced."""
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
+
+
+def missing():
+    """Why no kernel can run here, or None."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this version of jax has no jax.experimental.pallas.triton"
+    if interpreted():
+        return None
+    device = _device()
+    if device.platform != "gpu":
+        return f"it needs a GPU, and JAX computes on {device.platform}"
+    if float(getattr(device, "compute_capability", 0)) < 8.0:
+        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def unsupported(x):
+    """Why no kernel can run on this array, or None."""
+    if not all(isinstance(size, int) for size in x.shape[1:]):
+        return f"only the batch may have no size yet; the shape is {x.shape}"
+    if x.dtype.name not in _DTYPES:
+        return f"its dtypes are float32, bfloat16 and float16, not {x.dtype.name}"
+    if not isinstance(x, jax.core.Tracer) and not interpreted():
+        platforms = {device.platform for device in x.devices()}
+        if platforms != {"gpu"}:
+            return f"it needs arrays on a GPU, not on {', '.join(sorted(platforms))}"
+    return missing()
+
+
+def shared_memory():
+    """Bytes of shared memory that one program may have."""
+    if interpreted():
+        return 232_448
+    return _SHARED_MEMORY.get(_device().compute_capability, 232_448)
+
+
+def processors():
+    """How many programs run at once, one on each."""
+    return 1 if interpreted() else getattr(_device(), "core_count", 132)
+
+
+def precision(dtype):
+    """Of products of float32 (of float16's states: float32 for their range alone)."""
+    if dtype != "float32":
+        return lax.Precision.DEFAULT
+    return lax.Precision.HIGHEST if interpreted() else lax.DotAlgorithmPreset.TF32_TF32_F32_X3

@@ -1,0 +1,353 @@
+"""The mLSTM in Pallas: kernels for whole sequences, forward and backward, on GPUs.
+
+The stages and names are those of backends/torch/mlstm_kernels.py. Here XLA does what is done with
+vectors (running sums of the gates, m at the borders, weights, gate gradients; mlstm.py), and
+sequences come padded: whole chunks, head dimensions that are powers of two. So no kernel masks.
+
+Each kernel is a function of its sizes (`Sizes`) and arrays; a 1-D grid of programs. Shapes: q, k,
+v, h (B, T, H, D); vectors (B * H, NC, LC) in float32; states (B * H, NC, K, V).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+_BLOCK = 1024  # elements of a state that one program of `borders` carries
+_SUMS = 16  # rows that n is kept in: its sum over steps would pass between warps at each
+
+
+def _launch(kernel, inputs, outputs, programs, name, interpret, aliases=None, **options):
+    """Runs `kernel(**references)` over a grid. `inputs` and `outputs` by name; None is left out."""
+    inputs = {k: v for k, v in inputs.items() if v is not None}
+    names = [*inputs, *outputs]
+    results = pl.pallas_call(
+        lambda *references: kernel(**dict(zip(names, references, strict=True))),
+        grid=(programs,),
+        out_shape=list(outputs.values()),
+        input_output_aliases=aliases or {},
+        compiler_params=plt.CompilerParams(**options),
+        interpret=interpret,
+        name=name,
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _shape(shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _dot(a, b, sums, precision):
+    """The product over axis sums[0] of a and sums[1] of b, in float32."""
+    return lax.dot_general(
+        a, b, (((sums[0],), (sums[1],)), ((), ())), precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _split(pid, *counts):
+    """Coordinates of a program, the first fastest."""
+    coordinates = []
+    for count in counts:
+        coordinates.append(lax.rem(pid, count))
+        pid = lax.div(pid, count)
+    return *coordinates, pid
+
+
+def attend(role, s, arrays, segment_ids, tiles):
+    """What happens within a chunk and what comes over its border, in four roles of one form,
+
+        out_row = sum over cols of exp(row + col) (x_row . y_col + rho) z_col
+                  + w_row (x_row . S + rho n)
+
+      role   rows  x   y   z   S      rho of        causal
+      "h"    i     q   k   v   C      -             cols <= rows
+      "dq"   i     dh  v   k   C^T    rows          cols <= rows
+      "dk"   j     v   dh  q   dC^T   cols          cols >= rows
+      "dv"   j     k   q   dh  dC     -             cols >= rows
+
+    `arrays`: x, y, z, S, n, row, row_rest, col, col_rest, w; "h" also floor and least, what bounds
+    the denominator d and what is added to it; "dq" h and sign; "dk" rho; both also own, q or k.
+    Returns a dict: out; of "h" log_d and sign (where |q n| bounds d, its sign); of "dq" rho; of
+    "dq" and "dk" dot = own . out, for the gates.
+    """
+    x, z = arrays["x"], arrays["z"]
+    DX, DZ = x.shape[-1], z.shape[-1]
+    L, LN, BX, BZ, BS = (tiles[k] for k in ("L", "LN", "BX", "BZ", "BS"))
+    NX, NZ, NR = DX // BX, DZ // BZ, s.LC // L
+    reverse, turned = role in ("dk", "dv"), role in ("dq", "dk")
+    dtype = arrays["S"].dtype  # of what enters products
+    dot = functools.partial(_dot, precision=s.precision)
+
+    def kernel(x, y, z, S, n, row, row_rest, col, col_rest, w, out, **given):
+        jz, block, c, bh = _split(pl.program_id(0), NZ, NR, s.NC)
+        b, head = lax.div(bh, s.H), lax.rem(bh, s.H)
+        # Long rows first: they take longest.
+        first = (block if reverse else NR - 1 - block) * L
+        rows, steps = pl.ds(first, L), pl.ds(c * s.LC + first, L)
+        cz = pl.ds(jz * BZ, BZ)
+        row_log, row_rest, w = row[bh, c, rows], row_rest[bh, c, rows], w[bh, c, rows]
+        index = first + lax.iota(jnp.int32, L)
+        if segment_ids is not None:
+            segment = given["segment_ids"][b, c, rows]
+
+        def over_border(j, carry):
+            acc, r, *ahead = carry
+            cs = pl.ds(j * BS, BS)
+            xs = x[b, steps, head, cs]  # [L, BS]
+            if turned:
+                acc += dot(xs.astype(dtype), S[bh, c, cz, cs], (1, 1))
+            else:
+                acc += dot(xs.astype(dtype), S[bh, c, cs, cz], (1, 0))
+            if role == "h":
+                r += jnp.sum(xs.astype(jnp.float32) * n[bh, c, cs][None, :], 1)
+            elif role == "dq":  # h of the next slice is on its way
+                r += jnp.sum(xs.astype(jnp.float32) * ahead[0].astype(jnp.float32), 1)
+                following = lax.min(j + 1, DX // BS - 1)
+                ahead = [given["h"][b, steps, head, pl.ds(following * BS, BS)]]
+            return acc, r, *ahead
+
+        carry = jnp.zeros((L, BZ), jnp.float32), jnp.zeros((L,), jnp.float32)
+        if role == "dq":
+            carry += (given["h"][b, steps, head, pl.ds(0, BS)],)
+        acc, r, *_ = lax.fori_loop(0, DX // BS, over_border, carry)
+        acc *= w[:, None]
+        if role == "h":
+            r *= w
+        elif role == "dq":
+            rho = -given["sign"][bh, c, rows] * r
+            given["rho"][bh, c, rows] = rho
+        if turned:
+            acc += (w * rho if role == "dq" else w)[:, None] * n[bh, c, cz][None, :]
+
+        held = x[b, steps, head, pl.ds(0, BX)] if NX == 1 else None
+
+        def within(j, carry):
+            acc, r = carry
+            cols, at = pl.ds(j * LN, LN), pl.ds(c * s.LC + j * LN, LN)
+            p = jnp.zeros((L, LN), jnp.float32)
+            for k in range(NX):
+                ck = pl.ds(k * BX, BX)
+                xs = x[b, steps, head, ck] if held is None else held
+                p += dot(xs, y[b, at, head, ck], (1, 1))
+            if role == "dq":
+                p += rho[:, None]
+            elif role == "dk":
+                p += given["rho"][bh, c, cols][None, :]
+            log_w = row_log[:, None] + col[bh, c, cols][None, :]
+            log_w += row_rest[:, None] + col_rest[bh, c, cols][None, :]
+            other = j * LN + lax.iota(jnp.int32, LN)
+            later, earlier = (other, index) if reverse else (index, other)
+            keep = (
+                (later[None, :] >= earlier[:, None])
+                if reverse
+                else (later[:, None] >= earlier[None, :])
+            )
+            if segment_ids is not None:
+                keep &= segment[:, None] == given["segment_ids"][b, c, cols][None, :]
+            p = jnp.where(keep, p * jnp.exp(log_w), 0.0)  # [L, LN]
+            if role == "h":
+                r += jnp.sum(p, 1)
+            zs = z[b, at, head, cz]  # [LN, BZ]
+            return acc + dot(p.astype(dtype), zs.astype(dtype), (1, 0)), r
+
+        start = lax.div(first, LN) if reverse else 0
+        end = s.LC // LN if reverse else lax.div(first + L, LN)
+        acc, r = lax.fori_loop(start, end, within, (acc, r))
+        if role == "h":
+            r *= s.scale
+            floor = given["floor"][bh, c, rows]
+            d = jnp.maximum(jnp.abs(r), floor) + given["least"][bh, c, rows]
+            acc *= (s.scale / d)[:, None]
+            given["log_d"][bh, c, rows] = jnp.log(d)
+            sign = jnp.where(r > 0, 1.0, -1.0)
+            given["sign"][bh, c, rows] = jnp.where(jnp.abs(r) > floor, sign, 0.0)
+        else:
+            acc *= s.scale
+        if turned:
+            own = given["own"][b, steps, head, cz].astype(jnp.float32)
+            given["dot"][bh, c, rows] = jnp.sum(own * acc, 1)
+        out[b, steps, head, cz] = acc.astype(out.dtype)
+
+    vectors = {"h": ("log_d", "sign"), "dq": ("rho", "dot"), "dk": ("dot",), "dv": ()}[role]
+    outputs = {"out": _shape(z.shape, z.dtype)}
+    outputs |= {name: _shape((s.BH, s.NC, s.LC)) for name in vectors}
+    options = {k: tiles[k] for k in ("num_warps", "num_stages")}
+    return _launch(
+        kernel, {**arrays, "segment_ids": segment_ids}, outputs, NZ * NR * s.NC * s.BH,
+        f"mlstm_{role}", s.interpret, **options,
+    )  # fmt: skip
+
+
+def states(s, x, z, w, through, rho, first, forward, tiles, serial):
+    """S = sum_t w_t x_t z_t^T and n = sum_t w_t (rho_t) x_t, at every chunk border.
+
+    Forward (`rho` None) w_t is the weight of step t in the state at its chunk's end: slot c of the
+    result is the state that enters chunk c, slot NC the last. In reverse w_t is that of the state
+    that enters the chunk, at t, and S the gradient of the state that leaves it, over `scale`, with
+    `inner`, its product with that state (in parts). `first`: {} or S0, n0; `forward`: None or F,
+    F_n, all states and normalisers of the forward pass.
+
+    Returns a dict: S, n, S_last, n_last (float32); in reverse inner.
+    """
+    return (_serial if serial else _parallel)(s, x, z, w, through, rho, first, forward, tiles)
+
+
+def _sums(s, tiles, w, rho, x, z, dtype):
+    """The function (reference tiles of a block of L steps) -> what it adds to S (turned) and n."""
+    L, BX = tiles["L"], tiles["BX"]
+
+    def add(S, n, bh, b, head, c, block, cx, cz):
+        rows, steps = pl.ds(block * L, L), pl.ds(c * s.LC + block * L, L)
+        weights = w[bh, c, rows]
+        # S is turned, so that what is computed is the second operand of the tensor cores.
+        xw = x[b, steps, head, cx].astype(jnp.float32) * weights[:, None]  # [L, BX]
+        zs = z[b, steps, head, cz]  # [L, BZ]
+        S += _dot(zs.astype(dtype), xw.astype(dtype), (0, 0), s.precision)
+        if rho is not None:
+            xw *= rho[bh, c, rows][:, None]
+        return S, n + jnp.sum(jnp.reshape(xw, (L // _SUMS, _SUMS, BX)), 0)
+
+    return add
+
+
+def _serial(s, x, z, w, through, rho, first, forward, tiles):
+    """One program takes its tile through all chunks: for many heads."""
+    reverse = rho is not None
+    K, V = x.shape[-1], z.shape[-1]
+    L, BX, BZ = tiles["L"], tiles["BX"], tiles["BZ"]
+    steps, slots = s.LC // L, s.NC + (not reverse)
+    NX, NZ = K // BX, V // BZ
+    dtype = s.state_dtype
+
+    def kernel(x, z, w, through, S, n, S_last, n_last, rho=None, S0=None, n0=None, **given):
+        jx, jz, bh = _split(pl.program_id(0), NX, NZ)
+        b, head = lax.div(bh, s.H), lax.rem(bh, s.H)
+        cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
+        add = _sums(s, tiles, w, rho, x, z, dtype)
+
+        def put(slot, state, sums):
+            S[bh, slot, cx, cz] = state.T.astype(dtype)
+            n[bh, slot, cx] = jnp.sum(sums, 0)  # of all jz alike
+
+        def border(c, state, sums):
+            if reverse:
+                F = given["F"][bh, c + 1, cx, cz].T.astype(jnp.float32)
+                F_n = given["F_n"][bh, c + 1, cx]
+                product = jnp.sum(sums * F_n[None, :]) * jnp.where(jz == 0, 1.0, 0.0)
+                given["inner"][bh, c, jx + NX * jz] = product + jnp.sum(F * state)
+            put(c, state, sums)
+            left = through[bh, c]
+            return state * left, sums * left
+
+        def step(t, carry):
+            c, block = lax.div(t, steps), lax.rem(t, steps)
+            c = s.NC - 1 - c if reverse else c
+            carry = lax.cond(block == 0, functools.partial(border, c), lambda *a: a, *carry)
+            return add(*carry, bh, b, head, c, block, cx, cz)
+
+        state, sums = jnp.zeros((BZ, BX), jnp.float32), jnp.zeros((_SUMS, BX), jnp.float32)
+        if S0 is not None:
+            state = S0[bh, cx, cz].T
+            sums += jnp.where(lax.iota(jnp.int32, _SUMS) == 0, 1.0, 0.0)[:, None] * n0[bh, cx]
+        state, sums = lax.fori_loop(0, s.NC * steps, step, (state, sums))
+        S_last[bh, cx, cz] = state.T
+        n_last[bh, cx] = jnp.sum(sums, 0)
+        if not reverse:
+            put(s.NC, state, sums)
+
+    outputs = {
+        "S": _shape((s.BH, slots, K, V), dtype), "n": _shape((s.BH, slots, K)),
+        "S_last": _shape((s.BH, K, V)), "n_last": _shape((s.BH, K)),
+    }  # fmt: skip
+    inputs = {"x": x, "z": z, "w": w, "through": through, "rho": rho, **first}
+    if reverse:
+        inputs |= forward
+        outputs["inner"] = _shape((s.BH, s.NC, NX * NZ))
+    options = {k: tiles[k] for k in ("num_warps", "num_stages")}
+    return _launch(
+        kernel, inputs, outputs, s.BH * NX * NZ, "mlstm_states", s.interpret, **options
+    )  # fmt: skip
+
+
+def _parallel(s, x, z, w, through, rho, first, forward, tiles):
+    """One program a chunk writes what it adds, and another kernel goes along the borders: for few
+    heads, whose serial programs would leave the device idle."""
+    reverse = rho is not None
+    K, V = x.shape[-1], z.shape[-1]
+    L, BX, BZ = tiles["L"], tiles["BX"], tiles["BZ"]
+    NX, NZ, slots = K // BX, V // BZ, s.NC + (not reverse)
+    dtype = s.state_dtype
+
+    def kernel(x, z, w, S, n, rho=None):
+        jx, jz, c, bh = _split(pl.program_id(0), NX, NZ, s.NC)
+        b, head = lax.div(bh, s.H), lax.rem(bh, s.H)
+        cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
+        add = _sums(s, tiles, w, rho, x, z, dtype)
+        carry = jnp.zeros((BZ, BX), jnp.float32), jnp.zeros((_SUMS, BX), jnp.float32)
+        state, sums = lax.fori_loop(
+            0, s.LC // L, lambda t, carry: add(*carry, bh, b, head, c, t, cx, cz), carry
+        )
+        S[bh, c, cx, cz] = state.T.astype(dtype)
+        n[bh, c, cx] = jnp.sum(sums, 0)
+
+    added = _launch(
+        kernel, {"x": x, "z": z, "w": w, "rho": rho},
+        {"S": _shape((s.BH, slots, K, V), dtype), "n": _shape((s.BH, slots, K))},
+        s.BH * s.NC * NX * NZ, "mlstm_chunks", s.interpret,
+        num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+    )  # fmt: skip
+    results = {}
+    for name, size in (("S", K * V), ("n", K)):
+        flat = jnp.reshape(added[name], (s.BH, slots, size))
+        start = first.get(f"{name}0")
+        start = None if start is None else jnp.reshape(start, (s.BH, size))
+        F = forward["F" if name == "S" else "F_n"] if reverse else None
+        F = None if F is None else jnp.reshape(F, (s.BH, s.NC + 1, size))
+        got = _borders(s, flat, start, through, F)
+        results[name] = jnp.reshape(got["p"], added[name].shape)
+        results[f"{name}_last"] = jnp.reshape(got["last"], (s.BH, *added[name].shape[2:]))
+        if reverse:
+            results[f"inner_{name}"] = got["inner"]
+    if reverse:
+        parts = results.pop("inner_S"), results.pop("inner_n")
+        results["inner"] = jnp.concatenate(parts, -1)
+    return results
+
+
+def _borders(s, added, first, through, forward):
+    """In place, what chunks add becomes the state that enters each, and slot NC the last state; in
+    reverse the gradient of the state that leaves each, and its products with that state."""
+    size = added.shape[-1]
+    block = min(_BLOCK, size)
+    reverse = forward is not None
+
+    def kernel(added, through, p, last, first=None, forward=None, inner=None):
+        tile, bh = _split(pl.program_id(0), size // block)
+        o = pl.ds(tile * block, block)
+
+        def step(t, state):
+            c = s.NC - 1 - t if reverse else t
+            more = added[bh, c, o].astype(jnp.float32)
+            if reverse:
+                inner[bh, c, tile] = jnp.sum(forward[bh, c + 1, o].astype(jnp.float32) * state)
+            p[bh, c, o] = state.astype(p.dtype)
+            return through[bh, c] * state + more
+
+        state = jnp.zeros((block,), jnp.float32) if first is None else first[bh, o]
+        state = lax.fori_loop(0, s.NC, step, state)
+        last[bh, o] = state
+        if not reverse:
+            p[bh, s.NC, o] = state.astype(p.dtype)
+
+    outputs = {"p": _shape(added.shape, added.dtype), "last": _shape((s.BH, size))}
+    if reverse:
+        outputs["inner"] = _shape((s.BH, s.NC, size // block))
+    inputs = {"added": added, "through": through, "first": first, "forward": forward}
+    return _launch(
+        kernel, inputs, outputs, s.BH * (size // block), "mlstm_borders", s.interpret,
+        aliases={0: 0}, num_warps=4, num_stages=3,
+    )  # fmt: skip
