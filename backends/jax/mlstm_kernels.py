@@ -237,7 +237,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
             if reverse:
                 F = given["F"][bh, c + 1, cx, cz].T.astype(jnp.float32)
                 F_n = given["F_n"][bh, c + 1, cx]
-                product = jnp.sum(sums * F_n[None, :]) * jnp.where(jz == 0, 1.0, 0.0)
+                product = jnp.where(jz == 0, jnp.sum(sums * F_n[None, :]), 0.0)
                 given["inner"][bh, c, jx + NX * jz] = product + jnp.sum(F * state)
             put(c, state, sums)
             left = through[bh, c]
@@ -252,7 +252,8 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
         state, sums = jnp.zeros((BZ, BX), jnp.float32), jnp.zeros((_SUMS, BX), jnp.float32)
         if S0 is not None:
             state = S0[bh, cx, cz].T
-            sums += jnp.where(lax.iota(jnp.int32, _SUMS) == 0, 1.0, 0.0)[:, None] * n0[bh, cx]
+            only = (lax.iota(jnp.int32, _SUMS) == 0)[:, None]
+            sums = jnp.where(only, n0[bh, cx][None, :], sums)
         state, sums = lax.fori_loop(0, s.NC * steps, step, (state, sums))
         S_last[bh, cx, cz] = state.T
         n_last[bh, cx] = jnp.sum(sums, 0)
