@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-_BLOCK = 1024  # elements of a state that one program of `borders` carries
+_BLOCK = 512  # elements of a state that one program of `borders` carries
+_AHEAD = 8  # chunks that it loads at a time
 _SUMS = 16  # rows that n is kept in: its sum over steps would pass between warps at each
 
 
@@ -330,16 +331,24 @@ def _borders(s, added, first, through, forward):
         tile, bh = _split(pl.program_id(0), size // block)
         o = pl.ds(tile * block, block)
 
-        def step(t, state):
-            c = s.NC - 1 - t if reverse else t
-            more = added[bh, c, o].astype(jnp.float32)
+        def several(start, count, state):
+            """All loads first: each would wait for memory, and the loop is not pipelined."""
+            chunks = [s.NC - 1 - start - j if reverse else start + j for j in range(count)]
+            more = [added[bh, c, o].astype(jnp.float32) for c in chunks]
             if reverse:
-                inner[bh, c, tile] = jnp.sum(forward[bh, c + 1, o].astype(jnp.float32) * state)
-            p[bh, c, o] = state.astype(p.dtype)
-            return through[bh, c] * state + more
+                states = [forward[bh, c + 1, o].astype(jnp.float32) for c in chunks]
+            for j, c in enumerate(chunks):
+                if reverse:
+                    inner[bh, c, tile] = jnp.sum(states[j] * state)
+                p[bh, c, o] = state.astype(p.dtype)
+                state = through[bh, c] * state + more[j]
+            return state
 
         state = jnp.zeros((block,), jnp.float32) if first is None else first[bh, o]
-        state = lax.fori_loop(0, s.NC, step, state)
+        whole = s.NC // _AHEAD
+        state = lax.fori_loop(0, whole, lambda t, a: several(t * _AHEAD, _AHEAD, a), state)
+        if s.NC % _AHEAD:
+            state = several(whole * _AHEAD, s.NC % _AHEAD, state)
         last[bh, o] = state
         if not reverse:
             p[bh, s.NC, o] = state.astype(p.dtype)
@@ -350,5 +359,5 @@ def _borders(s, added, first, through, forward):
     inputs = {"added": added, "through": through, "first": first, "forward": forward}
     return _launch(
         kernel, inputs, outputs, s.BH * (size // block), "mlstm_borders", s.interpret,
-        aliases={0: 0}, num_warps=4, num_stages=3,
+        aliases={0: 0}, num_warps=2,
     )  # fmt: skip
