@@ -4,8 +4,10 @@ The stages and names are those of backends/torch/mlstm_kernels.py. Here XLA does
 vectors (running sums of the gates, m at the borders, weights, gate gradients; mlstm.py), and
 sequences come padded: whole chunks, head dimensions that are powers of two. So no kernel masks.
 
-Each kernel is a function of its sizes (`Sizes`) and arrays; a 1-D grid of programs. Shapes: q, k,
-v, h (B, T, H, D); vectors (B * H, NC, LC) in float32; states (B * H, NC, K, V).
+Each kernel is a function of its sizes (`s`) and arrays. Its grid is (programs of a head, H, B), so
+that no program divides by anything but a power of two: where the number of chunks was divided by,
+and was 3 or 7, XLA's Triton (jax 0.11.2, H200) compiled `attend` into a race. Shapes: q, k, v, h
+(B, T, H, D); vectors (B * H, NC, LC) in float32; states (B * H, NC, K, V).
 """
 
 import functools
@@ -27,7 +29,7 @@ def _launch(kernel, inputs, outputs, programs, name, interpret, aliases=None, **
     names = [*inputs, *outputs]
     results = pl.pallas_call(
         lambda *references: kernel(**dict(zip(names, references, strict=True))),
-        grid=(programs,),
+        grid=programs,
         out_shape=list(outputs.values()),
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(**options),
@@ -49,13 +51,15 @@ def _dot(a, b, sums, precision):
     )  # fmt: skip
 
 
-def _split(pid, *counts):
-    """Coordinates of a program, the first fastest."""
+def _place(s, *counts):
+    """Coordinates of a program among those of its head, the first fastest (counts: powers of two),
+    and b, head and bh."""
+    pid, head, b = (pl.program_id(axis) for axis in range(3))
     coordinates = []
     for count in counts:
         coordinates.append(lax.rem(pid, count))
         pid = lax.div(pid, count)
-    return *coordinates, pid
+    return *coordinates, pid, b, head, b * s.H + head
 
 
 def attend(role, s, arrays, segment_ids, tiles):
@@ -84,8 +88,7 @@ def attend(role, s, arrays, segment_ids, tiles):
     dot = functools.partial(_dot, precision=s.precision)
 
     def kernel(x, y, z, S, n, row, row_rest, col, col_rest, w, out, **given):
-        jz, block, c, bh = _split(pl.program_id(0), NZ, NR, s.NC)
-        b, head = lax.div(bh, s.H), lax.rem(bh, s.H)
+        jz, block, c, b, head, bh = _place(s, NZ, NR)
         # Long rows first: they take longest.
         first = (block if reverse else NR - 1 - block) * L
         rows, steps = pl.ds(first, L), pl.ds(c * s.LC + first, L)
@@ -178,7 +181,7 @@ def attend(role, s, arrays, segment_ids, tiles):
     outputs |= {name: _shape((s.BH, s.NC, s.LC)) for name in vectors}
     options = {k: tiles[k] for k in ("num_warps", "num_stages")}
     return _launch(
-        kernel, {**arrays, "segment_ids": segment_ids}, outputs, NZ * NR * s.NC * s.BH,
+        kernel, {**arrays, "segment_ids": segment_ids}, outputs, (NZ * NR * s.NC, s.H, s.B),
         f"mlstm_{role}", s.interpret, **options,
     )  # fmt: skip
 
@@ -225,8 +228,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
     dtype = s.state_dtype
 
     def kernel(x, z, w, through, S, n, S_last, n_last, rho=None, S0=None, n0=None, **given):
-        jx, jz, bh = _split(pl.program_id(0), NX, NZ)
-        b, head = lax.div(bh, s.H), lax.rem(bh, s.H)
+        jx, jz, b, head, bh = _place(s, NX)
         cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
         add = _sums(s, tiles, w, rho, x, z, dtype)
 
@@ -271,7 +273,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
         outputs["inner"] = _shape((s.BH, s.NC, NX * NZ))
     options = {k: tiles[k] for k in ("num_warps", "num_stages")}
     return _launch(
-        kernel, inputs, outputs, s.BH * NX * NZ, "mlstm_states", s.interpret, **options
+        kernel, inputs, outputs, (NX * NZ, s.H, s.B), "mlstm_states", s.interpret, **options
     )  # fmt: skip
 
 
@@ -285,8 +287,7 @@ def _parallel(s, x, z, w, through, rho, first, forward, tiles):
     dtype = s.state_dtype
 
     def kernel(x, z, w, S, n, rho=None):
-        jx, jz, c, bh = _split(pl.program_id(0), NX, NZ, s.NC)
-        b, head = lax.div(bh, s.H), lax.rem(bh, s.H)
+        jx, jz, c, b, head, bh = _place(s, NX, NZ)
         cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
         add = _sums(s, tiles, w, rho, x, z, dtype)
         carry = jnp.zeros((BZ, BX), jnp.float32), jnp.zeros((_SUMS, BX), jnp.float32)
@@ -299,7 +300,7 @@ def _parallel(s, x, z, w, through, rho, first, forward, tiles):
     added = _launch(
         kernel, {"x": x, "z": z, "w": w, "rho": rho},
         {"S": _shape((s.BH, slots, K, V), dtype), "n": _shape((s.BH, slots, K))},
-        s.BH * s.NC * NX * NZ, "mlstm_chunks", s.interpret,
+        (NX * NZ * s.NC, s.H, s.B), "mlstm_chunks", s.interpret,
         num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
     )  # fmt: skip
     results = {}
@@ -328,7 +329,7 @@ def _borders(s, added, first, through, forward):
     reverse = forward is not None
 
     def kernel(added, through, p, last, first=None, forward=None, inner=None):
-        tile, bh = _split(pl.program_id(0), size // block)
+        tile, _, _, bh = _place(s)
         o = pl.ds(tile * block, block)
 
         def several(start, count, state):
@@ -358,6 +359,6 @@ def _borders(s, added, first, through, forward):
         outputs["inner"] = _shape((s.BH, s.NC, size // block))
     inputs = {"added": added, "through": through, "first": first, "forward": forward}
     return _launch(
-        kernel, inputs, outputs, s.BH * (size // block), "mlstm_borders", s.interpret,
+        kernel, inputs, outputs, (size // block, s.H, s.B), "mlstm_borders", s.interpret,
         aliases={0: 0}, num_warps=2,
     )  # fmt: skip
