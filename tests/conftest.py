@@ -9,9 +9,11 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still compu
 # A cached graph of an older version of our operators would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs
-# everything as users do.
+# everything as users do. Two devices, for JAX to shard over.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_force_host_platform_device_count=2",
 )
 # JAX compiles what is equal once: in all tests, all modules, and all processes of tests/run.py.
 _FOLDER = tempfile.TemporaryDirectory()

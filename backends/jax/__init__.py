@@ -55,13 +55,13 @@ def scan_chunks(step, init, long, short, reverse=False):
 
 
 @functools.cache
-def _differentiable(forward, backward, options):
+def _differentiable(forward, backward, alone, options):
     """One compiled function per set of options, so that eager calls compile once per shape."""
     options = dict(options)
 
     @jax.custom_vjp
     def function(*tensors):
-        return forward(*tensors, **options)[0]
+        return alone(*tensors, **options) if alone else forward(*tensors, **options)[0]
 
     function.defvjp(
         lambda *tensors: forward(*tensors, **options),
@@ -70,13 +70,14 @@ def _differentiable(forward, backward, options):
     return jax.jit(function)
 
 
-def differentiable(forward, backward, tensors, **options):
+def differentiable(forward, backward, tensors, alone=None, **options):
     """Calls `forward(*tensors, **options) -> (outputs, residuals)` with the gradient
     `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
 
-    `tensors` may hold None; `options` are hashable.
+    `tensors` may hold None; `options` are hashable. `alone(*tensors, **options) -> outputs` is
+    called in place of `forward` where no gradient is asked for.
     """
-    return _differentiable(forward, backward, tuple(sorted(options.items())))(*tensors)
+    return _differentiable(forward, backward, alone, tuple(sorted(options.items())))(*tensors)
 
 
 def compiled(function, variables):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import jax
+import keras
 from jax import lax
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -46,6 +47,12 @@ def unsupported(x):
         platforms = {device.platform for device in x.devices()}
         if platforms != {"gpu"}:
             return f"it needs arrays on a GPU, not on {', '.join(sorted(platforms))}"
+    distribution = keras.distribution.distribution()
+    if distribution is not None and distribution.device_mesh.devices.size > 1:
+        return (
+            "keras.distribution is set, and JAX cannot shard a kernel by itself (inside "
+            "jax.shard_map it can run)"
+        )
     return missing()
 
 

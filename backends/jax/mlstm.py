@@ -38,8 +38,10 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     if state is not None:
         state = tuple(x.astype(jnp.float32) for x in state)
     tensors = (q, k, v, i, f, *(state or (None,) * 3), segment_ids)
+    whole = all(size == power(size) for size in (q.shape[-1], v.shape[-1]))
+    alone = _step if q.shape[1] == 1 and state is not None and whole else None
     h, *state = differentiable(
-        _forward, _backward, tensors, sigmoid=input_gate == "sigmoid", eps=float(eps),
+        _forward, _backward, tensors, alone, sigmoid=input_gate == "sigmoid", eps=float(eps),
         chunk=chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], q.dtype.name),
         processors=machine.processors(), interpret=machine.interpreted(),
     )  # fmt: skip
@@ -196,6 +198,18 @@ def _attend(s, role, segments, **arrays):
     own = tiles.attend(role, DX, DZ, s.dtype, s.LC, machine.shared_memory())
     ids = None if segments is None else segments["ids"]
     return _kernels().attend(role, s, arrays, ids, own)
+
+
+def _step(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, processors, interpret):
+    """A single step that is not trained through."""
+    if ids is not None:  # one segment: that of the state
+        C, n, m = (jnp.where(jnp.reshape(ids == 0, (-1,) + (1,) * (x.ndim - 1)), x, 0.0)
+                   for x in (C, n, m))  # fmt: skip
+    q, k, v, i, f = (x[:, 0] for x in (q, k, v, i, f))
+    i, log_f = i.astype(jnp.float32), jax.nn.log_sigmoid(f.astype(jnp.float32))
+    i = jax.nn.log_sigmoid(i) if sigmoid else i
+    got = _kernels().step(q, k, v, i, log_f, C, n, m, eps, q.shape[-1] ** -0.5, interpret)
+    return got["h"][:, None], got["C_out"], got["n_out"], got["m_out"]
 
 
 def _forward(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, processors, interpret):

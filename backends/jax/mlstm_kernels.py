@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from keras_xlstm.backends.parts import NEVER
 
 _BLOCK = 512  # elements of a state that one program of `borders` carries
 _AHEAD = 8  # chunks that it loads at a time
@@ -51,14 +52,27 @@ def _dot(a, b, sums, precision):
     )  # fmt: skip
 
 
+# Whole numbers of 32 bits, whether or not JAX has 64.
+def _div(x, n):
+    return lax.div(x, jnp.int32(n))
+
+
+def _rem(x, n):
+    return lax.rem(x, jnp.int32(n))
+
+
+def _loop(start, stop, body, carry):
+    return lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, carry)
+
+
 def _place(s, *counts):
     """Coordinates of a program among those of its head, the first fastest (counts: powers of two),
     and b, head and bh."""
     pid, head, b = (pl.program_id(axis) for axis in range(3))
     coordinates = []
     for count in counts:
-        coordinates.append(lax.rem(pid, count))
-        pid = lax.div(pid, count)
+        coordinates.append(_rem(pid, count))
+        pid = _div(pid, count)
     return *coordinates, pid, b, head, b * s.H + head
 
 
@@ -110,14 +124,14 @@ def attend(role, s, arrays, segment_ids, tiles):
                 r += jnp.sum(xs.astype(jnp.float32) * n[bh, c, cs][None, :], 1)
             elif role == "dq":  # h of the next slice is on its way
                 r += jnp.sum(xs.astype(jnp.float32) * ahead[0].astype(jnp.float32), 1)
-                following = lax.min(j + 1, DX // BS - 1)
+                following = jnp.minimum(j + 1, DX // BS - 1)
                 ahead = [given["h"][b, steps, head, pl.ds(following * BS, BS)]]
             return acc, r, *ahead
 
         carry = jnp.zeros((L, BZ), jnp.float32), jnp.zeros((L,), jnp.float32)
         if role == "dq":
             carry += (given["h"][b, steps, head, pl.ds(0, BS)],)
-        acc, r, *_ = lax.fori_loop(0, DX // BS, over_border, carry)
+        acc, r, *_ = _loop(0, DX // BS, over_border, carry)
         acc *= w[:, None]
         if role == "h":
             r *= w
@@ -158,9 +172,9 @@ def attend(role, s, arrays, segment_ids, tiles):
             zs = z[b, at, head, cz]  # [LN, BZ]
             return acc + dot(p.astype(dtype), zs.astype(dtype), (1, 0)), r
 
-        start = lax.div(first, LN) if reverse else 0
-        end = s.LC // LN if reverse else lax.div(first + L, LN)
-        acc, r = lax.fori_loop(start, end, within, (acc, r))
+        start = _div(first, LN) if reverse else 0
+        end = s.LC // LN if reverse else _div(first + L, LN)
+        acc, r = _loop(start, end, within, (acc, r))
         if role == "h":
             r *= s.scale
             floor = given["floor"][bh, c, rows]
@@ -247,8 +261,8 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
             return state * left, sums * left
 
         def step(t, carry):
-            c, block = lax.div(t, steps), lax.rem(t, steps)
-            c = s.NC - 1 - c if reverse else c
+            c, block = _div(t, steps), _rem(t, steps)
+            c = jnp.int32(s.NC - 1) - c if reverse else c
             carry = lax.cond(block == 0, functools.partial(border, c), lambda *a: a, *carry)
             return add(*carry, bh, b, head, c, block, cx, cz)
 
@@ -257,7 +271,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
             state = S0[bh, cx, cz].T
             only = (lax.iota(jnp.int32, _SUMS) == 0)[:, None]
             sums = jnp.where(only, n0[bh, cx][None, :], sums)
-        state, sums = lax.fori_loop(0, s.NC * steps, step, (state, sums))
+        state, sums = _loop(0, s.NC * steps, step, (state, sums))
         S_last[bh, cx, cz] = state.T
         n_last[bh, cx] = jnp.sum(sums, 0)
         if not reverse:
@@ -291,7 +305,7 @@ def _parallel(s, x, z, w, through, rho, first, forward, tiles):
         cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
         add = _sums(s, tiles, w, rho, x, z, dtype)
         carry = jnp.zeros((BZ, BX), jnp.float32), jnp.zeros((_SUMS, BX), jnp.float32)
-        state, sums = lax.fori_loop(
+        state, sums = _loop(
             0, s.LC // L, lambda t, carry: add(*carry, bh, b, head, c, t, cx, cz), carry
         )
         S[bh, c, cx, cz] = state.T.astype(dtype)
@@ -347,7 +361,7 @@ def _borders(s, added, first, through, forward):
 
         state = jnp.zeros((block,), jnp.float32) if first is None else first[bh, o]
         whole = s.NC // _AHEAD
-        state = lax.fori_loop(0, whole, lambda t, a: several(t * _AHEAD, _AHEAD, a), state)
+        state = _loop(0, whole, lambda t, a: several(t * _AHEAD, _AHEAD, a), state)
         if s.NC % _AHEAD:
             state = several(whole * _AHEAD, s.NC % _AHEAD, state)
         last[bh, o] = state
@@ -361,4 +375,50 @@ def _borders(s, added, first, through, forward):
     return _launch(
         kernel, inputs, outputs, (size // block, s.H, s.B), "mlstm_borders", s.interpret,
         aliases={0: 0}, num_warps=2,
+    )  # fmt: skip
+
+
+def step(q, k, v, i, log_f, C, n, m, eps, scale, interpret):
+    """Eqs. 19-27 for one step: q, k (B, H, K), v (B, H, V), i, log_f (B, H); C in place.
+
+    Returns a dict: h (B, H, V), C, n, m.
+    """
+    B, H, K, V = C.shape
+    BK, BV = min(K, 32), min(V, 64)
+
+    def kernel(C, q, k, v, i, log_f, n, m, C_out, h, n_out, m_out):
+        tile, head, b = (pl.program_id(axis) for axis in range(3))
+        cv = pl.ds(tile * BV, BV)
+        first_n, first_m = n[b, head, :], m[b, head]
+        i, log_f = i[b, head], log_f[b, head]
+        # The official zero state is a fresh start: nothing there to weigh against i.
+        fresh = (first_m == 0.0) & (jnp.max(jnp.abs(first_n)) == 0.0)
+        new_m = jnp.where(fresh, i, jnp.maximum(log_f + first_m, i))
+        keep, add = jnp.exp((first_m - new_m) + log_f), jnp.exp(i - new_m)
+        all_k = k[b, head, :].astype(jnp.float32)
+        new_n = jnp.where(first_n == 0.0, 0.0, keep * first_n) + add * all_k
+        r = jnp.sum(q[b, head, :].astype(jnp.float32) * scale * new_n)
+        n_out[b, head, :] = new_n
+        m_out[b, head] = jnp.where(new_m <= NEVER / 2, 0.0, new_m)
+        values = v[b, head, cv].astype(jnp.float32)
+        sums = jnp.zeros((BV,), jnp.float32)
+        for start in range(0, K, BK):
+            ck = pl.ds(start, BK)
+            qs = q[b, head, ck].astype(jnp.float32) * scale
+            ks = k[b, head, ck].astype(jnp.float32) * add
+            old = C[b, head, ck, cv]
+            new = jnp.where(old == 0.0, 0.0, keep * old) + ks[:, None] * values[None, :]
+            C_out[b, head, ck, cv] = new
+            sums += jnp.sum(qs[:, None] * new, 0)
+        floor = jnp.exp(jnp.where(new_m > -80.0, -new_m, 80.0))
+        h[b, head, cv] = (sums / (jnp.maximum(jnp.abs(r), floor) + eps)).astype(h.dtype)
+
+    inputs = {"C": C, "q": q, "k": k, "v": v, "i": i, "log_f": log_f, "n": n, "m": m}
+    outputs = {
+        "C_out": _shape(C.shape), "h": _shape((B, H, V), v.dtype), "n_out": _shape(n.shape),
+        "m_out": _shape(m.shape),
+    }  # fmt: skip
+    return _launch(
+        kernel, inputs, outputs, (V // BV, H, B), "mlstm_step", interpret, aliases={0: 0},
+        num_warps=4,
     )  # fmt: skip
