@@ -30,7 +30,7 @@ regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_r
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
 _OPS = ("mlstm", "slstm")
-_WRITTEN = {("mlstm", "triton"), ("slstm", "triton"), ("mlstm", "pallas")}
+_WRITTEN = {(op, kernel) for op in _OPS for kernel in ("triton", "pallas")}
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
@@ -178,7 +178,7 @@ def slstm(
         return _own["slstm"].slstm(
             x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
         )
-    run = _own["slstm"].native_slstm if "slstm" in _own else native.slstm
+    run = getattr(_own.get("slstm"), "native_slstm", native.slstm)
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

@@ -146,11 +146,18 @@ def attend(role, s, arrays, segment_ids, tiles):
         def within(j, carry):
             acc, r = carry
             cols, at = pl.ds(j * LN, LN), pl.ds(c * s.LC + j * LN, LN)
-            p = jnp.zeros((L, LN), jnp.float32)
-            for k in range(NX):
+
+            def slice_of(k, p):
                 ck = pl.ds(k * BX, BX)
                 xs = x[b, steps, head, ck] if held is None else held
-                p += dot(xs, y[b, at, head, ck], (1, 1))
+                return p + dot(xs, y[b, at, head, ck], (1, 1))
+
+            p = jnp.zeros((L, LN), jnp.float32)
+            if NX <= 2:
+                for k in range(NX):
+                    p = slice_of(k, p)
+            else:  # unrolled, the tiles of all slices would need shared memory at once
+                p = _loop(0, NX, slice_of, p)
             if role == "dq":
                 p += rho[:, None]
             elif role == "dk":

@@ -1,0 +1,189 @@
+"""The mLSTM's Pallas kernels on one NVIDIA GPU, in bfloat16, beside plain XLA and beside our own
+Triton kernels on PyTorch; and training a whole model.
+
+    python benchmarks/gpu_jax.py [--only mlstm,step,model]
+
+Each family runs in a process of its own. Times on JAX are of compiled functions, called several
+times before the device is waited for (so without the host, where it keeps ahead), the median of
+five rounds; those on PyTorch are gpu_torch.py's. "plain XLA": `mlstm_kernels`' native_autograd for
+JAX; "native": our own form without kernels.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+import gpu_torch
+from gpu_torch import SHAPES, STEPS, cell, figures, run
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+FAMILIES = ("pallas", "native", "xla")
+
+
+def bench(f, *arguments, calls=5):
+    import jax
+
+    jax.block_until_ready(f(*arguments))
+    jax.block_until_ready(f(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = f(*arguments)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+def inputs(B, H, T, K, V, heads_first=False):
+    import jax
+
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H)]
+    keys = jax.random.split(jax.random.key(0), 5)
+    tensors = [jax.random.normal(k, s, "bfloat16") for k, s in zip(keys, shapes, strict=True)]
+    tensors[4] += 3
+    return [jax.numpy.moveaxis(t, 1, 2).copy() for t in tensors] if heads_first else tensors
+
+
+def function(family):
+    """(a function of q, k, v, i, f; whether it wants heads first)."""
+    if family == "xla":
+        from mlstm_kernels.jax.chunkwise.native import mlstm_chunkwise__native_autograd
+
+        return lambda *a: mlstm_chunkwise__native_autograd(*a, chunk_size=64), True
+    from keras_xlstm.ops import mlstm
+
+    return lambda *a: mlstm(*a, implementation=family), False
+
+
+def measure(family):
+    """[shape index, "forward" or "both", ms] a line, for one family in this process."""
+    import jax
+
+    f, heads_first = function(family)
+
+    def both(gradient, *tensors):
+        _, gradients = jax.vjp(f, *tensors)
+        return gradients(gradient)
+
+    for n, shape in enumerate(SHAPES):
+        tensors = inputs(*shape, heads_first)
+        calls = {"forward": (f, tensors), "both": (both, (tensors[2], *tensors))}
+        for name, (call, arguments) in calls.items():
+            try:
+                print(json.dumps([n, name, bench(jax.jit(call), *arguments)]), flush=True)
+            except Exception as e:  # noqa: BLE001  a peer that cannot run is a result, too
+                print(json.dumps([n, name, f"{type(e).__name__}: {e}"[:150]]), flush=True)
+
+
+def measure_steps(family):
+    """A step in a compiled loop of 50, whose state is updated in place."""
+    import jax
+
+    from keras_xlstm.ops import mlstm
+
+    for B in STEPS:
+        x = inputs(B, 8, 1, 256, 512)
+        state = [jax.numpy.ones(s) for s in ((B, 8, 256, 512), (B, 8, 256), (B, 8))]
+
+        def several(state, x=x):
+            def step(_, state):
+                return mlstm(*x, state, return_state=True, implementation=family)[1]
+
+            return jax.lax.fori_loop(0, 50, step, tuple(state))
+
+        run = jax.jit(several)
+        print(json.dumps([B, "step", bench(run, tuple(state)) / 50]), flush=True)
+
+
+def measure_model():
+    """`model.fit` of the model of gpu_model.py."""
+    import gpu_model
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax
+    import keras
+
+    import keras_xlstm
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = keras_xlstm.models.xLSTMLanguageModel(
+        gpu_model.VOCABULARY, 1024, num_blocks=24, num_heads=4, architecture="large",
+        logit_soft_cap=30.0,
+    )  # fmt: skip
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.AdamW(1e-4), loss)
+    data = gpu_model.ids()
+
+    def epoch():
+        start = time.perf_counter()
+        model.fit(
+            data[:, :-1], data[:, 1:], batch_size=gpu_model.B, shuffle=False, verbose=0
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+    first = epoch()
+    seconds = min(epoch() for _ in range(3))
+    peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+    tokens = gpu_model.B * gpu_model.T * gpu_model.STEPS / seconds
+    print(
+        f"407M, B8 T2048, model.fit on jax: {tokens:,.0f} tokens/s, peak {peak:.1f} GiB, "
+        f"first epoch of {gpu_model.STEPS} steps {first:.0f} s",
+        flush=True,
+    )
+
+
+def table():
+    results = {family: figures(run(__file__, "--family", family)) for family in FAMILIES}
+    results["triton"] = figures(gpu_torch.run_family("ours"))
+    print("\nms; in brackets how many times pallas is faster\n")
+    print("| B heads T d_qk/d_v | | pallas | plain XLA | native | our Triton, on torch |")
+    print("|---|---|---|---|---|---|")
+    for n, (B, H, T, K, V) in enumerate(SHAPES):
+        for name, words in (("forward", "fw"), ("both", "fw+bw")):
+            ours = results["pallas"].get((n, name))
+            peers = [cell(results[p].get((n, name)), ours) for p in ("xla", "native", "triton")]
+            print(f"| {B} {H} {T} {K}/{V} | {words} | {cell(ours, None)} | {' | '.join(peers)} |")
+
+
+def step_table(bandwidth):
+    ours, native = (figures(run(__file__, "--steps", family)) for family in ("pallas", "native"))
+    print("\n| step, float32 state 8x256x512, ms | pallas | of the copy's bandwidth | native |")
+    print("|---|---|---|---|")
+    for B in STEPS:
+        ms = ours.get((B, "step"))
+        bytes_moved = 2 * 4 * B * 8 * 256 * 512
+        share = f"{bytes_moved / ms / 1e9 / bandwidth:.0%}" if isinstance(ms, float) else "-"
+        print(f"| B {B} | {cell(ms, None)} | {share} | {cell(native.get((B, 'step')), ms)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="mlstm,step,model", help="parts, with commas")
+    parser.add_argument("--family", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", help=argparse.SUPPRESS)
+    parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.family or arguments.steps or arguments.model:
+        if arguments.family:
+            measure(arguments.family)
+        elif arguments.steps:
+            measure_steps(arguments.steps)
+        else:
+            measure_model()
+        sys.exit()
+    parts = arguments.only.split(",")
+    from importlib.metadata import version
+
+    print(f"jax {version('jax')}; ", end="")
+    bandwidth = gpu_torch.environment()
+    if "mlstm" in parts:
+        table()
+    if "step" in parts:
+        step_table(bandwidth)
+    if "model" in parts:
+        print("\n" + run(__file__, "--model", errors=None).communicate()[0], end="")
