@@ -1,7 +1,7 @@
-"""The mLSTM's Pallas kernels on one NVIDIA GPU, in bfloat16, beside plain XLA and beside our own
-Triton kernels on PyTorch; and training a whole model.
+"""The Pallas kernels on one NVIDIA GPU, in bfloat16, beside plain XLA and beside our own Triton
+kernels on PyTorch; and training a whole model.
 
-    python benchmarks/gpu_jax.py [--only mlstm,step,model]
+    python benchmarks/gpu_jax.py [--only mlstm,slstm,step,model]
 
 Each family runs in a process of its own. Times on JAX are of compiled functions, called several
 times before the device is waited for (so without the host, where it keeps ahead), the median of
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 
+import gpu_slstm
 import gpu_torch
 from gpu_torch import SHAPES, STEPS, cell, figures, run
 
@@ -60,24 +61,53 @@ def function(family):
     return lambda *a: mlstm(*a, implementation=family), False
 
 
+def slstm_inputs(B, T, H, D):
+    import jax
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = 0.5 * jax.random.normal(keys[0], (B, T, 4, H, D), "bfloat16")
+    R = D**-0.5 * jax.random.normal(keys[1], (H, D, 4, D), "bfloat16")
+    return [x, R, jax.random.normal(keys[2], (4, H, D), "bfloat16")]
+
+
 def measure(family):
     """[shape index, "forward" or "both", ms] a line, for one family in this process."""
     import jax
 
-    f, heads_first = function(family)
+    if family.startswith("slstm "):
+        from keras_xlstm.ops import slstm
+
+        family = family.removeprefix("slstm ")
+        shapes = gpu_slstm.SHAPES
+
+        def f(*tensors):
+            return slstm(*tensors, implementation=family)
+
+        def make(shape):
+            x = slstm_inputs(*shape)
+            return x, jax.numpy.ones_like(x[0][:, :, 0])
+    else:
+        shapes = SHAPES
+        f, heads_first = function(family)
+
+        def make(shape):
+            tensors = inputs(*shape, heads_first)
+            return tensors, tensors[2]
 
     def both(gradient, *tensors):
         _, gradients = jax.vjp(f, *tensors)
         return gradients(gradient)
 
-    for n, shape in enumerate(SHAPES):
-        tensors = inputs(*shape, heads_first)
-        calls = {"forward": (f, tensors), "both": (both, (tensors[2], *tensors))}
+    for n, shape in enumerate(shapes):
+        tensors, gradient = make(shape)
+        calls = {"forward": (f, tensors), "both": (both, (gradient, *tensors))}
         for name, (call, arguments) in calls.items():
             try:
-                print(json.dumps([n, name, bench(jax.jit(call), *arguments)]), flush=True)
+                result = bench(jax.jit(call), *arguments)
             except Exception as e:  # noqa: BLE001  a peer that cannot run is a result, too
-                print(json.dumps([n, name, f"{type(e).__name__}: {e}"[:150]]), flush=True)
+                result = f"{type(e).__name__}: {e}"[:150]
+            print(json.dumps([n, name, result]), flush=True)
+            print(f"  {family} {shape} {name}: {result}", file=sys.stderr, flush=True)
 
 
 def measure_steps(family):
@@ -138,16 +168,31 @@ def measure_model():
 
 
 def table():
-    results = {family: figures(run(__file__, "--family", family)) for family in FAMILIES}
+    results = {f: figures(run(__file__, "--family", f, errors=None)) for f in FAMILIES}
     results["triton"] = figures(gpu_torch.run_family("ours"))
     print("\nms; in brackets how many times pallas is faster\n")
     print("| B heads T d_qk/d_v | | pallas | plain XLA | native | our Triton, on torch |")
     print("|---|---|---|---|---|---|")
     for n, (B, H, T, K, V) in enumerate(SHAPES):
-        for name, words in (("forward", "fw"), ("both", "fw+bw")):
-            ours = results["pallas"].get((n, name))
-            peers = [cell(results[p].get((n, name)), ours) for p in ("xla", "native", "triton")]
-            print(f"| {B} {H} {T} {K}/{V} | {words} | {cell(ours, None)} | {' | '.join(peers)} |")
+        rows(n, f"{B} {H} {T} {K}/{V}", results, ("xla", "native", "triton"))
+
+
+def slstm_table():
+    results = {
+        f: figures(run(__file__, "--family", f"slstm {f}", errors=None)) for f in FAMILIES[:2]
+    }
+    results["triton"] = figures(run(gpu_slstm.__file__, "ours", gpu_slstm.ALL))
+    print("\n| sLSTM, B T heads x units | | pallas | native | our Triton, on torch |")
+    print("|---|---|---|---|---|")
+    for n, (B, T, H, D) in enumerate(gpu_slstm.SHAPES):
+        rows(n, f"{B} {T} {H}x{D}", results, ("native", "triton"))
+
+
+def rows(n, shape, results, peers):
+    for name, words in (("forward", "fw"), ("both", "fw+bw")):
+        ours = results["pallas"].get((n, name))
+        others = [cell(results[p].get((n, name)), ours) for p in peers]
+        print(f"| {shape} | {words} | {cell(ours, None)} | {' | '.join(others)} |", flush=True)
 
 
 def step_table(bandwidth):
@@ -163,7 +208,7 @@ def step_table(bandwidth):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="mlstm,step,model", help="parts, with commas")
+    parser.add_argument("--only", default="mlstm,slstm,step,model", help="parts, with commas")
     parser.add_argument("--family", help=argparse.SUPPRESS)
     parser.add_argument("--steps", help=argparse.SUPPRESS)
     parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
@@ -183,6 +228,8 @@ if __name__ == "__main__":
     bandwidth = gpu_torch.environment()
     if "mlstm" in parts:
         table()
+    if "slstm" in parts:
+        slstm_table()
     if "step" in parts:
         step_table(bandwidth)
     if "model" in parts:
