@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 FAMILIES = ("pallas", "native", "xla")
 
 
-def bench(f, *arguments, calls=5):
+def bench(f, *arguments, calls=10):
     import jax
 
     jax.block_until_ready(f(*arguments))

@@ -14,8 +14,10 @@ HERE = pathlib.Path(__file__).parent
 # Runs of about the same length: whole backends would leave a core idle at the end.
 FILES = {
     "blocks, models": ["test_blocks.py", "test_models.py"],
-    "kernels": ["test_triton.py", "test_triton_slstm.py"],
-}
+    "kernels": [
+        "test_triton.py", "test_triton_slstm.py", "test_pallas.py", "test_pallas_slstm.py"
+    ],
+}  # fmt: skip
 PARTS = {name: [str(HERE / file) for file in files] for name, files in FILES.items()}
 PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values() for file in files)]
 
@@ -23,6 +25,7 @@ PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values()
 ORDER = [
     ("torch", "kernels"),
     ("torch", "the rest"),
+    ("jax", "kernels"),
     ("tensorflow", "the rest"),
     ("jax", "the rest"),
 ]
@@ -30,7 +33,7 @@ ORDER = [
 
 def main(backends):
     parts = [(backend, part) for backend in backends for part in PARTS]
-    parts = [p for p in parts if p[1] != "kernels" or p[0] == "torch"]
+    parts = [p for p in parts if p != ("tensorflow", "kernels")]
     parts.sort(key=lambda part: ORDER.index(part) if part in ORDER else len(ORDER))
     parts.sort(key=lambda part: part == ("torch", "blocks, models"))
     with tempfile.TemporaryDirectory() as shared:

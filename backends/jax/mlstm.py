@@ -186,7 +186,8 @@ def _from_border(row, row_rest, before, segments):
 
 
 def _states(s, x, z, w, through, rho, first, forward, processors):
-    own = tiles.states(x.shape[-1], z.shape[-1], s.dtype, s.LC, machine.shared_memory())
+    memory = machine.shared_memory()
+    own = tiles.states(x.shape[-1], z.shape[-1], s.dtype, s.LC, memory, widest=128)
     parts = x.shape[-1] // own["BX"] * (z.shape[-1] // own["BZ"])
     # Serial programs read and write least, but there must be enough of them.
     serial = not isinstance(s.BH, int) or 10 * s.BH * parts >= 9 * processors

@@ -253,7 +253,8 @@ def states(
                 if REVERSE:
                     leaving = bh * (NS + 1) + c + 1
                     F = tl.load(fs_p + leaving * DX * DZ + o_s, mask=inside, other=0.0)
-                    product = tl.sum(tl.sum(F.to(tl.float32) * S, 1), 0)
+                    # Axis by axis, Triton 3.6 would not compile it for Blackwell.
+                    product = tl.sum(F.to(tl.float32) * S)
                     if jz == 0:
                         F_n = tl.load(fn_p + leaving * DX + cx, mask=cx < DX, other=0.0)
                         product += tl.sum(tl.sum(F_n[None, :] * n, 1), 0)
