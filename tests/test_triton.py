@@ -90,7 +90,7 @@ SPILLS = {
 }  # fmt: skip
 STAGES = {
     "mlstm": {
-        "kernels.gates", "kernels.chunks", "kernels.states", "attend.attend", "step.step"
+        "gates.gates", "gates.chunks", "kernels.states", "attend.attend", "step.step"
     },
     "whole": {"whole.forward", "whole.backward", "kernels.kernel_gradient"},
     "split": {"split.forward", "split.backward", "kernels.kernel_gradient"},

@@ -1,5 +1,6 @@
 """What the Pallas kernels ask of JAX and of the device."""
 
+import functools
 import importlib.util
 import os
 
@@ -25,16 +26,22 @@ def _device():
 
 def missing():
     """Why no kernel can run here, or None."""
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return "this version of jax has no jax.experimental.pallas.triton"
-    if interpreted():
-        return None
     device = _device()
-    if device.platform != "gpu":
-        return f"it needs a GPU, and JAX computes on {device.platform}"
-    if float(getattr(device, "compute_capability", 0)) < 8.0:
-        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
+    if not interpreted():
+        if device.platform != "gpu":
+            return f"it needs a GPU, and JAX computes on {device.platform}"
+        capability = str(getattr(device, "compute_capability", ""))  # of AMD's: "gfx942"
+        if capability.startswith("gfx") or float(capability or 0) < 8.0:
+            return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
+    if not _has_pallas():
+        return "this version of jax has no jax.experimental.pallas.triton"
     return None
+
+
+@functools.cache
+def _has_pallas():
+    # Asked last: the answer imports jax.experimental.pallas, half a second.
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def unsupported(x):

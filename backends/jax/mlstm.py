@@ -48,8 +48,8 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     return h, tuple(state)
 
 
-def _kernels():
-    return importlib.import_module("keras_xlstm.backends.jax.mlstm_kernels")
+def _kernels(file="kernels"):
+    return importlib.import_module(f"keras_xlstm.backends.jax.mlstm_{file}")
 
 
 @dataclasses.dataclass
@@ -198,7 +198,7 @@ def _attend(s, role, segments, **arrays):
     DX, DZ = arrays["x"].shape[-1], arrays["z"].shape[-1]
     own = tiles.attend(role, DX, DZ, s.dtype, s.LC, machine.shared_memory())
     ids = None if segments is None else segments["ids"]
-    return _kernels().attend(role, s, arrays, ids, own)
+    return _kernels("attend").attend(role, s, arrays, ids, own)
 
 
 def _step(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, processors, interpret):

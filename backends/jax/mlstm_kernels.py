@@ -12,199 +12,15 @@ and was 3 or 7, XLA's Triton (jax 0.11.2, H200) compiled `attend` into a race. S
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+from keras_xlstm.backends.jax.tools import div, dot, launch, loop, output, place, rem
 from keras_xlstm.backends.parts import NEVER
 
 _BLOCK = 512  # elements of a state that one program of `borders` carries
 _AHEAD = 8  # chunks that it loads at a time
 _SUMS = 16  # rows that n is kept in: its sum over steps would pass between warps at each
-
-
-def _launch(kernel, inputs, outputs, programs, name, interpret, aliases=None, **options):
-    """Runs `kernel(**references)` over a grid. `inputs` and `outputs` by name; None is left out."""
-    inputs = {k: v for k, v in inputs.items() if v is not None}
-    names = [*inputs, *outputs]
-    results = pl.pallas_call(
-        lambda *references: kernel(**dict(zip(names, references, strict=True))),
-        grid=programs,
-        out_shape=list(outputs.values()),
-        input_output_aliases=aliases or {},
-        compiler_params=plt.CompilerParams(**options),
-        interpret=interpret,
-        name=name,
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
-
-
-def _shape(shape, dtype="float32"):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _dot(a, b, sums, precision):
-    """The product over axis sums[0] of a and sums[1] of b, in float32."""
-    return lax.dot_general(
-        a, b, (((sums[0],), (sums[1],)), ((), ())), precision=precision,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-
-# Whole numbers of 32 bits, whether or not JAX has 64.
-def _div(x, n):
-    return lax.div(x, jnp.int32(n))
-
-
-def _rem(x, n):
-    return lax.rem(x, jnp.int32(n))
-
-
-def _loop(start, stop, body, carry):
-    return lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, carry)
-
-
-def _place(s, *counts):
-    """Coordinates of a program among those of its head, the first fastest (counts: powers of two),
-    and b, head and bh."""
-    pid, head, b = (pl.program_id(axis) for axis in range(3))
-    coordinates = []
-    for count in counts:
-        coordinates.append(_rem(pid, count))
-        pid = _div(pid, count)
-    return *coordinates, pid, b, head, b * s.H + head
-
-
-def attend(role, s, arrays, segment_ids, tiles):
-    """What happens within a chunk and what comes over its border, in four roles of one form,
-
-        out_row = sum over cols of exp(row + col) (x_row . y_col + rho) z_col
-                  + w_row (x_row . S + rho n)
-
-      role   rows  x   y   z   S      rho of        causal
-      "h"    i     q   k   v   C      -             cols <= rows
-      "dq"   i     dh  v   k   C^T    rows          cols <= rows
-      "dk"   j     v   dh  q   dC^T   cols          cols >= rows
-      "dv"   j     k   q   dh  dC     -             cols >= rows
-
-    `arrays`: x, y, z, S, n, row, row_rest, col, col_rest, w; "h" also floor and least, what bounds
-    the denominator d and what is added to it; "dq" h and sign; "dk" rho; both also own, q or k.
-    Returns a dict: out; of "h" log_d and sign (where |q n| bounds d, its sign); of "dq" rho; of
-    "dq" and "dk" dot = own . out, for the gates.
-    """
-    x, z = arrays["x"], arrays["z"]
-    DX, DZ = x.shape[-1], z.shape[-1]
-    L, LN, BX, BZ, BS = (tiles[k] for k in ("L", "LN", "BX", "BZ", "BS"))
-    NX, NZ, NR = DX // BX, DZ // BZ, s.LC // L
-    reverse, turned = role in ("dk", "dv"), role in ("dq", "dk")
-    dtype = arrays["S"].dtype  # of what enters products
-    dot = functools.partial(_dot, precision=s.precision)
-
-    def kernel(x, y, z, S, n, row, row_rest, col, col_rest, w, out, **given):
-        jz, block, c, b, head, bh = _place(s, NZ, NR)
-        # Long rows first: they take longest.
-        first = (block if reverse else NR - 1 - block) * L
-        rows, steps = pl.ds(first, L), pl.ds(c * s.LC + first, L)
-        cz = pl.ds(jz * BZ, BZ)
-        row_log, row_rest, w = row[bh, c, rows], row_rest[bh, c, rows], w[bh, c, rows]
-        index = first + lax.iota(jnp.int32, L)
-        if segment_ids is not None:
-            segment = given["segment_ids"][b, c, rows]
-
-        def over_border(j, carry):
-            acc, r, *ahead = carry
-            cs = pl.ds(j * BS, BS)
-            xs = x[b, steps, head, cs]  # [L, BS]
-            if turned:
-                acc += dot(xs.astype(dtype), S[bh, c, cz, cs], (1, 1))
-            else:
-                acc += dot(xs.astype(dtype), S[bh, c, cs, cz], (1, 0))
-            if role == "h":
-                r += jnp.sum(xs.astype(jnp.float32) * n[bh, c, cs][None, :], 1)
-            elif role == "dq":  # h of the next slice is on its way
-                r += jnp.sum(xs.astype(jnp.float32) * ahead[0].astype(jnp.float32), 1)
-                following = jnp.minimum(j + 1, DX // BS - 1)
-                ahead = [given["h"][b, steps, head, pl.ds(following * BS, BS)]]
-            return acc, r, *ahead
-
-        carry = jnp.zeros((L, BZ), jnp.float32), jnp.zeros((L,), jnp.float32)
-        if role == "dq":
-            carry += (given["h"][b, steps, head, pl.ds(0, BS)],)
-        acc, r, *_ = _loop(0, DX // BS, over_border, carry)
-        acc *= w[:, None]
-        if role == "h":
-            r *= w
-        elif role == "dq":
-            rho = -given["sign"][bh, c, rows] * r
-            given["rho"][bh, c, rows] = rho
-        if turned:
-            acc += (w * rho if role == "dq" else w)[:, None] * n[bh, c, cz][None, :]
-
-        held = x[b, steps, head, pl.ds(0, BX)] if NX == 1 else None
-
-        def within(j, carry):
-            acc, r = carry
-            cols, at = pl.ds(j * LN, LN), pl.ds(c * s.LC + j * LN, LN)
-
-            def slice_of(k, p):
-                ck = pl.ds(k * BX, BX)
-                xs = x[b, steps, head, ck] if held is None else held
-                return p + dot(xs, y[b, at, head, ck], (1, 1))
-
-            p = jnp.zeros((L, LN), jnp.float32)
-            if NX <= 2:
-                for k in range(NX):
-                    p = slice_of(k, p)
-            else:  # unrolled, the tiles of all slices would need shared memory at once
-                p = _loop(0, NX, slice_of, p)
-            if role == "dq":
-                p += rho[:, None]
-            elif role == "dk":
-                p += given["rho"][bh, c, cols][None, :]
-            log_w = row_log[:, None] + col[bh, c, cols][None, :]
-            log_w += row_rest[:, None] + col_rest[bh, c, cols][None, :]
-            other = j * LN + lax.iota(jnp.int32, LN)
-            later, earlier = (other, index) if reverse else (index, other)
-            keep = (
-                (later[None, :] >= earlier[:, None])
-                if reverse
-                else (later[:, None] >= earlier[None, :])
-            )
-            if segment_ids is not None:
-                keep &= segment[:, None] == given["segment_ids"][b, c, cols][None, :]
-            p = jnp.where(keep, p * jnp.exp(log_w), 0.0)  # [L, LN]
-            if role == "h":
-                r += jnp.sum(p, 1)
-            zs = z[b, at, head, cz]  # [LN, BZ]
-            return acc + dot(p.astype(dtype), zs.astype(dtype), (1, 0)), r
-
-        start = _div(first, LN) if reverse else 0
-        end = s.LC // LN if reverse else _div(first + L, LN)
-        acc, r = _loop(start, end, within, (acc, r))
-        if role == "h":
-            r *= s.scale
-            floor = given["floor"][bh, c, rows]
-            d = jnp.maximum(jnp.abs(r), floor) + given["least"][bh, c, rows]
-            acc *= (s.scale / d)[:, None]
-            given["log_d"][bh, c, rows] = jnp.log(d)
-            sign = jnp.where(r > 0, 1.0, -1.0)
-            given["sign"][bh, c, rows] = jnp.where(jnp.abs(r) > floor, sign, 0.0)
-        else:
-            acc *= s.scale
-        if turned:
-            own = given["own"][b, steps, head, cz].astype(jnp.float32)
-            given["dot"][bh, c, rows] = jnp.sum(own * acc, 1)
-        out[b, steps, head, cz] = acc.astype(out.dtype)
-
-    vectors = {"h": ("log_d", "sign"), "dq": ("rho", "dot"), "dk": ("dot",), "dv": ()}[role]
-    outputs = {"out": _shape(z.shape, z.dtype)}
-    outputs |= {name: _shape((s.BH, s.NC, s.LC)) for name in vectors}
-    options = {k: tiles[k] for k in ("num_warps", "num_stages")}
-    return _launch(
-        kernel, {**arrays, "segment_ids": segment_ids}, outputs, (NZ * NR * s.NC, s.H, s.B),
-        f"mlstm_{role}", s.interpret, **options,
-    )  # fmt: skip
 
 
 def states(s, x, z, w, through, rho, first, forward, tiles, serial):
@@ -231,7 +47,7 @@ def _sums(s, tiles, w, rho, x, z, dtype):
         # S is turned, so that what is computed is the second operand of the tensor cores.
         xw = x[b, steps, head, cx].astype(jnp.float32) * weights[:, None]  # [L, BX]
         zs = z[b, steps, head, cz]  # [L, BZ]
-        S += _dot(zs.astype(dtype), xw.astype(dtype), (0, 0), s.precision)
+        S += dot(zs.astype(dtype), xw.astype(dtype), (0, 0), s.precision)
         if rho is not None:
             xw *= rho[bh, c, rows][:, None]
         return S, n + jnp.sum(jnp.reshape(xw, (L // _SUMS, _SUMS, BX)), 0)
@@ -249,7 +65,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
     dtype = s.state_dtype
 
     def kernel(x, z, w, through, S, n, S_last, n_last, rho=None, S0=None, n0=None, **given):
-        jx, jz, b, head, bh = _place(s, NX)
+        jx, jz, b, head, bh = place(s, NX)
         cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
         add = _sums(s, tiles, w, rho, x, z, dtype)
 
@@ -268,7 +84,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
             return state * left, sums * left
 
         def step(t, carry):
-            c, block = _div(t, steps), _rem(t, steps)
+            c, block = div(t, steps), rem(t, steps)
             c = jnp.int32(s.NC - 1) - c if reverse else c
             carry = lax.cond(block == 0, functools.partial(border, c), lambda *a: a, *carry)
             return add(*carry, bh, b, head, c, block, cx, cz)
@@ -278,22 +94,22 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
             state = S0[bh, cx, cz].T
             only = (lax.iota(jnp.int32, _SUMS) == 0)[:, None]
             sums = jnp.where(only, n0[bh, cx][None, :], sums)
-        state, sums = _loop(0, s.NC * steps, step, (state, sums))
+        state, sums = loop(0, s.NC * steps, step, (state, sums))
         S_last[bh, cx, cz] = state.T
         n_last[bh, cx] = jnp.sum(sums, 0)
         if not reverse:
             put(s.NC, state, sums)
 
     outputs = {
-        "S": _shape((s.BH, slots, K, V), dtype), "n": _shape((s.BH, slots, K)),
-        "S_last": _shape((s.BH, K, V)), "n_last": _shape((s.BH, K)),
+        "S": output((s.BH, slots, K, V), dtype), "n": output((s.BH, slots, K)),
+        "S_last": output((s.BH, K, V)), "n_last": output((s.BH, K)),
     }  # fmt: skip
     inputs = {"x": x, "z": z, "w": w, "through": through, "rho": rho, **first}
     if reverse:
         inputs |= forward
-        outputs["inner"] = _shape((s.BH, s.NC, NX * NZ))
+        outputs["inner"] = output((s.BH, s.NC, NX * NZ))
     options = {k: tiles[k] for k in ("num_warps", "num_stages")}
-    return _launch(
+    return launch(
         kernel, inputs, outputs, (NX * NZ, s.H, s.B), "mlstm_states", s.interpret, **options
     )  # fmt: skip
 
@@ -308,19 +124,19 @@ def _parallel(s, x, z, w, through, rho, first, forward, tiles):
     dtype = s.state_dtype
 
     def kernel(x, z, w, S, n, rho=None):
-        jx, jz, c, b, head, bh = _place(s, NX, NZ)
+        jx, jz, c, b, head, bh = place(s, NX, NZ)
         cx, cz = pl.ds(jx * BX, BX), pl.ds(jz * BZ, BZ)
         add = _sums(s, tiles, w, rho, x, z, dtype)
         carry = jnp.zeros((BZ, BX), jnp.float32), jnp.zeros((_SUMS, BX), jnp.float32)
-        state, sums = _loop(
+        state, sums = loop(
             0, s.LC // L, lambda t, carry: add(*carry, bh, b, head, c, t, cx, cz), carry
         )
         S[bh, c, cx, cz] = state.T.astype(dtype)
         n[bh, c, cx] = jnp.sum(sums, 0)
 
-    added = _launch(
+    added = launch(
         kernel, {"x": x, "z": z, "w": w, "rho": rho},
-        {"S": _shape((s.BH, slots, K, V), dtype), "n": _shape((s.BH, slots, K))},
+        {"S": output((s.BH, slots, K, V), dtype), "n": output((s.BH, slots, K))},
         (NX * NZ * s.NC, s.H, s.B), "mlstm_chunks", s.interpret,
         num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
     )  # fmt: skip
@@ -350,7 +166,7 @@ def _borders(s, added, first, through, forward):
     reverse = forward is not None
 
     def kernel(added, through, p, last, first=None, forward=None, inner=None):
-        tile, _, _, bh = _place(s)
+        tile, _, _, bh = place(s)
         o = pl.ds(tile * block, block)
 
         def several(start, count, state):
@@ -368,18 +184,18 @@ def _borders(s, added, first, through, forward):
 
         state = jnp.zeros((block,), jnp.float32) if first is None else first[bh, o]
         whole = s.NC // _AHEAD
-        state = _loop(0, whole, lambda t, a: several(t * _AHEAD, _AHEAD, a), state)
+        state = loop(0, whole, lambda t, a: several(t * _AHEAD, _AHEAD, a), state)
         if s.NC % _AHEAD:
             state = several(whole * _AHEAD, s.NC % _AHEAD, state)
         last[bh, o] = state
         if not reverse:
             p[bh, s.NC, o] = state.astype(p.dtype)
 
-    outputs = {"p": _shape(added.shape, added.dtype), "last": _shape((s.BH, size))}
+    outputs = {"p": output(added.shape, added.dtype), "last": output((s.BH, size))}
     if reverse:
-        outputs["inner"] = _shape((s.BH, s.NC, size // block))
+        outputs["inner"] = output((s.BH, s.NC, size // block))
     inputs = {"added": added, "through": through, "first": first, "forward": forward}
-    return _launch(
+    return launch(
         kernel, inputs, outputs, (size // block, s.H, s.B), "mlstm_borders", s.interpret,
         aliases={0: 0}, num_warps=2,
     )  # fmt: skip
@@ -422,10 +238,10 @@ def step(q, k, v, i, log_f, C, n, m, eps, scale, interpret):
 
     inputs = {"C": C, "q": q, "k": k, "v": v, "i": i, "log_f": log_f, "n": n, "m": m}
     outputs = {
-        "C_out": _shape(C.shape), "h": _shape((B, H, V), v.dtype), "n_out": _shape(n.shape),
-        "m_out": _shape(m.shape),
+        "C_out": output(C.shape), "h": output((B, H, V), v.dtype), "n_out": output(n.shape),
+        "m_out": output(m.shape),
     }  # fmt: skip
-    return _launch(
+    return launch(
         kernel, inputs, outputs, (V // BV, H, B), "mlstm_step", interpret, aliases={0: 0},
         num_warps=4,
     )  # fmt: skip

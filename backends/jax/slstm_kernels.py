@@ -12,7 +12,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from keras_xlstm.backends.jax.mlstm_kernels import _dot, _launch, _loop, _shape
+from keras_xlstm.backends.jax.tools import dot, launch, loop, output
 from keras_xlstm.backends.parts import NEVER
 
 
@@ -74,7 +74,7 @@ def forward(s, x, R, bias, hold, reset, scale, first, keep):
     ):
         rows, head = _rows(s.BB)
         weights = R[head, :, :]
-        dot = functools.partial(_dot, precision=s.precision)
+        product = functools.partial(dot, precision=s.precision)
         factor = None if scale is None else scale[rows, head, :].T
 
         biases = None if bias is None else [bias[gate, head, :][:, None] for gate in range(4)]
@@ -88,7 +88,7 @@ def forward(s, x, R, bias, hold, reset, scale, first, keep):
             if starts is not None:
                 h_in, m_in = jnp.where(starts, 0.0, h_in), jnp.where(starts, NEVER, m_in)
             h_in = h_in if factor is None else h_in * factor
-            g = lax.split(dot(weights, h_in.astype(weights.dtype), (1, 0)), (s.D,) * 4, 0)
+            g = lax.split(product(weights, h_in.astype(weights.dtype), (1, 0)), (s.D,) * 4, 0)
             g = [a + b.astype(jnp.float32) for a, b in zip(g, given, strict=True)]
             g = g if biases is None else [a + b for a, b in zip(g, biases, strict=True)]
             # The next step's inputs arrive while this one is computed.
@@ -110,16 +110,16 @@ def forward(s, x, R, bias, hold, reset, scale, first, keep):
         else:
             zero = jnp.zeros((s.D, s.BB), jnp.float32)
             state = zero, zero, zero, zero + NEVER
-        state, _ = _loop(0, s.T, step, (state, gates(0)))
+        state, _ = loop(0, s.T, step, (state, gates(0)))
         for reference, value in zip((h1, c1, n1, m1), state, strict=True):
             reference[rows, head, :] = value.T
 
     inputs = {"x": x, "R": R, "bias": bias, "hold": hold, "reset": reset, "scale": scale, **first}
-    outputs = {"h": _shape((s.B, s.T, s.H, s.D), x.dtype)}
-    outputs |= {name: _shape((s.B, s.H, s.D)) for name in ("h1", "c1", "n1", "m1")}
+    outputs = {"h": output((s.B, s.T, s.H, s.D), x.dtype)}
+    outputs |= {name: output((s.B, s.H, s.D)) for name in ("h1", "c1", "n1", "m1")}
     if keep:
-        outputs["saved"] = _shape((6 if s.exp_forget else 7, s.B, s.T, s.H, s.D))
-    return _launch(
+        outputs["saved"] = output((6 if s.exp_forget else 7, s.B, s.T, s.H, s.D))
+    return launch(
         kernel, inputs, outputs, (s.B // s.BB, s.H), "slstm_forward", s.interpret, num_warps=8,
         num_stages=1,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype):
         dh, saved, R, dh1, dc1, dn1, dx, dh0, dc0, dn0, hold=None, reset=None, scale=None, **first
     ):
         rows, head = _rows(s.BB)
-        dot = functools.partial(_dot, precision=s.precision)
+        product = functools.partial(dot, precision=s.precision)
         # Two gates each: of all four at once, registers would not do.
         R_if, R_zo = R[head, :, pl.ds(0, 2 * s.D)], R[head, :, pl.ds(2 * s.D, 2 * s.D)]
         factor = None if scale is None else scale[rows, head, :].T
@@ -150,7 +150,7 @@ def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype):
 
         def from_next(d_if, d_zo, t):
             """What h of step t hears from the gates of the step after: a held step's are zero."""
-            back = [dot(R_if, d_if, (1, 0)), dot(R_zo, d_zo, (1, 0))]
+            back = [product(R_if, d_if, (1, 0)), product(R_zo, d_zo, (1, 0))]
             # Not a plain sum, which would keep all else in the tensor core's layout.
             back = jnp.sum(jnp.stack(back, -1), -1)
             back = back if factor is None else back * factor
@@ -195,16 +195,16 @@ def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype):
         nothing = jnp.zeros((2 * s.D, s.BB), dtype)
         end = jnp.int32(s.T - 1)
         carry = (*start, nothing, nothing, plane(4, end), plane(5, end), load(end))
-        kept, dc, dn, d_if, d_zo, *_ = _loop(0, s.T, step, carry)
+        kept, dc, dn, d_if, d_zo, *_ = loop(0, s.T, step, carry)
         dh0[rows, head, :] = (from_next(d_if, d_zo, jnp.int32(-1)) + kept).T
         dc0[rows, head, :] = dc.T
         dn0[rows, head, :] = dn.T
 
     inputs = {"dh": dh, "saved": saved, "R": R, **last, "hold": hold, "reset": reset}
     inputs |= {"scale": scale, **first}
-    outputs = {"dx": _shape((s.B, s.T, 4, s.H, s.D), dtype)}
-    outputs |= {name: _shape((s.B, s.H, s.D)) for name in ("dh0", "dc0", "dn0")}
-    return _launch(
+    outputs = {"dx": output((s.B, s.T, 4, s.H, s.D), dtype)}
+    outputs |= {name: output((s.B, s.H, s.D)) for name in ("dh0", "dc0", "dn0")}
+    return launch(
         kernel, inputs, outputs, (s.B // s.BB, s.H), "slstm_backward", s.interpret, num_warps=8,
         num_stages=1,
     )  # fmt: skip

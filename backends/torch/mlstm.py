@@ -139,18 +139,18 @@ def _forward(
     C: Tensor | None, n: Tensor | None, m: Tensor | None, segment_ids: Tensor | None,
     sigmoid: bool, eps: float, chunk: int, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
-    kernels, s = _kernels(), _Sizes(q, v, chunk, segment_ids)
+    s = _Sizes(q, v, chunk, segment_ids)
     outputs = _outputs(q, v, chunk, trains=True)
     h, C_last, n_last, m_last, vectors, chunks, m_all, through, states, normalisers = outputs
     u, u_rest, row, row_rest, sign, *_ = vectors
     b, b_rest, peak = q.new_empty((3, *u.shape), dtype=torch.float32)
     launch(
-        kernels.gates, s.BH * s.NC, i, f, segment_ids, u, u_rest, b, b_rest, peak, chunks,
+        _kernels("gates").gates, s.BH * s.NC, i, f, segment_ids, u, u_rest, b, b_rest, peak, chunks,
         s.T, s.H, s.NC,
         LC=chunk, LEAST=s.least, SIGMOID=sigmoid, SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip
     launch(
-        kernels.chunks, s.BH, chunks, m, m_all, through, m_last, s.NC,
+        _kernels("gates").chunks, s.BH, chunks, m, m_all, through, m_last, s.NC,
         HAS_STATE=m is not None, N=128, num_warps=4,
     )  # fmt: skip
     s.states(
@@ -218,8 +218,8 @@ def _backward(
     s.attend("dk", v, dh, q, dS, dn_all, dk, k, k_dot, *common)
     s.attend("dv", k, q, dh, dS, dn_all, dv, None, None, *common)
     launch(
-        _kernels().gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner, di, df,
-        s.T, s.H, s.NC,
+        _kernels("gates").gate_gradients, s.BH * s.NC, i, f, segment_ids, q_dot, k_dot, inner,
+        di, df, s.T, s.H, s.NC,
         LC=chunk, PARTS=s.parts, P=power(s.parts), LEAST=s.least, SIGMOID=sigmoid,
         SEG=segment_ids is not None, num_warps=4,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 A sequence is cut into chunks of LC steps. Stages, each over all chunks at once where it can be:
 
     gates           running sums of the log gates in each chunk, the peak of what reaches its end
-    chunks          m at every chunk border
+    chunks          m at every chunk border (mlstm_gates.py, as the last)
     states          the state at every border (backwards: its gradient), with `borders` if need be
     attend          what happens within a chunk, and what comes over its border (mlstm_attend.py)
     gate_gradients  from q . dq and k . dk, without any L x L matrix
@@ -29,39 +29,6 @@ _kernel = triton.jit(do_not_specialize=["T", "H", "NC"])
 @triton.jit
 def _round(x):
     return tl.floor(x + 0.5)
-
-
-@triton.jit
-def _log_sigmoid(x):
-    # log(1 + y) = 2 artanh(y / (2 + y)), as a series: tl.log is not exact enough near 1, and an
-    # open forget gate's log is summed over many steps.
-    y = tl.exp(-tl.abs(x))
-    s = y / (2.0 + y)
-    t = s * s
-    series = 1.0 + t * (
-        1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13 + t / 15)))))
-    )
-    return tl.minimum(x, 0.0) - 2.0 * s * series
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _larger_in_segment(s1, a1, s2, a2):
-    return s2, tl.where(s1 == s2, tl.maximum(a1, a2), a2)
-
-
-@triton.jit
-def _sum_in_segment(s1, a1, s2, a2):
-    return s2, tl.where(s1 == s2, a1 + a2, a2)
-
-
-@triton.jit
-def _decay_then_peak(g1, m1, g2, m2):
-    return g1 + g2, tl.maximum(m1 + g2, m2)
 
 
 @triton.jit
@@ -102,76 +69,6 @@ def _segments(seg_p, T, c, rows, LC: tl.constexpr):
     before = tl.load(seg_p + tl.maximum(c * LC - 1, 0))
     last = tl.load(seg_p + tl.minimum(c * LC + LC, T) - 1)
     return seg, tl.where(c == 0, 0, before), last
-
-
-@_kernel
-def gates(
-    i_p, f_p, seg_p, u_p, ur_p, b_p, br_p, own_p, chunk_p, T, H, NC,
-    LC: tl.constexpr, LEAST: tl.constexpr, SIGMOID: tl.constexpr, SEG: tl.constexpr,
-):  # fmt: skip
-    """b: running sum of log f; u = i - b; own: the largest u so far; of a chunk: the sum of its
-    log f (whole, rest), the peak of what reaches its end, NEVER if what enters does not."""
-    c = tl.program_id(0) % NC
-    bh = (tl.program_id(0) // NC).to(tl.int64)
-    o = tl.arange(0, LC)
-    there = c * LC + o < T
-    o_gate = ((bh // H) * T + c * LC + o) * H + bh % H
-    f = tl.load(f_p + o_gate, mask=there, other=0.0).to(tl.float32)
-    i = tl.load(i_p + o_gate, mask=there, other=0.0).to(tl.float32)
-    i = _log_sigmoid(i) if SIGMOID else i
-    i = tl.where(there, i, NEVER)
-    log_f = tl.where(there, tl.maximum(_log_sigmoid(f), LEAST), 0.0)
-    f_whole, i_whole = _round(log_f), _round(i)
-    b = tl.cumsum(f_whole, 0)
-    br = tl.cumsum(log_f - f_whole, 0)
-    u, ur = i_whole - b, (i - i_whole) - br
-    total, rest = tl.sum(f_whole, 0), tl.sum(log_f - f_whole, 0)
-    reaching = (total + u) + (ur + rest)
-    hold = 0.0
-    if SEG:
-        seg, before, last = _segments(seg_p + (bh // H) * T, T, c, o, LC)
-        _, own = tl.associative_scan((seg, u + ur), 0, _larger_in_segment)
-        reaching = tl.where(seg == last, reaching, NEVER)
-        hold = tl.where(before == last, 0.0, NEVER)
-    else:
-        own = tl.associative_scan(u + ur, 0, _larger)
-    o_vec = (bh * NC + c) * LC + o
-    tl.store(u_p + o_vec, u)
-    tl.store(ur_p + o_vec, ur)
-    tl.store(b_p + o_vec, b)
-    tl.store(br_p + o_vec, br)
-    tl.store(own_p + o_vec, own)
-    chunk_p += (bh * NC + c) * 4
-    tl.store(chunk_p, total)
-    tl.store(chunk_p + 1, rest)
-    tl.store(chunk_p + 2, tl.max(reaching, 0))
-    tl.store(chunk_p + 3, hold)
-
-
-@_kernel
-def chunks(chunk_p, m0_p, m_p, through_p, last_p, NC, HAS_STATE: tl.constexpr, N: tl.constexpr):
-    """m at every border, and what is left of a state after each chunk."""
-    bh = tl.program_id(0).to(tl.int64)
-    m = tl.load(m0_p + bh) if HAS_STATE else NEVER
-    m_p += bh * (NC + 1)
-    tl.store(m_p, m)
-    chunk_p += bh * NC * 4
-    for start in range(0, NC, N):
-        c = start + tl.arange(0, N)
-        there = c < NC
-        total = tl.load(chunk_p + c * 4, mask=there, other=0.0)
-        rest = tl.load(chunk_p + c * 4 + 1, mask=there, other=0.0)
-        peak = tl.load(chunk_p + c * 4 + 2, mask=there, other=NEVER)
-        hold = tl.load(chunk_p + c * 4 + 3, mask=there, other=0.0)
-        decay, own = tl.associative_scan((total + rest + hold, peak), 0, _decay_then_peak)
-        after = tl.maximum(m + decay, own)
-        tl.store(m_p + 1 + c, after, mask=there)
-        tl.debug_barrier()
-        before = tl.load(m_p + c, mask=there, other=0.0)
-        through = tl.exp(((_round(before) - _round(after)) + total) + hold + rest)
-        tl.store(through_p + bh * NC + c, through, mask=there)
-        m = tl.sum(tl.where(c == tl.minimum(start + N, NC) - 1, after, 0.0), 0)
-    tl.store(last_p + bh, tl.where(m <= NEVER / 2, 0.0, m))
 
 
 @triton.jit
@@ -374,41 +271,3 @@ def _border(
             s = tl.load(through_p + c) * s + added
         tl.store(p + tl.cast(NC, tl.int64) * SIZE + o, s.to(dtype), mask=there)
         tl.store(last_p + bh * SIZE + o, s * rest_out, mask=there)
-
-
-@_kernel
-def gate_gradients(
-    i_p, f_p, seg_p, q_dot_p, k_dot_p, inner_p, di_p, df_p, T, H, NC,
-    LC: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr,
-    SIGMOID: tl.constexpr, SEG: tl.constexpr,
-):  # fmt: skip
-    """Scaling exp(i_j) scales k_j; scaling f_t scales every k before t against every q from t on,
-    which is what crosses t: pairs within the chunk, and the product at its end."""
-    c = tl.program_id(0) % NC
-    bh = (tl.program_id(0) // NC).to(tl.int64)
-    o = tl.arange(0, LC)
-    there = c * LC + o < T
-    o_vec = (bh * NC + c) * LC + o
-    q_dot = tl.load(q_dot_p + o_vec, mask=there, other=0.0)
-    k_dot = tl.load(k_dot_p + o_vec, mask=there, other=0.0)
-    parts = tl.arange(0, P)
-    leaving = tl.load(inner_p + (bh * NC + c) * PARTS + parts, mask=parts < PARTS, other=0.0)
-    leaving = tl.sum(leaving, 0)
-    if SEG:
-        seg, _, last = _segments(seg_p + (bh // H) * T, T, c, o, LC)
-        _, x = tl.associative_scan((seg, q_dot - k_dot), 0, _sum_in_segment, reverse=True)
-        x += tl.where(seg == last, leaving, 0.0)
-        step = tl.maximum(c * LC + o - 1, 0)
-        earlier = tl.load(seg_p + (bh // H) * T + tl.minimum(step, T - 1))
-        earlier = tl.where(c * LC + o == 0, 0, earlier)
-        x = tl.where(seg == earlier, x, 0.0)  # a segment's first f reaches nothing
-    else:
-        x = tl.cumsum(q_dot - k_dot, 0, reverse=True) + leaving
-    o_gate = ((bh // H) * T + c * LC + o) * H + bh % H
-    f = tl.load(f_p + o_gate, mask=there, other=0.0).to(tl.float32)
-    x = tl.where(_log_sigmoid(f) > LEAST, x * tl.sigmoid(-f), 0.0)
-    tl.store(df_p + o_gate, x.to(df_p.dtype.element_ty), mask=there)
-    if SIGMOID:
-        i = tl.load(i_p + o_gate, mask=there, other=0.0).to(tl.float32)
-        k_dot *= tl.sigmoid(-i)
-    tl.store(di_p + o_gate, k_dot.to(di_p.dtype.element_ty), mask=there)
