@@ -227,6 +227,8 @@ def test_what_cannot_run_says_so(rng, monkeypatch):
     wide = _inputs(rng, K=520)
     with pytest.raises(ValueError, match="up to 512 key and 1024 value dimensions"):
         _run(*wide)
+    with pytest.raises(ValueError, match="it takes batches of 1 to 65535, not of 0"):
+        _run(*(x[:0] for x in inputs))
     with pytest.raises(ValueError, match="its dtypes are float32, bfloat16 and float16"):
         _run(*(x.astype("float64") for x in inputs))
     if not GPU:

@@ -48,6 +48,8 @@ def unsupported(x):
     """Why no kernel can run on this array, or None."""
     if not all(isinstance(size, int) for size in x.shape[1:]):
         return f"only the batch may have no size yet; the shape is {x.shape}"
+    if isinstance(x.shape[0], int) and not 0 < x.shape[0] < 65_536:  # an axis of the grid
+        return f"it takes batches of 1 to 65535, not of {x.shape[0]}"
     if x.dtype.name not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {x.dtype.name}"
     if not isinstance(x, jax.core.Tracer) and not interpreted():

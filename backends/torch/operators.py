@@ -65,7 +65,8 @@ class _Operator:
 
 def _plain(arguments):
     """Not what stands for a tensor while something is traced."""
-    return all(not isinstance(a, torch.Tensor) or type(a) is torch.Tensor for a in arguments)
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return all(not isinstance(a, torch.Tensor) or type(a) in plain for a in arguments)
 
 
 def no_second_derivative(operator, name):
