@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+import types
 
 import gpu_slstm
 import gpu_torch
@@ -53,6 +54,8 @@ def inputs(B, H, T, K, V, heads_first=False):
 def function(family):
     """(a function of q, k, v, i, f; whether it wants heads first)."""
     if family == "xla":
+        # The package imports its Triton wrappers along, which need this and do not run here.
+        sys.modules.setdefault("jax_triton", types.ModuleType("jax_triton"))
         from mlstm_kernels.jax.chunkwise.native import mlstm_chunkwise__native_autograd
 
         return lambda *a: mlstm_chunkwise__native_autograd(*a, chunk_size=64), True
