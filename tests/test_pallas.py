@@ -274,14 +274,35 @@ def test_a_step_may_reset_and_has_gradients(rng):
         assert_close(a, array(b), 2e-5)
 
 
-def test_steps_aside_under_a_distribution(rng):
-    layout = keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:2])
-    inputs = _inputs(rng)
-    keras.distribution.set_distribution(layout)
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("layer", ["mLSTM", "sLSTM"])
+def test_fit_over_two_devices(layer, rng):
+    """Each device runs the kernels on its part of the batch."""
+    x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+
+    def losses(devices):
+        keras.utils.set_random_seed(0)
+        keras.distribution.set_distribution(
+            keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:devices])
+        )
+        try:
+            memory = getattr(keras_xlstm.layers, layer)(8, num_heads=2, use_kernel=True)
+            model = keras.Sequential([keras.Input((20, 3)), memory, keras.layers.Dense(1)])
+            model.compile("sgd", "mse")
+            return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+        finally:
+            keras.distribution.set_distribution(None)
+
+    np.testing.assert_allclose(losses(2), losses(1), rtol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_a_batch_that_devices_cannot_share(rng):
+    devices = keras.distribution.list_devices()[:2]
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
     try:
-        if layout.device_mesh.devices.size > 1:
-            with pytest.raises(ValueError, match="JAX cannot shard a kernel by itself"):
-                _run(*inputs)
+        with pytest.raises(ValueError, match="splits the batch of 3 among 2 devices"):
+            _run(*_inputs(rng, B=3))
     finally:
         keras.distribution.set_distribution(None)
 

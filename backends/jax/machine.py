@@ -56,13 +56,35 @@ def unsupported(x):
         platforms = {device.platform for device in x.devices()}
         if platforms != {"gpu"}:
             return f"it needs arrays on a GPU, not on {', '.join(sorted(platforms))}"
-    distribution = keras.distribution.distribution()
-    if distribution is not None and distribution.device_mesh.devices.size > 1:
-        return (
-            "keras.distribution is set, and JAX cannot shard a kernel by itself (inside "
-            "jax.shard_map it can run)"
-        )
+    split = _split()
+    if split is not None and isinstance(x.shape[0], int) and x.shape[0] % split[2]:
+        return f"keras.distribution splits the batch of {x.shape[0]} among {split[2]} devices"
     return missing()
+
+
+def _split():
+    """The mesh of keras.distribution, the name of its batch axis, how many parts a batch is cut in;
+    or None."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh.devices.size == 1:
+        return None
+    mesh = distribution.device_mesh.backend_mesh
+    return mesh, distribution.batch_dim_name, mesh.shape[distribution.batch_dim_name]
+
+
+def over_devices(function, arguments, whole=()):
+    """function(*arguments), on every device of keras.distribution for its part of the batch: XLA
+    cannot split a kernel by itself. All arguments begin with the batch, but those numbered in
+    `whole`, and all results."""
+    split = _split()
+    if split is None or not isinstance(arguments[0].shape[0], int):
+        return function(*arguments)
+    mesh, axis, _ = split
+    batch, every = jax.sharding.PartitionSpec(axis), jax.sharding.PartitionSpec()
+    specs = tuple(every if j in whole else batch for j in range(len(arguments)))
+    # A kernel does not say over which axes its results vary: check_vma=False.
+    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
+    return run(*arguments)
 
 
 def shared_memory():

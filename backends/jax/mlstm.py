@@ -40,11 +40,18 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     tensors = (q, k, v, i, f, *(state or (None,) * 3), segment_ids)
     whole = all(size == power(size) for size in (q.shape[-1], v.shape[-1]))
     alone = _step if q.shape[1] == 1 and state is not None and whole else None
-    h, *state = differentiable(
-        _forward, _backward, tensors, alone, sigmoid=input_gate == "sigmoid", eps=float(eps),
-        chunk=chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], q.dtype.name),
-        processors=machine.processors(), interpret=machine.interpreted(),
+    chunk = chunk_size or tiles.chunk_steps(
+        q.shape[1], q.shape[-1], v.shape[-1], q.dtype.name
     )  # fmt: skip
+    options = {
+        "sigmoid": input_gate == "sigmoid", "eps": float(eps), "chunk": chunk,
+        "processors": machine.processors(), "interpret": machine.interpreted(),
+    }  # fmt: skip
+
+    def run(*tensors):
+        return differentiable(_forward, _backward, tensors, alone, **options)
+
+    h, *state = machine.over_devices(run, tensors)
     return h, tuple(state)
 
 

@@ -41,10 +41,15 @@ def slstm(
     """
     state = (None,) * 4 if state is None else tuple(a.astype(jnp.float32) for a in state)
     tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale)
-    h, *state = differentiable(
-        _forward, _backward, tensors, _alone, exp_forget=forget_gate == "exp",
-        clip=recurrent_gradient_clip or 0.0, interpret=machine.interpreted(),
-    )  # fmt: skip
+    options = {
+        "exp_forget": forget_gate == "exp", "clip": recurrent_gradient_clip or 0.0,
+        "interpret": machine.interpreted(),
+    }  # fmt: skip
+
+    def run(*tensors):
+        return differentiable(_forward, _backward, tensors, _alone, **options)
+
+    h, *state = machine.over_devices(run, tensors, whole=(1, 2))
     return h, tuple(state)
 
 
