@@ -4,6 +4,7 @@ all else. Dtypes by name."""
 import functools
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CHUNKS = (16, 32, 64, 128, 256, 512)
 _HOPPER = 232_448  # bytes of shared memory
 # Tiles found by benchmarks/tune_torch.py for bfloat16 on an H200. Of `attend`: rows L, columns LN,
 # a slice BS of the border product, stages, warps; by role and sizes as powers of two.
@@ -37,6 +38,15 @@ _STATES = (
 def power(n, least=16):
     """The power of two that holds n; products want 16."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def unsupported(K, V, chunk_size):
+    """Why no tiles serve heads of these sizes or chunks of this many steps, or None."""
+    if K > 512 or V > 1024:
+        return f"it takes up to 512 key and 1024 value dimensions a head, not {K} and {V}"
+    if chunk_size not in (None, *_CHUNKS):
+        return f"its chunk sizes are {', '.join(map(str, _CHUNKS))}, not {chunk_size}"
+    return None
 
 
 @functools.cache

@@ -15,22 +15,12 @@ from keras_xlstm.backends.jax import differentiable, machine
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import NEVER, carried, holds_something, reported
 
-_CHUNKS = (16, 32, 64, 128, 256, 512)
-
 
 def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these arrays (None: here at all), or None."""
     if q is None:
         return machine.missing()
-    reason = machine.unsupported(q)
-    if reason is None and (q.shape[-1] > 512 or v.shape[-1] > 1024):
-        reason = (
-            "it takes up to 512 key and 1024 value dimensions a head, not "
-            f"{q.shape[-1]} and {v.shape[-1]}"
-        )
-    if reason is None and chunk_size not in (None, *_CHUNKS):
-        reason = f"its chunk sizes are {', '.join(map(str, _CHUNKS))}, not {chunk_size}"
-    return reason
+    return machine.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
