@@ -38,9 +38,37 @@ def test_sizes(D, dtype, rng):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize(("B", "D"), [(16, 128), (1, 100), (2100, 64)])
+@pytest.mark.parametrize(
+    ("B", "D"),
+    [(16, 128), (1, 100), (2100, 64), (16, 192), (9, 256), (70, 330), (3, 768), (17, 1024)],
+)
 def test_large(B, D, rng):
     check(sLSTMCase(rng, B=B, T=70, H=2, D=D), "bfloat16")
+
+
+# Heads that several programs share on a GPU, in rounds of heads and rows: `processors` at once.
+# By the interpreter, whose programs cannot wait for each other, one has all of a head.
+
+
+@pytest.mark.parametrize("processors", [13, 30, 132] if GPU else [1])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shared_heads(dtype, processors, rng, monkeypatch):
+    monkeypatch.setattr(kernels.machine, "processors", lambda: processors)
+    check(sLSTMCase(rng, B=35, T=50 if GPU else 3, H=2, D=140), dtype)
+
+
+def test_shared_heads_with_all_options(rng):
+    mask, ids = make_mask("holes", 4, 9, rng), make_segments("returning", 4, 9, rng)
+    case = sLSTMCase(rng, B=4, T=9, H=1, D=130)
+    scale = rng.integers(0, 2, case.inputs["h"].shape) * 2.0
+    check(
+        case, "bfloat16", mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
+        recurrent_gradient_clip=0.2,
+    )  # fmt: skip
+
+
+def test_one_step_of_shared_heads(rng):
+    check(sLSTMCase(rng, B=2, T=1, H=1, D=130), "bfloat16")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -105,9 +133,12 @@ def test_fit(rng):
     np.testing.assert_allclose(losses(True), losses(False), rtol=1e-3 if GPU else 1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_lowers_for_cuda_without_a_gpu(dtype, monkeypatch):
-    B, T, H, D = 16, 300, 3, 64
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [("bfloat16", 64), ("float16", 64), ("float32", 64), ("bfloat16", 192), ("float16", 768)],
+)
+def test_lowers_for_cuda_without_a_gpu(dtype, D, monkeypatch):
+    B, T, H = 16, 300, 3
     shapes = [(B, T, 4, H, D), (H, D, 4, D), (4, H, D), *[(B, H, D)] * 4, *[(B, T)] * 2]
     dtypes = [dtype, *["float32"] * 6, "bool", "bool"]
     arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]

@@ -4,14 +4,14 @@ Pallas is imported on the first call.
 """
 
 import dataclasses
+import functools
 import importlib
 
 import jax.numpy as jnp
+from jax import lax
 from keras_xlstm.backends.jax import differentiable, machine
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import carried, reported
-
-_ROWS = 8  # of a program
 
 
 def unsupported(x=None):
@@ -19,16 +19,38 @@ def unsupported(x=None):
     if x is None:
         return machine.missing()
     reason = machine.unsupported(x)
-    if reason is None and not _fits(power(x.shape[-1]), x.dtype):
-        most = next(D for D in (128, 64, 32, 16, 0) if _fits(D, x.dtype))
-        reason = f"it takes up to {most} units a head in {x.dtype.name} here, not {x.shape[-1]}"
-    return reason
+    D, dtype = x.shape[-1], x.dtype
+    if reason is not None or _whole(D, dtype):
+        return reason
+    cut = _split(D, dtype)
+    if not cut:
+        most = next(most for most in (*range(1024, 0, -64), 32, 16) if _rows(most, dtype))
+        return f"it takes up to {most} units a head in {dtype.name} here, not {D}"
+    if cut["tiles"] > machine.processors():
+        return (
+            f"the {cut['tiles']} programs of a head of {D} units wait for each other, and only "
+            f"{machine.processors()} run at once on this device"
+        )
+    return None
 
 
-def _fits(D, dtype):
+def _whole(D, dtype):
     """Whether one program can hold the recurrent kernel of a head; float32's is there in parts."""
-    needed = (4 * D * D * dtype.itemsize + 16 * D * _ROWS) * dtype.itemsize // 2
+    D = power(D)
+    needed = (4 * D * D * dtype.itemsize + 16 * D * 8) * dtype.itemsize // 2
     return D <= (64 if dtype.name == "float32" else 128) and needed <= machine.shared_memory()
+
+
+def _split(D, dtype, BB=8):
+    """How several programs share a head, a program in products of KR units; or None: it does not
+    fit, or native is faster (float32 backwards)."""
+    D = -(-D // 64) * 64
+    BU = D if machine.interpreted() else 16  # the interpreter's programs cannot wait
+    # The recurrent kernel, and the gate gradients of all units.
+    needed = 4 * D * (16 + BB) * dtype.itemsize
+    if D > 1024 or dtype.itemsize > 2 or needed > machine.shared_memory():
+        return None
+    return {"D": D, "BU": BU, "KR": min(D & -D, 256), "tiles": D // BU}
 
 
 def slstm(
@@ -49,8 +71,60 @@ def slstm(
     def run(*tensors):
         return differentiable(_forward, _backward, tensors, _alone, **options)
 
-    h, *state = machine.over_devices(run, tensors, whole=(1, 2))
+    def in_rounds(*tensors):
+        return _in_rounds(run, tensors)
+
+    h, *state = machine.over_devices(in_rounds, tensors, whole=(1, 2))
     return h, tuple(state)
+
+
+def _in_rounds(run, tensors):
+    """run(*tensors), for as many heads and rows at a time as the device runs at once: programs
+    that wait for each other. One round after another, forward and backward."""
+    x = tensors[0]
+    B, _, _, H, D = x.shape
+    if _whole(D, x.dtype) or not isinstance(B, int):
+        return run(*tensors)
+    together = max(1, machine.processors() // _split(D, x.dtype)["tiles"])
+    heads = max(n for n in range(1, H + 1) if H % n == 0 and n <= together)
+    rows = together // heads * _rows(D, x.dtype)[-1]
+    if heads < H:
+        axes = (3, 0, 1, *(1,) * 4, None, None, 1)
+        run = functools.partial(_mapped, run, axes, H // heads, 2)
+    if B <= rows:
+        return run(*tensors)
+    axes, rounds = (0, None, None, *(0,) * 7), -(-B // rows)
+    more = rounds * -(-B // rounds) - B
+    tensors = [
+        t if t is None or axis is None else jnp.pad(t, [(0, more)] + [(0, 0)] * (t.ndim - 1))
+        for t, axis in zip(tensors, axes, strict=True)
+    ]
+    return [y[:B] for y in _mapped(run, axes, rounds, 0, *tensors)]
+
+
+def _rows(D, dtype):
+    """How many rows a program may have."""
+    return (8,) if _whole(D, dtype) else [BB for BB in (8, 16, 32) if _split(D, dtype, BB)]
+
+
+def _mapped(run, axes, count, axis_of_h, *tensors):
+    """run, for `count` parts of the tensors along `axes`; None: whole."""
+    parts = [None] * len(tensors)
+    for j, (t, axis) in enumerate(zip(tensors, axes, strict=True)):
+        if t is not None and axis is not None:
+            cut = jnp.reshape(t, (*t.shape[:axis], count, -1, *t.shape[axis + 1 :]))
+            parts[j] = jnp.moveaxis(cut, axis, 0)
+
+    def part(parts):
+        given = [t if cut is None else cut for t, cut in zip(tensors, parts, strict=True)]
+        return run(*given)
+
+    def joined(y, axis):
+        y = jnp.moveaxis(y, 0, axis)
+        return jnp.reshape(y, (*y.shape[:axis], -1, *y.shape[axis + 2 :]))
+
+    h, *state = lax.map(part, parts)
+    return joined(h, axis_of_h), *(joined(y, min(axis_of_h, 1)) for y in state)
 
 
 def _kernels():
@@ -70,10 +144,20 @@ class _Sizes:
     interpret: bool
 
     def __post_init__(self):
-        # A batch without a size yet is only asked for shapes.
-        self.BB = _ROWS if isinstance(self.given_B, int) else 1
-        self.B = -(-self.given_B // self.BB) * self.BB
-        self.D = power(self.given_D)
+        D, dtype = self.given_D, jnp.dtype(self.dtype)
+        self.split = not _whole(D, dtype)
+        cut = {"D": power(D), "BU": power(D), "KR": power(D), "tiles": 1}
+        cut = _split(D, dtype) if self.split else cut
+        self.D, self.BU, self.KR, self.tiles = cut.values()
+        # Few rows are less work at each step, as long as all programs are on the device. (A batch
+        # without a size yet is only asked for shapes.)
+        for BB in _rows(D, dtype) if isinstance(self.given_B, int) else (1,):
+            self.BB, self.B = BB, -(-self.given_B // BB) * BB
+            if self.B // BB * self.H * self.tiles <= machine.processors():
+                break
+        self.warps = 4 if self.split and D <= 256 else 8
+        # Backwards: columns of the recurrent kernel, and those of one product.
+        self.turned, self.back = (self.D, self.KR) if self.split else (4 * self.D, 2 * self.D)
         self.precision = machine.precision(self.dtype)
 
     def padded(self, x, axes=(0, -1)):
@@ -92,10 +176,35 @@ class _Sizes:
         return None if x is None else self.padded(x.astype(jnp.int32), (0,))
 
     def kernel(self, R):
-        """(H, D, 4, D) to (H, 4 D, D): gate and out, in."""
+        """(H, D, 4, D) to (H, programs, 4 BU, D): gate and out, in."""
+        R = jnp.transpose(self._whole_kernel(R), (0, 3, 2, 1))
+        return self._tiles(jnp.swapaxes(R, 1, 2))
+
+    def turned_kernel(self, R):
+        """To (H, programs, 4 BU, D): gate and in, out; or (H, 1, D, 4 D): in, gate and out."""
+        R = self._whole_kernel(R)
+        if not self.split:
+            return jnp.reshape(R, (self.H, 1, self.D, 4 * self.D))
+        return self._tiles(jnp.swapaxes(R, 1, 2))
+
+    def _whole_kernel(self, R):
         more = self.D - self.given_D
-        R = jnp.pad(R.astype(self.dtype), ((0, 0), (0, more), (0, 0), (0, more)))
-        return jnp.reshape(jnp.transpose(R, (0, 2, 3, 1)), (self.H, 4 * self.D, self.D))
+        return jnp.pad(R.astype(self.dtype), ((0, 0), (0, more), (0, 0), (0, more)))
+
+    def _tiles(self, R):
+        """(H, 4, D, D), of which each program has BU rows of each gate."""
+        R = jnp.reshape(R, (self.H, 4, self.tiles, self.BU, self.D))
+        return jnp.reshape(jnp.swapaxes(R, 1, 2), (self.H, self.tiles, 4 * self.BU, self.D))
+
+    def missing(self, *shape):
+        """What programs wait for."""
+        bits = jnp.full(shape, _kernels().MISSING, f"int{8 * jnp.dtype(self.dtype).itemsize}")
+        return lax.bitcast_convert_type(bits, jnp.dtype(self.dtype))
+
+    def before(self, first):
+        """h before the first step, (B, 1, H, D)."""
+        h = first["h0"] if first else jnp.zeros((self.B, self.H, self.D))
+        return h.astype(self.dtype)[:, None]
 
 
 def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, interpret, keep):
@@ -108,9 +217,13 @@ def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, interpret, keep
         first = {f"{k}0": s.padded(a) for k, a in zip("hcnm", values, strict=True)}
     flags = s.flags(hold), s.flags(reset)
     scale = None if scale is None else s.padded(scale.astype(jnp.float32))
-    got = _kernels().forward(s, s.padded(x), s.kernel(R), bias, *flags, scale, first, keep)
+    h = None
+    if s.split:
+        h = jnp.concatenate([s.before(first), s.missing(s.B, T, H, s.D)], axis=1)
+    got = _kernels().forward(s, s.padded(x), s.kernel(R), bias, *flags, scale, first, keep, h)
+    h = got["h"][:, 1:] if s.split else got["h"]
     last = [s.given(got[name]) for name in ("h1", "c1", "n1", "m1")]
-    return s, got, first, flags, scale, (s.given(got["h"]), *last[:3], reported(last[3]))
+    return s, got, first, flags, scale, (s.given(h), *last[:3], reported(last[3]))
 
 
 def _alone(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, clip, interpret):
@@ -132,22 +245,27 @@ def _backward(residuals, gradients, exp_forget, clip, interpret):
     s = _Sizes(B, T, H, D, dh.dtype.name, exp_forget, interpret)
     last = dict(zip(("dh1", "dc1", "dn1"), map(s.padded, (dh_last, dc_last, dn_last)), strict=True))
     state = {name: first[name] for name in ("c0", "n0")} if first else {}
-    turned = jnp.swapaxes(s.kernel(R), 1, 2)
+    dx = None
+    if s.split:
+        nothing = jnp.zeros((s.B, 1, 4, H, s.D), dh.dtype)
+        dx = jnp.concatenate([s.missing(s.B, T, 4, H, s.D), nothing], axis=1)
     got = _kernels().backward(
-        s, s.padded(dh), kept["saved"], turned, *flags, scale, state, last, clip, dh.dtype
-    )
-    h = kept["h"]
-    before = first["h0"].astype(h.dtype) if first else jnp.zeros_like(h[:, 0])
-    h_in = jnp.concatenate([before[:, None], h[:, :-1]], axis=1)
+        s, s.padded(dh), kept["saved"], s.turned_kernel(R), *flags, scale, state, last, clip,
+        dh.dtype, dx,
+    )  # fmt: skip
+    dx = got["dx"][:, :T]
+    h_in = kept["h"][:, :T]
+    if not s.split:
+        h_in = jnp.concatenate([s.before(first), h_in[:, :-1]], axis=1)
     if flags[1] is not None:
-        h_in = jnp.where(flags[1][:, :, None, None] != 0, jnp.zeros((), h.dtype), h_in)
+        h_in = jnp.where(flags[1][:, :, None, None] != 0, jnp.zeros((), h_in.dtype), h_in)
     if scale is not None:
-        h_in = (h_in * scale[:, None]).astype(h.dtype)
+        h_in = (h_in * scale[:, None]).astype(dh.dtype)
     dR = jnp.einsum(
-        "bthd,btghe->hdge", h_in, got["dx"], precision=s.precision,
+        "bthd,btghe->hdge", h_in, dx, precision=s.precision,
         preferred_element_type=jnp.float32,
     )[:, :D, :, :D].astype(R.dtype)  # fmt: skip
-    dx = s.given(got["dx"])
+    dx = s.given(dx)
     dbias = None
     if bias is not None:
         dbias = jnp.sum(dx.astype(jnp.float32), (0, 1)).astype(bias.dtype)

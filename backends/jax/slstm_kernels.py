@@ -1,10 +1,15 @@
-"""The sLSTM in Pallas: a program takes some rows and all units of a head through time.
+"""The sLSTM in Pallas: a program takes some rows and units of a head through time.
 
-As backends/torch/slstm_whole.py: h, c, n, m never leave its registers. Tiles are (D units, BB
-rows): few rows are then the narrow side of the tensor cores. Arrays come padded (slstm.py), so no
-kernel masks: x (B, T, 4, H, D), h (B, T, H, D), states (B, H, D), flags (B, T), the recurrent
-kernel (H, 4 D, D) [gate and out, in] and turned. `saved` (7, B, T, H, D): i, f, z, o as they act,
-c, n, and the slope of f.
+A head of up to 128 units is one program's: h, c, n, m never leave its registers. Larger heads are
+several programs', BU units each, which exchange h, and backwards the gate gradients, through the
+output itself at every step: it begins as MISSING, a NaN that no arithmetic makes, and a reader
+repeats its loads until none is left. All programs of a launch must be on the device at once.
+
+Tiles are (units, BB rows): few rows are then the narrow side of the tensor cores. Arrays come
+padded (slstm.py), so no kernel masks: x (B, T, 4, H, D), h (B, T, H, D), states (B, H, D), flags
+(B, T), the recurrent kernel (H, programs, 4 BU, D) [gate and out, in], backwards [gate and in,
+out] or, of whole heads, (H, 1, D, 4 D). `saved` (7, B, T, H, D): i, f, z, o as they act, c, n, and
+the slope of f. What is exchanged has a step more: before the first, or after the last.
 """
 
 import functools
@@ -12,8 +17,11 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from keras_xlstm.backends.jax.tools import dot, launch, loop, output
+from jax.experimental.pallas import triton as plt
+from keras_xlstm.backends.jax.tools import div, dot, launch, loop, output
 from keras_xlstm.backends.parts import NEVER
+
+MISSING = -1  # as a whole number
 
 
 def _tanh(x):
@@ -55,104 +63,177 @@ def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope):
     return (di, df, dz, do), f * dc, f * dn
 
 
-def _rows(BB):
-    return pl.ds(pl.program_id(0) * BB, BB), pl.program_id(1)
+def _place(s):
+    """Rows, head, the program's number in the head, its units."""
+    tile = pl.program_id(0)
+    rows = pl.ds(pl.program_id(1) * s.BB, s.BB)
+    return rows, pl.program_id(2), tile, pl.ds(tile * s.BU, s.BU)
+
+
+def _received(places):
+    """Tiles that other programs write, as soon as all of all of them is there."""
+
+    def load():
+        tiles = [plt.load(place, volatile=True) for place in places]
+        return [lax.bitcast_convert_type(tile, f"int{8 * tile.dtype.itemsize}") for tile in tiles]
+
+    def missing(tiles):
+        there = [jnp.min((tile != MISSING).astype(jnp.int32)) for tile in tiles]
+        return functools.reduce(jnp.minimum, there) == 0
+
+    tiles = lax.while_loop(missing, lambda _: load(), load())
+    return [lax.bitcast_convert_type(a, b.dtype) for a, b in zip(tiles, places, strict=True)]
+
+
+def _published(x, dtype):
+    """In the dtype of the exchange, never MISSING."""
+    return jnp.where(x == x, x, jnp.nan).astype(dtype)
+
+
+def _pieces(s):
+    return [pl.ds(start, s.KR) for start in range(0, s.D, s.KR)]
 
 
 def _flag(flags, rows, t):
     return None if flags is None else (flags[rows, t] != 0)[None, :]
 
 
-def forward(s, x, R, bias, hold, reset, scale, first, keep):
-    """`bias` (4, H, D) in float32, or None; `first` {} or h0, c0, n0, m0.
+def forward(s, x, R, bias, hold, reset, scale, first, keep, h):
+    """`bias` (4, H, D) in float32, or None; `first` {} or h0, c0, n0, m0; `h` (B, T + 1, H, D):
+    what is exchanged, the h before the first step and then MISSING, or None: h stays here.
 
-    Returns a dict: h, the last h1, c1, n1, m1 and, if `keep`, saved.
+    Returns a dict: h (as given, or (B, T, H, D)), the last h1, c1, n1, m1 and, if `keep`, saved.
     """
+    shift = 0 if h is None else 1
 
     def kernel(
-        x, R, h, h1, c1, n1, m1, bias=None, hold=None, reset=None, scale=None, saved=None, **first
-    ):
-        rows, head = _rows(s.BB)
-        weights = R[head, :, :]
+        x, R, h, h1, c1, n1, m1, bias=None, hold=None, reset=None, scale=None, saved=None,
+        h_given=None, **first,
+    ):  # fmt: skip
+        rows, head, tile, units = _place(s)
         product = functools.partial(dot, precision=s.precision)
-        factor = None if scale is None else scale[rows, head, :].T
-
-        biases = None if bias is None else [bias[gate, head, :][:, None] for gate in range(4)]
+        pieces = _pieces(s)
+        weights = [R[head, tile, :, piece] for piece in pieces]
+        factors = [None] * len(pieces)
+        if scale is not None:
+            factors = [scale[rows, head, piece].T for piece in pieces]
+        biases = None if bias is None else [bias[gate, head, units][:, None] for gate in range(4)]
 
         def gates(t):
-            return tuple(x[rows, t, gate, head, :].T for gate in range(4))
+            return tuple(x[rows, t, gate, head, units].T for gate in range(4))
+
+        def recurrent(t, h_old, starts):
+            g = jnp.zeros((4 * s.BU, s.BB), jnp.float32)
+            tiles = [h_old]
+            if shift:
+                tiles = _received([h.at[rows, t, head, piece] for piece in pieces])
+                tiles = [tile.T for tile in tiles]
+            for w, h_in, factor in zip(weights, tiles, factors, strict=True):
+                h_in = h_in if starts is None else jnp.where(starts, 0.0, h_in)
+                h_in = h_in if factor is None else h_in * factor
+                g += product(w, h_in.astype(w.dtype), (1, 0))
+            return lax.split(g, (s.BU,) * 4, 0)
 
         def step(t, carry):
             (h_old, c_old, n_old, m_old), given = carry
-            h_in, m_in, starts = h_old, m_old, _flag(reset, rows, t)
+            m_in, starts = m_old, _flag(reset, rows, t)
             if starts is not None:
-                h_in, m_in = jnp.where(starts, 0.0, h_in), jnp.where(starts, NEVER, m_in)
-            h_in = h_in if factor is None else h_in * factor
-            g = lax.split(product(weights, h_in.astype(weights.dtype), (1, 0)), (s.D,) * 4, 0)
+                m_in = jnp.where(starts, NEVER, m_in)
+            g = recurrent(t, h_old, starts)
             g = [a + b.astype(jnp.float32) for a, b in zip(g, given, strict=True)]
             g = g if biases is None else [a + b for a, b in zip(g, biases, strict=True)]
-            # The next step's inputs arrive while this one is computed.
-            given = gates(jnp.minimum(t + 1, s.T - 1))
+            if not shift:  # The next step's inputs arrive while this one is computed,
+                given = gates(jnp.minimum(t + 1, s.T - 1))
             *new, kept = _cell(*g, c_old, n_old, m_in, s.exp_forget)
             held = _flag(hold, rows, t)
             if held is not None:
                 old = h_old, c_old, n_old, m_old
                 new = [jnp.where(held, a, b) for a, b in zip(old, new, strict=True)]
                 kept = *kept[:4], new[1], new[2], *kept[6:]
-            h[rows, t, head, :] = new[0].T.astype(h.dtype)
+            value = _published(new[0], h.dtype) if shift else new[0].astype(h.dtype)
+            h[rows, t + shift, head, units] = value.T
+            if shift:  # or while programs wait for each other.
+                given = gates(jnp.minimum(t + 1, s.T - 1))
             if saved is not None:
                 for plane, value in enumerate(kept):
-                    saved[plane, rows, t, head, :] = value.T
+                    saved[plane, rows, t, head, units] = value.T
             return tuple(new), given
 
         if first:
-            state = tuple(first[name][rows, head, :].T for name in ("h0", "c0", "n0", "m0"))
+            state = tuple(first[name][rows, head, units].T for name in ("h0", "c0", "n0", "m0"))
         else:
-            zero = jnp.zeros((s.D, s.BB), jnp.float32)
+            zero = jnp.zeros((s.BU, s.BB), jnp.float32)
             state = zero, zero, zero, zero + NEVER
         state, _ = loop(0, s.T, step, (state, gates(0)))
         for reference, value in zip((h1, c1, n1, m1), state, strict=True):
-            reference[rows, head, :] = value.T
+            reference[rows, head, units] = value.T
 
-    inputs = {"x": x, "R": R, "bias": bias, "hold": hold, "reset": reset, "scale": scale, **first}
-    outputs = {"h": output((s.B, s.T, s.H, s.D), x.dtype)}
+    inputs = {"h_given": h, "x": x, "R": R, "bias": bias, "hold": hold, "reset": reset}
+    inputs |= {"scale": scale, **first}
+    outputs = {"h": output((s.B, s.T + shift, s.H, s.D), x.dtype)}
     outputs |= {name: output((s.B, s.H, s.D)) for name in ("h1", "c1", "n1", "m1")}
     if keep:
         outputs["saved"] = output((6 if s.exp_forget else 7, s.B, s.T, s.H, s.D))
+    return _launched(s, kernel, inputs, outputs, "slstm_forward", shift)
+
+
+def _launched(s, kernel, inputs, outputs, name, exchanges):
+    """The first input is the first output, if programs exchange it."""
     return launch(
-        kernel, inputs, outputs, (s.B // s.BB, s.H), "slstm_forward", s.interpret, num_warps=8,
-        num_stages=1,
+        kernel, inputs, outputs, (s.D // s.BU, s.B // s.BB, s.H), name, s.interpret,
+        aliases={0: 0} if exchanges else None, num_warps=s.warps, num_stages=1,
     )  # fmt: skip
 
 
-def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype):
-    """`R` turned; `first`: {} or c0, n0; `last`: dh1, dc1, dn1.
+def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype, dx):
+    """`R` turned; `first`: {} or c0, n0; `last`: dh1, dc1, dn1; `dx` (B, T + 1, 4, H, D): what is
+    exchanged, MISSING and then zero, or None.
 
-    Returns a dict: dx, dh0, dc0, dn0.
+    Returns a dict: dx (as given, or (B, T, 4, H, D)), dh0, dc0, dn0.
     """
+    exchanges = dx is not None
 
     def kernel(
-        dh, saved, R, dh1, dc1, dn1, dx, dh0, dc0, dn0, hold=None, reset=None, scale=None, **first
-    ):
-        rows, head = _rows(s.BB)
+        dh, saved, R, dh1, dc1, dn1, dx, dh0, dc0, dn0, hold=None, reset=None, scale=None,
+        dx_given=None, **first,
+    ):  # fmt: skip
+        rows, head, tile, units = _place(s)
         product = functools.partial(dot, precision=s.precision)
         # Two gates each: of all four at once, registers would not do.
-        R_if, R_zo = R[head, :, pl.ds(0, 2 * s.D)], R[head, :, pl.ds(2 * s.D, 2 * s.D)]
-        factor = None if scale is None else scale[rows, head, :].T
+        weights = [R[head, tile, :, pl.ds(start, s.back)] for start in range(0, s.turned, s.back)]
+        factor = None if scale is None else scale[rows, head, units].T
 
         def plane(number, t):
-            return saved[number, rows, t, head, :].T
+            return saved[number, rows, t, head, units].T
 
         def before(number, name, t):
             value = plane(number, jnp.maximum(t - 1, 0))
-            other = first[name][rows, head, :].T if first else 0.0
+            other = first[name][rows, head, units].T if first else 0.0
             return jnp.where(t > 0, value, other)
 
-        def from_next(d_if, d_zo, t):
+        def received(t):
+            """The products of every gate's weights and every gate's gradients: (4 BU, 4 BB), of
+            which those of one and the same gate are wanted. For BU alone, the tensor cores would
+            be as busy."""
+            back = jnp.zeros((4 * s.BU, 4 * s.BB), jnp.float32)
+            tiles = _received([dx.at[rows, t, :, head, piece] for piece in _pieces(s)])
+            for w, d in zip(weights, tiles, strict=True):
+                d = jnp.reshape(jnp.transpose(d, (2, 1, 0)), (s.KR, 4 * s.BB))
+                back += product(w, d, (1, 0))
+            gates = [lax.broadcasted_iota(jnp.int32, back.shape, axis) for axis in (0, 1)]
+            same = div(gates[0], s.BU) == div(gates[1], s.BB)
+            back = jnp.reshape(jnp.where(same, back, 0.0), (4, s.BU, 4, s.BB))
+            return jnp.sum(jnp.sum(back, 2), 0)
+
+        def from_next(d, t):
             """What h of step t hears from the gates of the step after: a held step's are zero."""
-            back = [product(R_if, d_if, (1, 0)), product(R_zo, d_zo, (1, 0))]
-            # Not a plain sum, which would keep all else in the tensor core's layout.
-            back = jnp.sum(jnp.stack(back, -1), -1)
+            if exchanges:
+                back = received(t + 1)
+            else:
+                pairs = zip(weights, d, strict=True)
+                back = [product(w, part, (1, 0)) for w, part in pairs]
+                # Not a plain sum, which would keep all else in the tensor core's layout.
+                back = jnp.sum(jnp.stack(back, -1), -1)
             back = back if factor is None else back * factor
             if clip:
                 back = jnp.minimum(jnp.maximum(back, -clip), clip)
@@ -162,17 +243,17 @@ def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype):
         def load(t):
             # As they act: i, f, z, o and the slope; c and n before the step.
             return (
-                dh[rows, t, head, :].T.astype(jnp.float32),
+                dh[rows, t, head, units].T.astype(jnp.float32),
                 *(plane(number, t) for number in (0, 1, 2, 3)),
                 *(() if s.exp_forget else (plane(6, t),)),
                 before(4, "c0", t), before(5, "n0", t),
             )  # fmt: skip
 
         def step(j, carry):
-            kept, dc, dn, d_if, d_zo, c, n, given = carry
+            kept, dc, dn, d, c, n, given = carry
             t = jnp.int32(s.T - 1) - j
             upstream, i, f, z, o, *slope, c_in, n_in = given
-            total = from_next(d_if, d_zo, t) + kept + upstream
+            total = from_next(d, t) + kept + upstream
             d, new_dc, new_dn = _cell_gradient(
                 total, dc, dn, c, n, c_in, n_in, i, f, z, o, slope[0] if slope else None
             )
@@ -182,29 +263,29 @@ def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype):
                 d = [jnp.where(held, 0.0, a) for a in d]
                 new_dc, new_dn = jnp.where(held, dc, new_dc), jnp.where(held, dn, new_dn)
                 kept = jnp.where(held, total, 0.0)
-            d = [a.astype(dtype) for a in d]
+            d = [_published(a, dtype) if exchanges else a.astype(dtype) for a in d]
             for gate in range(4):
-                dx[rows, t, gate, head, :] = d[gate].T
-            d_if, d_zo = (
-                jnp.reshape(jnp.transpose(jnp.stack(pair, -1), (2, 0, 1)), (2 * s.D, s.BB))
-                for pair in (d[:2], d[2:])
-            )
-            return kept, new_dc, new_dn, d_if, d_zo, c_in, n_in, load(jnp.maximum(t - 1, 0))
+                dx[rows, t, gate, head, units] = d[gate].T
+            if exchanges:
+                d = ()
+            else:
+                d = tuple(
+                    jnp.reshape(jnp.transpose(jnp.stack(pair, -1), (2, 0, 1)), (s.back, s.BB))
+                    for pair in (d[:2], d[2:])
+                )
+            return kept, new_dc, new_dn, d, c_in, n_in, load(jnp.maximum(t - 1, 0))
 
-        start = [reference[rows, head, :].T for reference in (dh1, dc1, dn1)]
-        nothing = jnp.zeros((2 * s.D, s.BB), dtype)
+        start = [reference[rows, head, units].T for reference in (dh1, dc1, dn1)]
+        nothing = () if exchanges else (jnp.zeros((s.back, s.BB), dtype),) * 2
         end = jnp.int32(s.T - 1)
-        carry = (*start, nothing, nothing, plane(4, end), plane(5, end), load(end))
-        kept, dc, dn, d_if, d_zo, *_ = loop(0, s.T, step, carry)
-        dh0[rows, head, :] = (from_next(d_if, d_zo, jnp.int32(-1)) + kept).T
-        dc0[rows, head, :] = dc.T
-        dn0[rows, head, :] = dn.T
+        carry = (*start, nothing, plane(4, end), plane(5, end), load(end))
+        kept, dc, dn, d, *_ = loop(0, s.T, step, carry)
+        dh0[rows, head, units] = (from_next(d, jnp.int32(-1)) + kept).T
+        dc0[rows, head, units] = dc.T
+        dn0[rows, head, units] = dn.T
 
-    inputs = {"dh": dh, "saved": saved, "R": R, **last, "hold": hold, "reset": reset}
-    inputs |= {"scale": scale, **first}
-    outputs = {"dx": output((s.B, s.T, 4, s.H, s.D), dtype)}
+    inputs = {"dx_given": dx, "dh": dh, "saved": saved, "R": R, **last, "hold": hold}
+    inputs |= {"reset": reset, "scale": scale, **first}
+    outputs = {"dx": output((s.B, s.T + exchanges, 4, s.H, s.D), dtype)}
     outputs |= {name: output((s.B, s.H, s.D)) for name in ("dh0", "dc0", "dn0")}
-    return launch(
-        kernel, inputs, outputs, (s.B // s.BB, s.H), "slstm_backward", s.interpret, num_warps=8,
-        num_stages=1,
-    )  # fmt: skip
+    return _launched(s, kernel, inputs, outputs, "slstm_backward", exchanges)
