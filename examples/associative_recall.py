@@ -1,0 +1,135 @@
+"""Multi-query associative recall (MQAR, arXiv 2312.04927): pairs of keys and values, then the keys
+again in any order at any place, each to be answered with its value. What a memory can hold.
+
+python examples/associative_recall.py                       # 4, 8, 16 pairs, small: minutes
+python examples/associative_recall.py --vocabulary 8192 --length 256 --pairs 16 --steps 12500 \\
+    --batch 512 --seeds 3 --rates 1e-2 2e-3 5e-4            # the paper's third task
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import pathlib
+import time
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], help="Keras's")
+parser.add_argument("--models", nargs="+", help="some of mlstm xlstm slstm lstm transformer")
+parser.add_argument("--vocabulary", type=int, default=64)
+parser.add_argument("--length", type=int, default=64, help="symbols of a string")
+parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16], help="one run for each")
+parser.add_argument("--width", type=int, default=64)
+parser.add_argument("--steps", type=int, default=600)
+parser.add_argument("--batch", type=int, default=64)
+parser.add_argument("--seeds", type=int, default=1)
+parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates, swept")
+parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/associative_recall"))
+args = parser.parse_args()
+os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+from keras import layers
+from matplotlib.figure import Figure
+
+from keras_xlstm.models import xLSTMStack
+
+
+def generate(count, pairs, rng):
+    """Strings, and the values to answer with (-1: nothing is asked)."""
+    half, length = args.vocabulary // 2, args.length
+    keys = rng.permuted(np.tile(np.arange(1, half), (count, 1)), axis=1)[:, :pairs]
+    values = rng.integers(half, args.vocabulary, (count, pairs))
+    x, y = np.zeros((count, length), "int32"), np.full((count, length), -1, "int32")
+    x[:, 0 : 2 * pairs : 2], x[:, 1 : 2 * pairs : 2] = keys, values
+    places = rng.permuted(np.tile(np.arange(2 * pairs, length), (count, 1)), axis=1)[:, :pairs]
+    np.put_along_axis(x, places, keys, 1)
+    np.put_along_axis(y, places, values, 1)
+    return x, y
+
+
+class Strings(keras.utils.PyDataset):
+    """Fresh strings for every step: nothing can be learnt by heart."""
+
+    def __init__(self, pairs, seed):
+        super().__init__()
+        self.pairs, self.seed = pairs, seed
+
+    def __len__(self):
+        return args.steps
+
+    def __getitem__(self, index):
+        return generate(args.batch, self.pairs, np.random.default_rng((self.seed, index)))
+
+
+def stack(pattern):
+    return lambda x: xLSTMStack(x.shape[-1], 2, 2, pattern=pattern)(x)
+
+
+def lstm(x):
+    for _ in range(2):
+        x = layers.LSTM(x.shape[-1], return_sequences=True)(x)
+    return x
+
+
+def transformer(x):
+    width = x.shape[-1]
+    x += layers.Embedding(args.length, width)(keras.ops.arange(args.length))
+    for _ in range(2):
+        y = layers.LayerNormalization()(x)
+        x += layers.MultiHeadAttention(2, width // 2)(y, y, use_causal_mask=True)
+        y = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
+        x += layers.Dense(width)(y)
+    return layers.LayerNormalization()(x)
+
+
+MODELS = {  # and how wide beside --width, for parameters about equal
+    "mlstm": (1, stack("1:0")), "xlstm": (1, stack("1:1")), "slstm": (1.25, stack("0:1")),
+    "lstm": (1.25, lstm), "transformer": (1, transformer),
+}  # fmt: skip
+
+
+def train(name, pairs, seed, rate):
+    keras.utils.set_random_seed(seed)
+    factor, body = MODELS[name]
+    width = round(args.width * factor / 4) * 4
+    inputs = keras.Input((args.length,), dtype="int32")
+    h = body(layers.Embedding(args.vocabulary, width)(inputs))
+    model = keras.Model(inputs, layers.Dense(args.vocabulary)(h), name=name)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, args.steps, warmup_target=rate, warmup_steps=args.steps // 10
+    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=1.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    model.compile(optimizer, loss)
+    model.fit(Strings(pairs, seed))
+    x, y = generate(1000, pairs, np.random.default_rng(10**9))
+    found = model.predict(x, batch_size=100, verbose=0).argmax(-1)
+    return model.count_params(), np.mean(found[y >= 0] == y[y >= 0])
+
+
+args.out.mkdir(parents=True, exist_ok=True)
+axis = Figure(figsize=(7, 4), layout="constrained").subplots()
+for name, rate in itertools.product(args.models or MODELS, args.rates):
+    curve = []
+    for pairs in args.pairs:
+        right = []
+        for seed in range(args.seeds):
+            start = time.time()
+            print(f"{name}, {pairs} pairs, learning rate {rate}, seed {seed}", flush=True)
+            parameters, accuracy = train(name, pairs, seed, rate)
+            print(f"accuracy {accuracy:.3f}")
+            right.append(accuracy)
+            row = [name, parameters, args.vocabulary, args.length, pairs, rate, seed]
+            with open(args.out / "results.csv", "a", newline="") as file:
+                row += [round(accuracy, 4), args.steps, keras.backend.backend()]
+                csv.writer(file).writerow([*row, round(time.time() - start)])
+        curve.append(np.mean(right))
+    label = f"{name}, {parameters:,} parameters, rate {rate}"
+    axis.plot(args.pairs, curve, marker="o", label=label)
+axis.set(xscale="log", xticks=args.pairs, xticklabels=args.pairs, ylim=(0, 1.05))
+axis.set(xlabel=f"pairs in {args.length} symbols, {args.vocabulary} kinds", ylabel="accuracy")
+axis.legend()
+axis.figure.savefig(args.out / f"recall_{args.vocabulary}_{args.length}.png", dpi=150)
+print(f"wrote results.csv and the plot to {args.out}")

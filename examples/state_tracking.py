@@ -1,0 +1,174 @@
+"""State tracking: parity, and arithmetic modulo 5 without brackets, read far beyond the lengths
+trained on. Labels are the answers so far, at every symbol.
+
+python examples/state_tracking.py                             # parity, 5 models, minutes
+python examples/state_tracking.py --task modular --steps 10000 --seeds 3 --rates 1e-2 3e-3 1e-3
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import pathlib
+import time
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], help="Keras's")
+parser.add_argument("--task", choices=["parity", "modular"], default="parity")
+parser.add_argument("--models", nargs="+", help="some of slstm mlstm xlstm lstm transformer")
+parser.add_argument("--steps", type=int, default=1500, help="of 128 strings")
+parser.add_argument("--seeds", type=int, default=1)
+parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates, swept")
+parser.add_argument("--long", type=int, default=2048, help="the longest strings")
+parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/state_tracking"))
+args = parser.parse_args()
+os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+import tensorflow_datasets as tfds
+from keras import layers
+from matplotlib.figure import Figure
+
+from keras_xlstm.models import xLSTMStack
+
+CLASSES = {"parity": 2, "modular": 5}
+SYMBOLS = {"parity": 2, "modular": 8}  # modular: 0 to 4, then + - *
+
+
+def generate(task, length, rng):
+    """Symbols of a string, and after each the answer so far (-1: there is none)."""
+    if task == "parity":
+        symbols = rng.integers(0, 2, length)
+        return symbols, symbols.cumsum() % 2
+    symbols = rng.integers(0, 5, length)
+    symbols[1::2] = rng.integers(5, 8, length // 2)
+    answers, total, product = np.full(length, -1), 0, symbols[0]
+    for j in range(0, length, 2):  # products bind closer: the last one is still open
+        if j and symbols[j - 1] == 7:
+            product = product * symbols[j] % 5
+        elif j:
+            total, product = total + product, symbols[j] * (-1 if symbols[j - 1] == 6 else 1)
+        answers[j] = (total + product) % 5
+    return symbols, answers
+
+
+class FormalLanguages(tfds.core.GeneratorBasedBuilder):
+    """Strings with the answers along them: 20,000 to train on, longer ones to test."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CLASSES]  # noqa: RUF012
+
+    def _info(self):
+        sequence = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        features = tfds.features.FeaturesDict({"symbols": sequence, "answers": sequence})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        sizes = {"train": (20_000, 3, 40), "test": (1_000, 40, 256), "long": (100, 2048, 2048)}
+        return {name: self._generate_examples(*size) for name, size in sizes.items()}
+
+    def _generate_examples(self, count, shortest, longest):
+        rng = np.random.default_rng(longest)
+        for key in range(count):
+            length = rng.integers(shortest, longest + 1)
+            length -= length % 2 == 0 and self.builder_config.name == "modular"  # ends in a number
+            symbols, answers = generate(self.builder_config.name, length, rng)
+            yield key, {"symbols": symbols.astype("int32"), "answers": answers.astype("int32")}
+
+
+def read(split, longest):
+    builder = FormalLanguages(
+        config=args.task, data_dir=args.out / "data", file_format="array_record"
+    )
+    builder.download_and_prepare()
+    x, y = np.zeros((2, len(source := builder.as_data_source(split)), longest), "int32")
+    y -= 1
+    for row, example in enumerate(source):
+        length = min(longest, len(example["symbols"]))
+        x[row, :length], y[row, :length] = (example[k][:length] for k in ("symbols", "answers"))
+    return x, y
+
+
+def stack(pattern):
+    options = {"conv_kernel_size": 0, "recurrent_initializer": "orthogonal"}
+    return lambda x: xLSTMStack(x.shape[-1], 2, 2, pattern=pattern, slstm_options=options)(x)
+
+
+def lstm(x):
+    for _ in range(2):
+        x = layers.LSTM(x.shape[-1], return_sequences=True)(x)
+    return x
+
+
+def transformer(x):
+    for _ in range(2):  # the causal mask tells it the order, at any length
+        y = layers.LayerNormalization()(x)
+        x += layers.MultiHeadAttention(2, x.shape[-1] // 2)(y, y, use_causal_mask=True)
+        y = layers.Dense(4 * x.shape[-1], activation="gelu")(layers.LayerNormalization()(x))
+        x += layers.Dense(x.shape[-1])(y)
+    return layers.LayerNormalization()(x)
+
+
+MODELS = {  # width, for 31,500 to 35,800 parameters
+    "slstm": (44, stack("0:1")), "mlstm": (36, stack("1:0")), "xlstm": (38, stack("1:1")),
+    "lstm": (44, lstm), "transformer": (36, transformer),
+}  # fmt: skip
+
+
+def train(name, seed, rate, x, y):
+    keras.utils.set_random_seed(seed)
+    width, body = MODELS[name]
+    inputs = keras.Input((None,), dtype="int32")
+    h = body(layers.Embedding(SYMBOLS[args.task], width)(inputs))
+    model = keras.Model(inputs, layers.Dense(CLASSES[args.task])(h), name=name)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, args.steps, warmup_target=rate, warmup_steps=args.steps // 10
+    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.99, clipnorm=1.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    model.compile(optimizer, loss)
+    epochs = -(-args.steps * 128 // len(x))
+    model.fit(x, y, batch_size=128, epochs=epochs, steps_per_epoch=args.steps // epochs)
+    return model
+
+
+def scaled(right):
+    """(accuracy - chance) / (1 - chance), leaving out what has no answer."""
+    return (np.nanmean(right) * CLASSES[args.task] - 1) / (CLASSES[args.task] - 1)
+
+
+def evaluate(model, x, y):
+    """Scaled accuracy of the last answers; whether each answer is right (NaN: there is none)."""
+    found = model.predict(x, batch_size=50, verbose=0).argmax(-1)
+    right = np.where(y < 0, np.nan, found == y)
+    last = y.shape[1] - 1 - (y[:, ::-1] >= 0).argmax(1)
+    return scaled(right[np.arange(len(y)), last]), right
+
+
+args.out.mkdir(parents=True, exist_ok=True)
+data = {split: read(split, n) for split, n in (("train", 40), ("test", 256), ("long", args.long))}
+axis = Figure(figsize=(7, 4), layout="constrained").subplots()
+edges = np.unique(np.geomspace(2, args.long, 20).astype(int) // 2 * 2)
+for name, rate in itertools.product(args.models or MODELS, args.rates):
+    curves = []
+    for seed in range(args.seeds):
+        start = time.time()
+        print(f"{name}, learning rate {rate}, seed {seed}", flush=True)
+        model = train(name, seed, rate, *data["train"])
+        test, _ = evaluate(model, *data["test"])
+        long, right = evaluate(model, *data["long"])
+        curves.append([scaled(right[:, a:b]) for a, b in itertools.pairwise(edges)])
+        print(f"scaled accuracy: {test:.3f} at 40 to 256, {long:.3f} at {args.long}")
+        row = [args.task, name, model.count_params(), rate, seed, round(test, 4), round(long, 4)]
+        with open(args.out / "results.csv", "a", newline="") as file:
+            row += [args.steps, keras.backend.backend(), round(time.time() - start)]
+            csv.writer(file).writerow(row)
+    label = f"{name}, {model.count_params():,} parameters, rate {rate}"
+    axis.plot(edges[1:], np.mean(curves, 0), marker=".", label=label)
+axis.axvline(40, color="gray", linestyle=":")
+axis.set(xscale="log", xlabel="symbols read (trained on 3 to 40)", ylabel="scaled accuracy")
+axis.set(title=f"{args.task}: answers along strings of {args.long} symbols", ylim=(-0.1, 1.05))
+axis.legend()
+axis.figure.savefig(args.out / f"{args.task}.png", dpi=150)
+print(f"wrote results.csv and {args.task}.png to {args.out}")
