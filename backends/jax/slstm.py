@@ -49,7 +49,8 @@ def slstm(
     def run(*tensors):
         return differentiable(_forward, _backward, tensors, _alone, **options)
 
-    h, *state = machine.over_devices(run, tensors, whole=(1, 2))
+    axes = ("BTGHD", "HDGE", "GHD", *("BHD",) * 4, "BT", "BT", "BHD")
+    h, *state = machine.over_devices(run, tensors, axes, ("BTHD", *("BHD",) * 4))
     return h, tuple(state)
 
 
