@@ -59,23 +59,13 @@ def on_jax():
     with keras_xlstm.backends.use("native"):
         yield "paper, one", losses(language_model(**PAPER), epochs=EPOCHS + 1)
         yield "large, one", losses(language_model(**LARGE))
-    yield "paper, data", over(DataParallel(), **PAPER)[1]
+    yield "large, data", over(DataParallel(), **LARGE)[1]
     model, found = over(cut, **PAPER)
     yield "paper, model", found
     model.save(FOLDER / "model.keras")
     model.save_weights(FOLDER / "model.weights.h5")
     yield "large, model", over(cut, **LARGE)[1]
     yield "paper, model, kernels", over(cut, "pallas", **PAPER)[1]
-    # A map of the user's own, and heads that four devices cannot share: each has both of them.
-    layouts = keras.distribution.LayoutMap(cut.device_mesh)
-    layouts["embedding/embeddings"] = ("model", None)
-    other = keras.distribution.ModelParallel(layout_map=layouts)
-    for implementation in ("native", "pallas"):
-        options = {"pattern": "1:1", "num_heads": 2, "num_blocks": 2}
-        with other.scope(), keras_xlstm.backends.use(implementation):
-            keras.utils.set_random_seed(0)
-            model = xLSTMLanguageModel(64, 32, **options)
-            yield f"two heads, {'one' if implementation == 'native' else 'kernels'}", losses(model)
 
 
 def on_tensorflow():
