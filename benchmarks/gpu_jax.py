@@ -133,39 +133,37 @@ def measure_steps(family):
         print(json.dumps([B, "step", bench(run, tuple(state)) / 50]), flush=True)
 
 
-def measure_model():
-    """`model.fit` of the model of gpu_model.py."""
+def model_speed(devices=1):
+    """`model.fit` of the model of gpu_model.py, its batch on each of so many devices: tokens/s, GiB
+    of the first device at most, seconds of the first epoch."""
     import gpu_model
 
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
     import keras
 
-    import keras_xlstm
-
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    model = keras_xlstm.models.xLSTMLanguageModel(
-        gpu_model.VOCABULARY, 1024, num_blocks=24, num_heads=4, architecture="large",
-        logit_soft_cap=30.0,
-    )  # fmt: skip
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(1e-4), loss)
-    data = gpu_model.ids()
+    if devices > 1:
+        names = keras.distribution.list_devices()[:devices]
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names))
+    run_epoch, _ = gpu_model.fitting(batch=devices * gpu_model.B)
 
     def epoch():
         start = time.perf_counter()
-        model.fit(
-            data[:, :-1], data[:, 1:], batch_size=gpu_model.B, shuffle=False, verbose=0
-        )  # fmt: skip
+        run_epoch()
         return time.perf_counter() - start
 
     first = epoch()
     seconds = min(epoch() for _ in range(3))
-    peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
-    tokens = gpu_model.B * gpu_model.T * gpu_model.STEPS / seconds
+    # A CPU counts nothing.
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+    return devices * gpu_model.B * gpu_model.T * gpu_model.STEPS / seconds, peak, first
+
+
+def measure_model():
+    tokens, peak, first = model_speed()
     print(
         f"407M, B8 T2048, model.fit on jax: {tokens:,.0f} tokens/s, peak {peak:.1f} GiB, "
-        f"first epoch of {gpu_model.STEPS} steps {first:.0f} s",
+        f"first epoch of 20 steps {first:.0f} s",
         flush=True,
     )
 

@@ -19,32 +19,39 @@ import numpy as np
 from gpu_torch import environment, run
 
 B, T, VOCABULARY, STEPS = 8, 2048, 50304, 20
+UNITS, BLOCKS = 1024, 24
 FAMILIES = ("ours-compiled", "ours", "official-compiled", "official")
 
 
-def ids():
-    return np.random.default_rng(0).integers(0, VOCABULARY, (B * STEPS, T + 1), dtype="int32")
+def ids(batch):
+    return np.random.default_rng(0).integers(0, VOCABULARY, (batch * STEPS, T + 1), dtype="int32")
 
 
-def ours(compiled):
+def fitting(jit_compile="auto", batch=B):
+    """An epoch of our model's `fit` on Keras's backend, and the number of parameters."""
     import keras
-    import torch
 
     import keras_xlstm
 
-    torch.backends.cuda.matmul.allow_tf32 = True
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = keras_xlstm.models.xLSTMLanguageModel(
-        VOCABULARY, 1024, num_blocks=24, num_heads=4, architecture="large", logit_soft_cap=30.0
+        VOCABULARY, UNITS, BLOCKS, num_heads=4, architecture="large", logit_soft_cap=30.0
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(1e-4), loss, jit_compile=compiled)
-    data = ids()
+    model.compile(keras.optimizers.AdamW(1e-4), loss, jit_compile=jit_compile)
+    data = ids(batch)
 
     def epoch():
-        model.fit(data[:, :-1], data[:, 1:], batch_size=B, shuffle=False, verbose=0)
+        model.fit(data[:, :-1], data[:, 1:], batch_size=batch, shuffle=False, verbose=0)
 
     return epoch, model.count_params()
+
+
+def ours(compiled):
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return fitting(compiled)
 
 
 def official(compiled):
@@ -59,7 +66,7 @@ def official(compiled):
     model = xLSTMLarge(config).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     call = torch.compile(model) if compiled else model
-    data = torch.tensor(ids(), device="cuda", dtype=torch.long).split(B)
+    data = torch.tensor(ids(B), device="cuda", dtype=torch.long).split(B)
 
     def epoch():
         for batch in data:

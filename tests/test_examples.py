@@ -44,6 +44,18 @@ def test_forecasting(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+ENGINES = {"jax": ["model-parallel"], "torch": ["ddp", "fsdp"], "tensorflow": ["mirrored"]}
+
+
+@pytest.mark.parametrize("engine", ENGINES[BACKEND])
+def test_distributed(engine, tmp_path):
+    options = ("--epochs", 2, "--steps", 3, "--length", 32, "--engine", engine)
+    said = run("distributed.py", *options, cwd=tmp_path)
+    first, last = (float(line.split()[3][:-1]) for line in said.splitlines() if "tokens/s" in line)
+    assert last < first
+    assert (tmp_path / "model.keras").stat().st_size > 100_000
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("aeon") is None,
     reason="the data are in a package: pip install --no-deps aeon==1.6.0",

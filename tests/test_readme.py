@@ -9,23 +9,28 @@ import numpy as np
 import pytest
 
 import keras_xlstm
-from keras_xlstm import backends, convert, initializers, layers, models, ops
+from keras_xlstm import backends, convert, distribution, initializers, layers, models, ops
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def test_readme(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["h"].shape == (2, 300, 4, 16)
+    if keras.backend.backend() == "jax":
+        namespace["on_jax"](keras.distribution.list_devices()[:2])
+        keras.distribution.set_distribution(None)
 
 
 PUBLIC = [
-    getattr(m, name) for m in (convert, initializers, layers, models, ops) for name in m.__all__
+    getattr(m, name)
+    for m in (convert, distribution, initializers, layers, models, ops)
+    for name in m.__all__
 ]
 PUBLIC += [models.xLSTMLanguageModel.generate, models.xLSTMLanguageModel.stream]
 PUBLIC = [p for p in PUBLIC if ">>>" in (p.__doc__ or "")] + [backends.available]
@@ -45,6 +50,6 @@ def test_docstring(thing):
 
 
 def test_public_things_are_documented():
-    for module in (convert, initializers, layers, models, ops, backends):
+    for module in (convert, distribution, initializers, layers, models, ops, backends):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name

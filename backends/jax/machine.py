@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import math
 import os
+from typing import NamedTuple
 
 import jax
 import keras
@@ -57,33 +59,56 @@ def unsupported(x):
         if platforms != {"gpu"}:
             return f"it needs arrays on a GPU, not on {', '.join(sorted(platforms))}"
     split = _split()
-    if split is not None and isinstance(x.shape[0], int) and x.shape[0] % split[2]:
-        return f"keras.distribution splits the batch of {x.shape[0]} among {split[2]} devices"
+    if split is not None and isinstance(x.shape[0], int) and x.shape[0] % split.parts:
+        return f"keras.distribution splits the batch of {x.shape[0]} among {split.parts} devices"
     return missing()
 
 
+class _Split(NamedTuple):
+    """How keras.distribution shares out: the batch along one axis of its mesh, the model along the
+    others."""
+
+    mesh: jax.sharding.Mesh
+    batch: str
+    others: tuple
+    parts: int  # of the batch
+
+    def heads(self, count):
+        """The axes that `count` heads are shared out along; none where they do not divide: every
+        device then has all of them."""
+        devices = math.prod(self.mesh.shape[axis] for axis in self.others)
+        return () if count % devices else self.others
+
+
 def _split():
-    """The mesh of keras.distribution, the name of its batch axis, how many parts a batch is cut in;
-    or None."""
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.device_mesh.devices.size == 1:
         return None
-    mesh = distribution.device_mesh.backend_mesh
-    return mesh, distribution.batch_dim_name, mesh.shape[distribution.batch_dim_name]
+    mesh, batch = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
+    others = tuple(axis for axis in mesh.axis_names if axis != batch)
+    return _Split(mesh, batch, others, mesh.shape[batch])
 
 
-def over_devices(function, arguments, whole=()):
-    """function(*arguments), on every device of keras.distribution for its part of the batch: XLA
-    cannot split a kernel by itself. All arguments begin with the batch, but those numbered in
-    `whole`, and all results."""
+def over_devices(function, arguments, axes, results):
+    """function(*arguments), on every device of keras.distribution for its part of the batch and its
+    heads: XLA cannot split a kernel by itself.
+
+    `axes` and `results`: the axes of every argument and result, a letter each: B for the batch, H
+    for heads. The first argument has both.
+    """
+    sizes = dict(zip(axes[0], arguments[0].shape, strict=True))
     split = _split()
-    if split is None or not isinstance(arguments[0].shape[0], int):
+    if split is None or not isinstance(sizes["B"], int):
         return function(*arguments)
-    mesh, axis, _ = split
-    batch, every = jax.sharding.PartitionSpec(axis), jax.sharding.PartitionSpec()
-    specs = tuple(every if j in whole else batch for j in range(len(arguments)))
+    names = {"B": split.batch, "H": split.heads(sizes["H"])}
+
+    def specs(axes):
+        return tuple(jax.sharding.PartitionSpec(*map(names.get, letters)) for letters in axes)
+
     # A kernel does not say over which axes its results vary: check_vma=False.
-    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
+    run = jax.shard_map(
+        function, mesh=split.mesh, in_specs=specs(axes), out_specs=specs(results), check_vma=False
+    )
     return run(*arguments)
 
 

@@ -41,7 +41,9 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     def run(*tensors):
         return differentiable(_forward, _backward, tensors, alone, **options)
 
-    h, *state = machine.over_devices(run, tensors)
+    state_axes = ("BHKV", "BHK", "BH")
+    axes = (*("BTHK",) * 2, "BTHV", *("BTH",) * 2, *state_axes, "BT")
+    h, *state = machine.over_devices(run, tensors, axes, ("BTHV", *state_axes))
     return h, tuple(state)
 
 

@@ -13,6 +13,10 @@ from keras_xlstm.backends.jax import differentiable, machine
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import carried, reported
 
+# Of x, the recurrent kernel, the bias, h, c, n, m, the flags and the scale; of h and the states.
+_AXES = ("BTGHD", "HDGE", "GHD", *("BHD",) * 4, "BT", "BT", "BHD")
+_RESULTS = ("BTHD", *("BHD",) * 4)
+
 
 def unsupported(x=None):
     """Why the kernels cannot run on this array (None: here at all), or None."""
@@ -74,7 +78,7 @@ def slstm(
     def in_rounds(*tensors):
         return _in_rounds(run, tensors)
 
-    h, *state = machine.over_devices(in_rounds, tensors, whole=(1, 2))
+    h, *state = machine.over_devices(in_rounds, tensors, _AXES, _RESULTS)
     return h, tuple(state)
 
 
@@ -89,17 +93,16 @@ def _in_rounds(run, tensors):
     heads = max(n for n in range(1, H + 1) if H % n == 0 and n <= together)
     rows = together // heads * _rows(D, x.dtype)[-1]
     if heads < H:
-        axes = (3, 0, 1, *(1,) * 4, None, None, 1)
-        run = functools.partial(_mapped, run, axes, H // heads, 2)
+        run = functools.partial(_mapped, run, "H", H // heads)
     if B <= rows:
         return run(*tensors)
-    axes, rounds = (0, None, None, *(0,) * 7), -(-B // rows)
+    rounds = -(-B // rows)
     more = rounds * -(-B // rounds) - B
     tensors = [
-        t if t is None or axis is None else jnp.pad(t, [(0, more)] + [(0, 0)] * (t.ndim - 1))
-        for t, axis in zip(tensors, axes, strict=True)
+        t if t is None or axes[0] != "B" else jnp.pad(t, [(0, more)] + [(0, 0)] * (t.ndim - 1))
+        for t, axes in zip(tensors, _AXES, strict=True)
     ]
-    return [y[:B] for y in _mapped(run, axes, rounds, 0, *tensors)]
+    return [y[:B] for y in _mapped(run, "B", rounds, *tensors)]
 
 
 def _rows(D, dtype):
@@ -107,13 +110,16 @@ def _rows(D, dtype):
     return (8,) if _whole(D, dtype) else [BB for BB in (8, 16, 32) if _split(D, dtype, BB)]
 
 
-def _mapped(run, axes, count, axis_of_h, *tensors):
-    """run, for `count` parts of the tensors along `axes`; None: whole."""
-    parts = [None] * len(tensors)
-    for j, (t, axis) in enumerate(zip(tensors, axes, strict=True)):
-        if t is not None and axis is not None:
-            cut = jnp.reshape(t, (*t.shape[:axis], count, -1, *t.shape[axis + 1 :]))
-            parts[j] = jnp.moveaxis(cut, axis, 0)
+def _mapped(run, letter, count, *tensors):
+    """run, for `count` parts of the tensors along the axis of that letter."""
+    parts = []
+    for t, axes in zip(tensors, _AXES, strict=True):
+        axis = axes.find(letter)
+        if t is not None and axis >= 0:
+            t = jnp.reshape(t, (*t.shape[:axis], count, -1, *t.shape[axis + 1 :]))
+            parts.append(jnp.moveaxis(t, axis, 0))
+        else:
+            parts.append(None)
 
     def part(parts):
         given = [t if cut is None else cut for t, cut in zip(tensors, parts, strict=True)]
@@ -123,8 +129,8 @@ def _mapped(run, axes, count, axis_of_h, *tensors):
         y = jnp.moveaxis(y, 0, axis)
         return jnp.reshape(y, (*y.shape[:axis], -1, *y.shape[axis + 2 :]))
 
-    h, *state = lax.map(part, parts)
-    return joined(h, axis_of_h), *(joined(y, min(axis_of_h, 1)) for y in state)
+    results = lax.map(part, parts)
+    return [joined(y, axes.index(letter)) for y, axes in zip(results, _RESULTS, strict=True)]
 
 
 def _kernels():

@@ -19,7 +19,8 @@ class Block(StateLayer):
     included, and the new state; `dropped` is None or a dropout mask of x's shape.
     """
 
-    _region = None  # `_run`, compiled for all blocks like this one (backends/torch/regions.py)
+    # What runs in place of `_run`, if not None (backends/torch/regions.py and sharded.py).
+    _region = None
 
     def __init__(
         self,
@@ -148,8 +149,9 @@ class Block(StateLayer):
             # Drawn here: not in what may run a second time.
             dropped = self._drawn(ops.shape(x), self.dropout, x.dtype)
 
+        compute = self._run if self._region is None else partial(self._region, self)
+
         def run(x, *state):
-            compute = self._run if self._region is None else partial(self._region, self)
             y, state = compute(x, list(state) or None, mask, segment_ids, dropped)
             return (ops.cast(y, self.compute_dtype), *state)
 

@@ -104,6 +104,11 @@ class StackModel(keras.Model):
                 regions[type(block)] = backends.regions.region(block)
             block._region = regions.get(type(block))
 
+    def compile_from_config(self, config):
+        """What `keras.models.load_model` calls; Keras's own refuses where `compile` is not its."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     # ------------------------------------------------------------------ states
 
     @property

@@ -1,0 +1,186 @@
+"""Models over several devices: which weight is cut along which axis on JAX, FSDP2 on torch."""
+
+import importlib
+import re
+
+import keras
+
+from keras_xlstm.models.stack import StackModel
+
+__all__ = ["ModelParallel", "fully_shard"]
+
+_CUT, _BATCH = "cut", "batch"
+# How the variables of our layers are cut, by the end of their path and their rank. Whole heads stay
+# together; a projection out is cut where the projection in before it was, so that the two need one
+# sum over the devices.
+_LAYOUTS = {
+    # heads
+    (r"(query|key|value|input_gate|forget_gate|output_gate)/kernel", 2): (None, _CUT),
+    (r"(query|key|value|input_gate|forget_gate|cell_input|output_gate)/kernel", 3): (_CUT,),
+    (r"(query|key|value|input_gate|forget_gate|output_gate)/bias", 1): (_CUT,),
+    (r"(query|key|value)/bias", 2): (_CUT,),
+    (r"recurrent_kernel", 4): (_CUT,),
+    (r"bias", 3): (None, _CUT),
+    (r"gates/kernel", 2): (None, _CUT),
+    (r"convolution/kernel", 2): (None, _CUT),
+    (r"convolution/bias", 1): (_CUT,),
+    (r"head_norm/gamma", 1): (_CUT,),
+    (r"skip", 1): (_CUT,),
+    (r"output_projection/kernel", 2): (_CUT,),
+    # carried states: those of a matrix memory, and the vectors of sLSTM
+    (r"state_C", 4): (_BATCH, _CUT),
+    (r"state_n", 3): (_BATCH, _CUT),
+    (r"state_[hcnm]", 2): (_BATCH, _CUT),
+    # channels
+    (r"up_projection/kernel", 2): (None, _CUT),
+    (r"up_projection/bias", 1): (_CUT,),
+    (r"down_projection/kernel", 2): (_CUT,),
+    # vocabulary
+    (r"embedding/embeddings", 2): (_CUT,),
+    (r"head/kernel", 2): (None, _CUT),
+    # on every device: what is added to all features of a token, and what is small
+    (r"(down_projection|output_projection)/bias", 1): (),
+    (r"(feed_forward_)?norm/(gamma|scale)", 1): (),
+    (r"lora_kernel_[ab]", 2): (),
+}
+
+
+class ModelParallel(keras.distribution.ModelParallel):
+    """`keras.distribution.ModelParallel` that knows how to cut this package's layers and models.
+
+    One axis of the mesh shares out the batch, the other one the model: heads with all that belongs
+    to them (the states of `stateful` layers too), the hidden units of feed-forward blocks, and the
+    vocabulary. On JAX alone, as far as Keras 3.15 goes. Set it before the model is made:
+
+        keras.distribution.set_distribution(ModelParallel(device_mesh))
+
+    Args:
+        device_mesh: `keras.distribution.DeviceMesh` with two axes.
+        layout_map: `keras.distribution.LayoutMap` for layers of other origin; what it matches goes
+            by it, and all else that is not of this package is on every device.
+        batch_dim_name: the axis of the mesh that shares out the batch; None takes the first.
+        auto_shard_dataset: as in `keras.distribution.ModelParallel`.
+
+    Raises:
+        ValueError: where Keras runs on another backend, where the mesh has not two axes, and, when
+            a model is made, where its heads (or hidden units, or tokens of the vocabulary) cannot
+            be shared out evenly.
+
+    Example:
+
+    >>> if keras.backend.backend() == "jax":
+    ...     devices = keras.distribution.list_devices()[:2]
+    ...     mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+    ...     with keras_xlstm.distribution.ModelParallel(mesh).scope():
+    ...         model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=2)
+    """
+
+    def __init__(self, device_mesh, layout_map=None, batch_dim_name=None, auto_shard_dataset=True):
+        _needs("jax", "ModelParallel")
+        names = tuple(device_mesh.axis_names)
+        batch_dim_name = batch_dim_name or names[0]
+        if len(names) != 2 or batch_dim_name not in names:
+            raise ValueError(
+                "`device_mesh` must have two axes, `batch_dim_name` and another one to share out "
+                f"the model. Received: axes {names}, batch_dim_name={batch_dim_name!r}."
+            )
+        if layout_map is None:
+            layout_map = keras.distribution.LayoutMap(device_mesh)
+        super().__init__(
+            layout_map=layout_map,
+            batch_dim_name=batch_dim_name,
+            auto_shard_dataset=auto_shard_dataset,
+        )
+        self.model_dim_name = next(name for name in names if name != batch_dim_name)
+        self._sizes = dict(zip(names, device_mesh.shape, strict=True))
+
+    def get_variable_layout(self, variable):
+        """The layout of a variable, by its path and shape."""
+        layout = super().get_variable_layout(variable)
+        axes = axes_of(variable.path, len(variable.shape))
+        if any(layout.axes) or not axes or self.get_tensor_layout(variable.path) is not None:
+            return layout
+        names = {_BATCH: self.batch_dim_name, _CUT: self.model_dim_name, None: None}
+        axes = [names[axis] for axis in axes]
+        for axis, (name, size) in enumerate(zip(axes, variable.shape, strict=False)):
+            if name is not None and size % self._sizes[name]:
+                raise ValueError(
+                    f"{variable.path} of shape {tuple(variable.shape)} cannot be shared out among "
+                    f"the {self._sizes[name]} devices along {name!r} of the mesh: its axis {axis} "
+                    "must be a multiple of them. Choose `num_heads`, the vocabulary's size and "
+                    "other sizes so, or a mesh with fewer devices along that axis."
+                )
+        axes += [None] * (len(variable.shape) - len(axes))
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+def fully_shard(model, **options):
+    """The model as a `torch.nn.Module` under FSDP2: every process of `torch.distributed` holds a
+    slice of each weight, its gradient and its optimizer's state. On torch.
+
+    `torch.distributed.fsdp.fully_shard` itself cannot take a Keras model: it swaps the parameters
+    of modules, which Keras does not read, when modules are called, which Keras does past PyTorch.
+    The module returned has the model's weights as parameters of its own; FSDP2 puts those of one
+    block at a time together. Train it as PyTorch trains modules, with one of `torch.optim` made
+    after this call. The Keras model is without weights then, until `module.gather()`.
+
+    Args:
+        model: `xLSTMLanguageModel` or `xLSTMStack`, equal in all processes: seed them alike, or
+            load a file. Not compiled with `jit_compile=True`.
+        **options: of `torch.distributed.fsdp.fully_shard`: `mesh`, `reshard_after_forward` and so
+            on.
+
+    Returns:
+        A module: `module(inputs, training=True)` gives what `model(inputs, training=...)` gives,
+        and `module.gather()`, called by every process, puts the weights into the Keras model, to
+        save it or to generate with it.
+
+    Raises:
+        ValueError: where Keras runs on another backend, for other models, and where
+            `torch.distributed` is not initialised.
+
+    Example, `torchrun --nproc-per-node 2 train.py`:
+
+        torch.distributed.init_process_group()
+        keras.utils.set_random_seed(0)
+        model = xLSTMLanguageModel(256, units=64, num_blocks=2)
+        module = fully_shard(model)
+        optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
+        for inputs, labels in batches:  # this process's own
+            optimizer.zero_grad()
+            loss = cross_entropy(module(inputs).flatten(0, 1), labels.flatten())
+            loss.backward()
+            optimizer.step()
+        module.gather()
+        model.save("model.keras")
+    """
+    _needs("torch", "fully_shard")
+    if not isinstance(model, StackModel):
+        raise ValueError(
+            "`model` must be an xLSTMLanguageModel or an xLSTMStack. "
+            f"Received: {type(model).__name__}."
+        )
+    if any(block._region is not None for block in model.blocks):
+        raise ValueError(
+            "`model` was compiled with jit_compile=True, which does not go together with "
+            "fully_shard. Compile it with jit_compile=False, or not at all."
+        )
+    return importlib.import_module("keras_xlstm.backends.torch.sharded").sharded(model, options)
+
+
+def _needs(backend, what):
+    active = keras.backend.backend()
+    if active != backend:
+        raise ValueError(
+            f"{what} runs on the {backend} backend. Received: Keras on {active}. "
+            "See README.md, Several devices, for what there is on each."
+        )
+
+
+def axes_of(path, rank):
+    """How a variable is cut: "cut", "batch" or None for each of its first axes, the rest whole;
+    None if it is not of this package."""
+    for (pattern, of_rank), axes in _LAYOUTS.items():
+        if rank == of_rank and re.fullmatch(f"(.*/)?{pattern}", path):
+            return axes
+    return None
