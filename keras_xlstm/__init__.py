@@ -8,9 +8,11 @@ if not _os.path.isdir(_os.path.join(_root, "keras_xlstm", "backends")) and _os.p
 ):
     __path__.append(_root)  # a source checkout: backends/ stands beside keras_xlstm/
 
-from keras_xlstm import _optimizers, backends, convert, initializers, layers, models, ops
+from keras_xlstm import _optimizers, backends, convert, export, initializers, layers, models, ops
 from keras_xlstm._version import __version__
 
-__all__ = ["__version__", "backends", "convert", "initializers", "layers", "models", "ops"]
+__all__ = [
+    "__version__", "backends", "convert", "export", "initializers", "layers", "models", "ops",
+]  # fmt: skip
 
 _optimizers.register()
