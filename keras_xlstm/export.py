@@ -192,8 +192,8 @@ def _check_loops(model, format):
         if isinstance(layer, keras.layers.RNN) and not layer.unroll:
             raise ValueError(
                 f"A litert file of whole sequences cannot hold the loop of {layer.name}, one of "
-                "Keras's own layers. Build it with unroll=True and an input of fixed length, or take "
-                "parts=('streaming',)."
+                "Keras's own layers. Build it with unroll=True and an input of fixed length, or "
+                "take parts=('streaming',)."
             )
 
 

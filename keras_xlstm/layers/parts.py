@@ -213,7 +213,8 @@ def _taken(padded, tap, inputs):
     time = inputs.shape[1]
     if keras.backend.backend() == "jax" and not isinstance(time, int):
         # Exported with an unknown length: jax2onnx reads a slice of it wrong, a gather right.
-        return ops.take(padded, ops.arange(tap, time + tap), axis=1)
+        step = ops.cumsum(ops.ones_like(inputs[0, :, 0], "int32")) - 1
+        return ops.take(padded, step + tap, axis=1)
     return padded[:, tap : tap + ops.shape(inputs)[1]]
 
 
