@@ -9,23 +9,26 @@ import numpy as np
 import pytest
 
 import keras_xlstm
-from keras_xlstm import backends, convert, initializers, layers, models, ops
+from keras_xlstm import backends, convert, export, initializers, layers, models, ops
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def test_readme(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["h"].shape == (2, 300, 4, 16)
+    assert (tmp_path / "files" / "streaming.onnx").exists()
 
 
 PUBLIC = [
-    getattr(m, name) for m in (convert, initializers, layers, models, ops) for name in m.__all__
+    getattr(m, name)
+    for m in (convert, export, initializers, layers, models, ops)
+    for name in m.__all__
 ]
 PUBLIC += [models.xLSTMLanguageModel.generate, models.xLSTMLanguageModel.stream]
 PUBLIC = [p for p in PUBLIC if ">>>" in (p.__doc__ or "")] + [backends.available]
@@ -45,6 +48,6 @@ def test_docstring(thing):
 
 
 def test_public_things_are_documented():
-    for module in (convert, initializers, layers, models, ops, backends):
+    for module in (convert, export, initializers, layers, models, ops, backends):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
