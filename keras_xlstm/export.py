@@ -285,7 +285,7 @@ def _write(backend, format, model, names, path):
     else:
         with tempfile.TemporaryDirectory() as folder:
             _write_onnx(backend, model, names, f"{folder}/model.onnx")
-            _onnx_to_openvino(f"{folder}/model.onnx", path)
+            _onnx_to_openvino(f"{folder}/model.onnx", model, names, path)
 
 
 def _write_onnx(backend, model, names, path):
@@ -326,8 +326,12 @@ def _finish_onnx(path, names):
     onnx.checker.check_model(path)
 
 
-def _onnx_to_openvino(source, path):
+def _onnx_to_openvino(source, model, names, path):
     import openvino
 
+    converted = openvino.convert_model(source)
+    ports = [*converted.inputs, *converted.outputs]
+    for port, name in zip(ports, [*(x.name for x in model.inputs), *names], strict=True):
+        port.get_tensor().set_names({name})  # one each: the converter adds its own
     # Not rounded to float16, which is the default.
-    openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+    openvino.save_model(converted, path, compress_to_fp16=False)
