@@ -40,6 +40,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TENSORFLOW)"
 	$(BIN)/python -m pip install --quiet --editable ".[jax,examples,test,xlstm,transformers]"
+	$(BIN)/python -m pip install --quiet --editable ".[export-jax,export-tensorflow,export-torch]"
 	$(BIN)/python -m pip install --quiet --no-deps aeon==1.6.0  # a data set of an example
 	touch $@
 

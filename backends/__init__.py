@@ -54,6 +54,11 @@ def _unsupported(op, implementation, **call):
     return _own[op].unsupported(**call)
 
 
+def exporter():
+    """The active backend's module for writing files, which only exporting loads."""
+    return importlib.import_module(f"{__name__}.{keras.backend.backend()}.export")
+
+
 def available():
     """What can run here: `{op: {implementation: True, or the reason why not}}`.
 

@@ -218,8 +218,8 @@ def _running(op, x, fill, ids=None, reverse=False):
 
 def _chunks(x, L):
     """(B, T, H) to (N, B, H, L)."""
-    B, _, H = ops.shape(x)
-    return ops.transpose(ops.reshape(x, (B, -1, L, H)), (1, 0, 3, 2))
+    B, T, H = ops.shape(x)
+    return ops.transpose(ops.reshape(x, (B, T // L, L, H)), (1, 0, 3, 2))
 
 
 def _steps(x):

@@ -216,7 +216,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
         T = ops.shape(q)[1]
     else:  # the shortest chunks that need no more of them: less padding
         chunk_size = -(-T // -(-T // chunk_size))
-    short = -T % chunk_size
+    short = (chunk_size - T % chunk_size) % chunk_size  # ONNX divides negative numbers otherwise
     if dynamic or short:  # padding that leaves the state as it is: i = 0, f = 1
         fills = (0, 0, 0, NEVER, 0)
         q, k, v, i, log_f = (

@@ -11,6 +11,7 @@ import pytest
 from tools import BACKEND
 
 ROOT = pathlib.Path(__file__).parent.parent
+_ONNX = {"jax": "jax2onnx", "tensorflow": "tf2onnx", "torch": "onnxscript"}
 
 
 def run(name, *arguments, cwd):
@@ -63,3 +64,16 @@ def test_distributed(engine, tmp_path):
 def test_classification(tmp_path):
     said = run("classification.py", "--epochs", 2, "--bidirectional", cwd=tmp_path)
     assert float(said.split()[-1]) > 2 / 9
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(n) is None for n in ("onnxruntime", _ONNX[BACKEND])),
+    reason=f"the extra export-{BACKEND}",
+)
+def test_streaming(tmp_path):
+    said = run("streaming.py", "--units", 8, "--epochs", 1, "--out", "files", cwd=tmp_path)
+    rows = [line.split() for line in said.splitlines()[-3:]]
+    assert sorted(row[0] for row in rows) == ["lstm", "mlstm", "slstm"]
+    for _, median, slow, error, *_ in rows:
+        assert float(slow) >= float(median) > 0
+        assert float(error) < 1e-4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_xlstm
-from keras_xlstm import backends, convert, distribution, initializers, layers, models, ops
+from keras_xlstm import backends, convert, distribution, export, initializers, layers, models, ops
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -25,11 +25,12 @@ def test_readme(tmp_path, monkeypatch):
     if keras.backend.backend() == "jax":
         namespace["on_jax"](keras.distribution.list_devices()[:2])
         keras.distribution.set_distribution(None)
+    assert (tmp_path / "files" / "streaming.onnx").exists()
 
 
 PUBLIC = [
     getattr(m, name)
-    for m in (convert, distribution, initializers, layers, models, ops)
+    for m in (convert, distribution, export, initializers, layers, models, ops)
     for name in m.__all__
 ]
 PUBLIC += [models.xLSTMLanguageModel.generate, models.xLSTMLanguageModel.stream]
@@ -50,6 +51,6 @@ def test_docstring(thing):
 
 
 def test_public_things_are_documented():
-    for module in (convert, distribution, initializers, layers, models, ops, backends):
+    for module in (convert, distribution, export, initializers, layers, models, ops, backends):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name

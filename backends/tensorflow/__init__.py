@@ -1,11 +1,15 @@
 """What the native forms need from TensorFlow: scans, and a function with a gradient of its own."""
 
+import contextlib
+import contextvars
+
 import tensorflow as tf
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
 own = ()  # ops with a module here
 by_region = False  # whole steps are compiled
+_unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 
 
 def once(function):
@@ -19,6 +23,16 @@ def constant(x):
     return tf.identity(x), tf.zeros_like
 
 
+@contextlib.contextmanager
+def unrolled():
+    """Scans that are traced inside become plain operations: for formats without loops."""
+    token = _unrolled.set(True)
+    try:
+        yield
+    finally:
+        _unrolled.reset(token)
+
+
 def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
 
@@ -26,6 +40,8 @@ def scan(step, init, xs, reverse=False):
     graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
     has neither limit.
     """
+    if _unrolled.get():
+        return _plain_scan(step, init, xs, reverse)
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
     # One step aside, for the number, dtypes and shapes of its outputs: a graph prunes it.
@@ -45,6 +61,14 @@ def scan(step, init, xs, reverse=False):
         maximum_iterations=length,
     )
     return carry, tuple(array.stack() for array in outputs)
+
+
+def _plain_scan(step, init, xs, reverse):
+    order = range(xs[0].shape[0])
+    carry, ys = init, {}
+    for t in reversed(order) if reverse else order:
+        carry, ys[t] = step(carry, tuple(x[t] for x in xs))
+    return carry, tuple(tf.stack(y) for y in zip(*(ys[t] for t in order), strict=True))
 
 
 def scan_chunks(step, init, long, short, reverse=False):

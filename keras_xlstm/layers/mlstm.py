@@ -62,6 +62,7 @@ class mLSTM(Recurrent):
             key_dim) and (batch, heads); zeros or None start fresh.
         mask: (batch, time) bool, True for real steps, in any pattern.
         training: whether dropout is on.
+        return_state: in place of the constructor's.
         sequences_mask: Keras's own way to bring the mask when `initial_state` is given.
 
     Output: (batch, units), or (batch, time, units) with `return_sequences`, in the compute dtype;

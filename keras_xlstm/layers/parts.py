@@ -181,10 +181,9 @@ class CausalConv1D(keras.layers.Layer):
         kernel = ops.cast(self.kernel, self.compute_dtype)
         outputs = 0 if self.bias is None else ops.cast(self.bias, self.compute_dtype)
         for tap in range(self.kernel_size):
-            end = tap - before or None  # counted from the end: time may be unknown
-            taken = padded[:, tap:end]
+            taken = _taken(padded, tap, inputs)
             if ids is not None:
-                same = padded_ids[:, tap:end] == ids
+                same = _taken(padded_ids, tap, inputs) == ids
                 taken = ops.where(same[:, :, None], taken, ops.zeros_like(taken))
             outputs = outputs + taken * kernel[tap]
 
@@ -207,6 +206,16 @@ class CausalConv1D(keras.layers.Layer):
     def get_config(self):
         config = {"kernel_size": self.kernel_size, "use_bias": self.use_bias}
         return {**super().get_config(), **config}
+
+
+def _taken(padded, tap, inputs):
+    """What a tap sees of (B, before + T, ...): T steps, as many as the inputs, from `tap` on."""
+    time = inputs.shape[1]
+    if keras.backend.backend() == "jax" and not isinstance(time, int):
+        # Exported with an unknown length: jax2onnx reads a slice of it wrong, a gather right.
+        step = ops.cumsum(ops.ones_like(inputs[0, :, 0], "int32")) - 1
+        return ops.take(padded, step + tap, axis=1)
+    return padded[:, tap : tap + ops.shape(inputs)[1]]
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")

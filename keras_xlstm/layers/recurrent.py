@@ -87,16 +87,21 @@ class Recurrent(StateLayer):
         return (output, *self._state_shapes(batch)) if self.return_state else output
 
     def compute_output_spec(
-        self, sequences, initial_state=None, mask=None, training=False, sequences_mask=None
+        self,
+        sequences,
+        initial_state=None,
+        mask=None,
+        training=False,
+        return_state=None,
+        sequences_mask=None,
     ):
-        shapes = self.compute_output_shape(sequences.shape)
-        if not self.return_state:
-            return keras.KerasTensor(shapes, dtype=self.compute_dtype)
-        output, *states = shapes
-        return (
-            keras.KerasTensor(output, dtype=self.compute_dtype),
-            *(keras.KerasTensor(s, dtype=self.state_dtype) for s in states),
-        )
+        batch, time, _ = sequences.shape
+        shape = (batch, time, self.units) if self.return_sequences else (batch, self.units)
+        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if not (self.return_state if return_state is None else return_state):
+            return output
+        shapes = self._state_shapes(batch)
+        return (output, *(keras.KerasTensor(s, dtype=self.state_dtype) for s in shapes))
 
     def compute_mask(self, sequences, mask=None):
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
@@ -105,7 +110,15 @@ class Recurrent(StateLayer):
 
     # ------------------------------------------------------------------ the call
 
-    def call(self, sequences, initial_state=None, mask=None, training=False, sequences_mask=None):
+    def call(
+        self,
+        sequences,
+        initial_state=None,
+        mask=None,
+        training=False,
+        return_state=None,
+        sequences_mask=None,
+    ):
         # With initial_state there are two tensor arguments, and Keras hands the mask of the first
         # over as <its name>_mask.
         mask = sequences_mask if mask is None else mask
@@ -135,7 +148,8 @@ class Recurrent(StateLayer):
             outputs = outputs[:, -1]
         elif self.zero_output_for_mask and mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, ops.zeros_like(outputs))
-        return (outputs, *state) if self.return_state else outputs
+        return_state = self.return_state if return_state is None else return_state
+        return (outputs, *state) if return_state else outputs
 
     # ------------------------------------------------------------------ files
 
