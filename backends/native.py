@@ -31,7 +31,10 @@ from keras_xlstm.backends.parts import (
 # --------------------------------------------------------------------------------------- sLSTM
 
 
-def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options):
+def slstm(
+    x, recurrent_kernel, bias, state, hold, reset, recurrent_scale,
+    differentiable=framework.differentiable, **options,
+):  # fmt: skip
     """sLSTM, eqs. 8-18.
 
     Args:
@@ -51,7 +54,7 @@ def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **opti
     if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
         (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
     else:
-        h, *state = framework.differentiable(slstm_forward, slstm_backward, tensors, **options)
+        h, *state = differentiable(slstm_forward, slstm_backward, tensors, **options)
     return h, tuple(state)
 
 
@@ -193,7 +196,10 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
 # --------------------------------------------------------------------------------------- mLSTM
 
 
-def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
+def mlstm(
+    q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size,
+    differentiable=framework.differentiable,
+):  # fmt: skip
     """mLSTM, eqs. 19-27: chunkwise, or step by step where the length is one or symbolic.
 
     Args:
@@ -227,7 +233,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
             segment_ids = ops.concatenate([segment_ids, last[:, :short]], axis=1)
     ids = None if segment_ids is None else segment_ids[..., None]
     tensors = (q, k, v, i, log_f, *(state or (None, None, None)), ids)
-    h, *state = framework.differentiable(
+    h, *state = differentiable(
         chunkwise.forward, chunkwise.backward, tensors, eps=eps, chunk_size=chunk_size
     )
     return h[:, :T], tuple(state)
