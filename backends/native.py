@@ -45,6 +45,7 @@ def slstm(
         hold: (B, T) bool or None; True: the step does nothing, h and states stay.
         reset: (B, T) bool or None; True: the step starts from an empty state.
         recurrent_scale: (B, H, D) or None; multiplies h where it enters the recurrent kernel.
+        differentiable: what makes one function of a forward and a backward pass.
         options: `forget_gate`, `recurrent_gradient_clip`.
 
     Returns:
@@ -206,6 +207,7 @@ def mlstm(
         q, k: (B, T, H, K). v: (B, T, H, V). i, f: (B, T, H), pre-activations.
         state: (C (B, H, K, V), n (B, H, K), m (B, H)) or None.
         segment_ids: (B, T) int or None; never falls, and 0 is the segment of `state`.
+        differentiable: what makes one function of a forward and a backward pass.
 
     Returns:
         h (B, T, H, V) and the last (C, n, m).

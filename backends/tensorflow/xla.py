@@ -16,7 +16,7 @@ def unwise(x):
     if x.shape[1] is None:
         return "the length is unknown while it is traced, and XLA compiles for every length"
     if x.shape[1] == 1:
-        return "one step gains nothing from being compiled by itself"
+        return "it is a single step, without a loop to compile"
     if tf.executing_eagerly():
         return "it is called eagerly, and XLA compiles for every shape"
     return None
