@@ -30,7 +30,7 @@ regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_r
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
 _OPS = ("mlstm", "slstm")
-_WRITTEN = {(op, kernel) for op in _OPS for kernel in ("triton", "pallas")}
+_ANY_DTYPE = ("triton", "pallas")  # they cast for themselves
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
@@ -49,14 +49,17 @@ def _unsupported(op, implementation, **call):
     home, active = _KERNELS[implementation], keras.backend.backend()
     if home != active:
         return f"it belongs to the {home} backend and Keras runs on {active}"
-    if (op, implementation) not in _WRITTEN:
-        return f"this version of keras_xlstm has no {implementation} kernel for {op} yet"
     return _own[op].unsupported(**call)
 
 
 def exporter():
     """The active backend's module for writing files, which only exporting loads."""
     return importlib.import_module(f"{__name__}.{keras.backend.backend()}.export")
+
+
+def _unwise(op, **call):
+    """Why the active framework's own implementation is better not picked, though it can run."""
+    return getattr(_own[op], "unwise", lambda **call: None)(**call)
 
 
 def available():
@@ -118,7 +121,7 @@ def _choose(op, implementation, **call):
         implementation = _known(implementation, "implementation") or _asked()
         remedy = 'Use implementation=None or "native".'
     if implementation is None:
-        reason = _unsupported(op, own, **call)
+        reason = _unsupported(op, own, **call) or _unwise(op, **call)
         if reason is not None:
             _say_once(f"{op} runs in its native form: {reason}.")
         return "native" if reason else own
@@ -155,12 +158,14 @@ def mlstm(
         h (B, T, H, V) in v's dtype and (C, n, m) in float32.
     """
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
-    if _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size) != "native":
+    chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
+    if chosen in _ANY_DTYPE:
         return _own["mlstm"].mlstm(q, k, v, i, f, state, segment_ids, **options)
+    run = _own["mlstm"].mlstm if chosen == "xla" else native.mlstm
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))
-    h, state = native.mlstm(q, k, v, i, f, state, segment_ids, **options)
+    h, state = run(q, k, v, i, f, state, segment_ids, **options)
     return ops.cast(h, dtype), state
 
 
@@ -179,11 +184,14 @@ def slstm(
     options = {
         "forget_gate": forget_gate, "recurrent_gradient_clip": recurrent_gradient_clip,
     }  # fmt: skip
-    if _choose("slstm", implementation, x=x) != "native":
+    chosen = _choose("slstm", implementation, x=x)
+    if chosen in _ANY_DTYPE:
         return _own["slstm"].slstm(
             x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
         )
-    run = getattr(_own.get("slstm"), "native_slstm", native.slstm)
+    run = _own["slstm"].slstm
+    if chosen == "native":
+        run = getattr(_own["slstm"], "native_slstm", native.slstm)
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

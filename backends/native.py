@@ -31,7 +31,10 @@ from keras_xlstm.backends.parts import (
 # --------------------------------------------------------------------------------------- sLSTM
 
 
-def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options):
+def slstm(
+    x, recurrent_kernel, bias, state, hold, reset, recurrent_scale,
+    differentiable=framework.differentiable, **options,
+):  # fmt: skip
     """sLSTM, eqs. 8-18.
 
     Args:
@@ -42,6 +45,7 @@ def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **opti
         hold: (B, T) bool or None; True: the step does nothing, h and states stay.
         reset: (B, T) bool or None; True: the step starts from an empty state.
         recurrent_scale: (B, H, D) or None; multiplies h where it enters the recurrent kernel.
+        differentiable: what makes one function of a forward and a backward pass.
         options: `forget_gate`, `recurrent_gradient_clip`.
 
     Returns:
@@ -51,7 +55,7 @@ def slstm(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **opti
     if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
         (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
     else:
-        h, *state = framework.differentiable(slstm_forward, slstm_backward, tensors, **options)
+        h, *state = differentiable(slstm_forward, slstm_backward, tensors, **options)
     return h, tuple(state)
 
 
@@ -193,13 +197,17 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
 # --------------------------------------------------------------------------------------- mLSTM
 
 
-def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
+def mlstm(
+    q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size,
+    differentiable=framework.differentiable,
+):  # fmt: skip
     """mLSTM, eqs. 19-27: chunkwise, or step by step where the length is one or symbolic.
 
     Args:
         q, k: (B, T, H, K). v: (B, T, H, V). i, f: (B, T, H), pre-activations.
         state: (C (B, H, K, V), n (B, H, K), m (B, H)) or None.
         segment_ids: (B, T) int or None; never falls, and 0 is the segment of `state`.
+        differentiable: what makes one function of a forward and a backward pass.
 
     Returns:
         h (B, T, H, V) and the last (C, n, m).
@@ -227,7 +235,7 @@ def mlstm(q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size):
             segment_ids = ops.concatenate([segment_ids, last[:, :short]], axis=1)
     ids = None if segment_ids is None else segment_ids[..., None]
     tensors = (q, k, v, i, log_f, *(state or (None, None, None)), ids)
-    h, *state = framework.differentiable(
+    h, *state = differentiable(
         chunkwise.forward, chunkwise.backward, tensors, eps=eps, chunk_size=chunk_size
     )
     return h[:, :T], tuple(state)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
-own = ()  # ops with a module here
+own = ("mlstm", "slstm")  # ops with a module here
 by_region = False  # whole steps are compiled
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 
@@ -75,22 +75,26 @@ def scan_chunks(step, init, long, short, reverse=False):
     """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
 
     `long` tensors (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
-    the step returns is put together likewise.
+    the step returns is put together likewise. A slice in the loop spares a transposed copy of the
+    whole.
     """
     count = tf.shape(short[0])[0]
     L = short[0].shape[-1]
-    cut = [tf.reshape(x, tf.concat([[tf.shape(x)[0], count, L], tf.shape(x)[2:]], 0)) for x in long]
-    for c, x in zip(cut, long, strict=True):
-        c.set_shape([x.shape[0], short[0].shape[0], L, *x.shape[2:]])
-    cut = [tf.transpose(x, [1, 0, *range(2, len(x.shape))]) for x in cut]
     sizes = []
 
+    def chunk(x, index):
+        start = [0, index * L, *[0] * (len(x.shape) - 2)]
+        cut = tf.slice(x, start, tf.concat([tf.shape(x)[:1], [L], tf.shape(x)[2:]], 0))
+        cut.set_shape([x.shape[0], L, *x.shape[2:]])
+        return cut
+
     def flat_step(carry, xs):
-        carry, chunks, entries = step(carry, xs)
+        index, *entries = xs
+        carry, chunks, entries = step(carry, (*(chunk(x, index) for x in long), *entries))
         sizes.append(len(chunks))
         return carry, (*chunks, *entries)
 
-    carry, ys = scan(flat_step, init, (*cut, *short), reverse)
+    carry, ys = scan(flat_step, init, (tf.range(count), *short), reverse)
     chunks, entries = ys[: sizes[0]], ys[sizes[0] :]
     joined = []
     for y in chunks:

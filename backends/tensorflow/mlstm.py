@@ -1,0 +1,15 @@
+"""The mLSTM on TensorFlow: the native form, compiled by XLA one pass at a time."""
+
+from keras_xlstm.backends import native
+from keras_xlstm.backends.tensorflow import xla
+
+mlstm = xla.compiled(native.mlstm)
+
+
+def unsupported(q=None, v=None, chunk_size=None):
+    """Why XLA cannot run the native form on these tensors: it can."""
+
+
+def unwise(q, v=None, chunk_size=None):
+    """Why it is better not picked for these tensors unless it is asked for, or None."""
+    return xla.unwise(q)

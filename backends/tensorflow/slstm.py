@@ -1,0 +1,15 @@
+"""The sLSTM on TensorFlow: the native form, compiled by XLA one pass at a time."""
+
+from keras_xlstm.backends import native
+from keras_xlstm.backends.tensorflow import xla
+
+slstm = xla.compiled(native.slstm)
+
+
+def unsupported(x=None):
+    """Why XLA cannot run the native form on these tensors: it can."""
+
+
+def unwise(x):
+    """Why it is better not picked for these tensors unless it is asked for, or None."""
+    return xla.unwise(x)

@@ -1,0 +1,249 @@
+"""What XLA does for the layers on TensorFlow and a CPU, every ratio within one run.
+
+    python benchmarks/tensorflow_xla.py                   # all parts, about 6 minutes on 2 cores
+    python benchmarks/tensorflow_xla.py --only lengths --plot lengths.png
+
+Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
+compiled, and on JAX), `fit` (a step beside keras.layers.LSTM), `compile` (a model of 12 blocks:
+the first step, then another batch size, then another length) and `lengths` (time and peak memory
+of the mLSTM over T, a process for every point). Each backend has a process of its own. JAX's
+figures are of another process than TensorFlow's, straight after it.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+B, U, H = 16, 256, 4
+SHAPES = [(8, 512, 64, 64), (8, 2048, 64, 128), (1, 8192, 64, 64)]  # batch, T, key, value
+LENGTHS = [1024, 4096, 16384, 65536]
+
+
+def shortest(functions, repeats):
+    """{name: least ms}, the functions taking turns."""
+    for f in functions.values():
+        f()
+        f()
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, f in functions.items():
+            start = time.perf_counter()
+            f()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: min(t) for name, t in times.items()}
+
+
+def mlstm_arrays(batch, T, K, V):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(batch, T, H, d)).astype("float32") for d in (K, K, V))
+    i, f = (rng.normal(size=(batch, T, H)).astype("float32") for _ in "if")
+    return q, k, v, i, f + 3
+
+
+def passes(*shape, only=None):
+    """{way: forward and backward of ops.mlstm} on the active backend."""
+    import keras
+
+    from keras_xlstm import ops
+
+    arrays = mlstm_arrays(*shape)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        arrays = [jax.numpy.asarray(x) for x in arrays]
+        run = jax.jit(jax.grad(lambda a: ops.mlstm(*a).sum()))
+        return {"jax": lambda: jax.block_until_ready(run(arrays))}
+    import tensorflow as tf
+
+    arrays = [tf.constant(x) for x in arrays]
+
+    def run(arrays, implementation):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            loss = tf.reduce_sum(ops.mlstm(*arrays, implementation=implementation))
+        return tape.gradient(loss, arrays)
+
+    graph = tf.function(run, autograph=False)
+    whole = tf.function(run, autograph=False, jit_compile=True)
+    ways = {
+        "native, eager": lambda: run(arrays, "native"),
+        "native, graph": lambda: graph(arrays, "native"),
+        "xla, eager": lambda: run(arrays, "xla"),
+        "xla, graph": lambda: graph(arrays, "xla"),
+        "all compiled": lambda: whole(arrays, "native"),
+    }
+    return {name: lambda f=f: f()[-1].numpy() for name, f in ways.items() if only in (None, name)}
+
+
+def ops_part():
+    for shape in SHAPES:
+        for name, ms in shortest(passes(*shape), 5).items():
+            print(f"mLSTM B T d_qk d_v {shape}, {H} heads, {name:14} {ms:8.1f} ms", flush=True)
+
+
+def fit_part():
+    import keras
+    import numpy as np
+
+    from keras_xlstm.layers import mLSTM, sLSTM
+
+    rng = np.random.default_rng(0)
+    steps, T = 4, 256
+    x, y = (rng.normal(size=(B * steps, T, U)).astype("float32") for _ in "xy")
+    for jit_compile in (False, True):
+        functions = {}
+        for name, layer in {
+            "keras LSTM": keras.layers.LSTM(U, return_sequences=True),
+            "sLSTM native": sLSTM(U, num_heads=H, return_sequences=True, use_kernel=False),
+            "sLSTM": sLSTM(U, num_heads=H, return_sequences=True),
+            "mLSTM native": mLSTM(U, num_heads=H, return_sequences=True, use_kernel=False),
+            "mLSTM": mLSTM(U, num_heads=H, return_sequences=True),
+        }.items():
+            model = keras.Sequential([keras.Input((T, U)), layer])
+            model.compile("sgd", "mse", jit_compile=jit_compile)
+            functions[name] = lambda m=model: m.fit(x, y, batch_size=B, verbose=0)
+        for name, ms in (result := shortest(functions, 5)).items():
+            ratio = ms / result["keras LSTM"]
+            step = f"{ms / steps:7.1f} ms a fit step, {ratio:5.2f} of keras LSTM"
+            print(f"jit_compile={jit_compile!s:5} {name:12} {step}", flush=True)
+
+
+def compile_part(way):
+    """A step's first call minus its second, in wall and in processor seconds."""
+    import keras
+    import numpy as np
+
+    from keras_xlstm import backends
+    from keras_xlstm.models import xLSTMLanguageModel
+
+    implementation, jit_compile = way
+    model = xLSTMLanguageModel(256, units=128, num_blocks=12, pattern="7:1")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=jit_compile)
+    # Else TensorFlow finds new variables in its first trace, and traces a second time.
+    model.optimizer.build(model.trainable_variables)
+    for what, (batch, T) in {
+        "first": (8, 256), "another batch size": (6, 256), "another length": (8, 320),
+    }.items():  # fmt: skip
+        x = np.random.default_rng(0).integers(0, 256, (batch, T))
+        spent = []
+        with backends.use(implementation):
+            for _ in range(2):
+                start = time.perf_counter(), time.process_time()
+                model.fit(x, x, batch_size=batch, verbose=0)
+                spent.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        wall, processor = (a - b for a, b in zip(*spent, strict=True))
+        print(
+            f"12 blocks, {implementation or 'auto'}, jit_compile={jit_compile}, {what}: "
+            f"{wall:.1f} s ({processor:.1f} s of processor time)",
+            flush=True,
+        )
+
+
+def length_point(T, way):
+    """Prints one point of the curve: ms and the peak of resident memory above the start."""
+    import resource
+
+    import keras  # noqa: F401  its memory is not the op's
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    ((_, small),) = passes(1, 128, 64, 64, only=way).items()
+    small()  # the compiler's own memory
+    before = peak()
+    ((_, run),) = passes(1, T, 64, 64, only=way).items()
+    run()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    print(json.dumps({"T": T, "way": way, "ms": min(times), "MiB": peak() - before}), flush=True)
+
+
+def lengths_part(plot):
+    points = []
+    for way, backend in (("xla, graph", "tensorflow"), ("native, graph", "tensorflow")):
+        for T in LENGTHS:
+            point = json.loads(child("point", backend, str(T), way))
+            points.append(point)
+            per_step = point["ms"] * 1e3 / T
+            print(
+                f"mLSTM B 1, {H} heads 64/64, T {T:6}, {way}: {point['ms']:8.1f} ms "
+                f"({per_step:.1f} us a step), peak {point['MiB']:7.0f} MiB "
+                f"({point['MiB'] * 1024 / T:.1f} KiB a step)",
+                flush=True,
+            )
+    if plot:
+        draw(points, plot)
+
+
+def draw(points, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, key, label in zip(axes, ("ms", "MiB"), ("ms", "peak memory, MiB"), strict=True):
+        for way in dict.fromkeys(p["way"] for p in points):
+            mine = [p for p in points if p["way"] == way]
+            axis.loglog([p["T"] for p in mine], [p[key] for p in mine], marker="o", label=way)
+        axis.set(xlabel="T", ylabel=label, title="mLSTM, forward and backward")
+        axis.legend()
+    plt.savefig(path, dpi=150)
+
+
+def child(part, backend, *arguments, capture=True):
+    """Runs a part of this script in a process of its own."""
+    env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    root = str(pathlib.Path(__file__).parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, "--here", part, *arguments]
+    output = subprocess.PIPE if capture else None
+    done = subprocess.run(command, env=env, check=True, stdout=output, text=True)
+    return done.stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("ops", "fit", "compile", "lengths")
+    parser.add_argument("--only", choices=parts, action="append", help="may be given again")
+    parser.add_argument("--plot", help="where to draw the part `lengths`, a .png")
+    parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        part, *rest = args.here
+        {"ops": ops_part, "fit": fit_part}.get(part, lambda: None)()
+        if part == "point":
+            length_point(int(rest[0]), rest[1])
+        if part == "compile":
+            compile_part((rest[0] if rest[0] != "auto" else None, rest[1] == "jit"))
+        return
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
+    names = ("keras", "tensorflow-cpu", "jax", "numpy")
+    print(", ".join(f"{name} {version(name)}" for name in names), flush=True)
+    for part in args.only or parts:
+        if part == "lengths":
+            lengths_part(args.plot)
+        elif part == "compile":
+            for way in (("auto", "jit"), ("auto", "graph"), ("native", "graph")):
+                child("compile", "tensorflow", *way, capture=False)
+        else:
+            child(part, "tensorflow", capture=False)
+            if part == "ops":
+                child(part, "jax", capture=False)
+
+
+if __name__ == "__main__":
+    main()

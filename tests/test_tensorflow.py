@@ -1,0 +1,158 @@
+"""The native forms compiled by XLA on TensorFlow: against the float64 oracle, and where layers
+meet them: fit, tf.data, unknown sizes, files."""
+
+import keras
+import numpy as np
+import pytest
+import test_ops
+from test_backends import mlstm_inputs, slstm_inputs
+from test_ops import CASES, make_mask, make_segments, mLSTMCase
+from tools import BACKEND, TOLERANCE, array, assert_close, tensor
+
+if BACKEND != "tensorflow":
+    pytest.skip("XLA as an implementation belongs to TensorFlow", allow_module_level=True)
+
+import tensorflow as tf
+
+from keras_xlstm import backends, layers, ops
+
+both = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+XLA = {"implementation": "xla"}
+U = 8
+
+
+@both
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
+def test_outputs_gradients_and_states(case, dtype, state, rng):
+    case(rng, T=9, state=state).check(dtype, xla=False, **XLA)
+
+
+@both
+@pytest.mark.parametrize("T", [1, 2, 65])
+def test_any_length(case, T, rng):
+    case(rng, B=2, T=T, H=1).check(xla=False, **XLA)
+
+
+@both
+@pytest.mark.parametrize("mask", ["left", "holes"])
+@pytest.mark.parametrize("segments", [None, "returning"])
+def test_masks_and_segments(case, mask, segments, rng):
+    flags = {
+        "mask": make_mask(mask, 4, 21, rng),
+        "segment_ids": make_segments(segments, 4, 21, rng),
+    }
+    options = {"chunk_size": 8} if case is mLSTMCase else {}
+    case(rng, B=4, T=21, H=1).check("float64", xla=False, **flags, **options, **XLA)
+
+
+@both
+def test_inside_a_compiled_function_and_eagerly(case, rng):
+    case(rng, T=9).check(xla=True, **XLA)
+    case(rng, T=9).check(compiled=False, **XLA)
+
+
+@both
+def test_extreme_gates(case):
+    with backends.use("xla"):
+        test_ops.test_extreme_gates(case, 0)
+
+
+def test_unknown_batch_and_length(rng):
+    with backends.use("xla"):
+        test_ops.test_unknown_batch_and_length(False, rng)
+
+
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_second_derivatives_are_refused(op, rng):
+    inputs = {"mlstm": mlstm_inputs, "slstm": slstm_inputs}[op](rng)
+    x = tf.constant(inputs.pop("q" if op == "mlstm" else "x"))
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            loss = tf.reduce_sum(getattr(ops, op)(x, **inputs, **XLA) ** 2)
+        gradient = inner.gradient(loss, x)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        outer.gradient(gradient, x)
+
+
+def compiled_calls(function, *arguments):
+    """How many calls in the graph of `function` XLA compiles by itself."""
+    graph = tf.function(function).get_concrete_function(*arguments).graph
+    names = {
+        f.signature.name
+        for f in graph.as_graph_def().library.function
+        if f.attr["_XlaMustCompile"].b
+    }
+    return sum(node.attr["f"].func.name in names for node in graph.as_graph_def().node)
+
+
+def test_what_is_picked(rng):
+    """XLA where it pays: in a graph, for a length that is known."""
+    for layer in (layers.mLSTM(U, num_heads=2), layers.sLSTM(U, num_heads=2)):
+        layer.build((None, None, U))
+        for T, compiled in ((None, 0), (1, 0), (5, 1)):
+            spec = tf.TensorSpec((None, T, U))
+            assert compiled_calls(layer, spec) == compiled, (layer.name, T)
+            with backends.use("xla"):
+                assert compiled_calls(layer, spec) == 1
+            with backends.use("native"):
+                assert compiled_calls(layer, spec) == 0
+    # Eagerly the native form runs: nothing to compile for a new length.
+    x = tensor(rng.normal(size=(2, 6, U)))
+    with backends.use("native"):
+        want = array(layer(x))
+    np.testing.assert_array_equal(array(layer(x)), want)
+
+
+def small_model(T, use_kernel="auto"):
+    keras.utils.set_random_seed(3)
+    return keras.Sequential([
+        keras.Input((T, 3)),
+        layers.mLSTM(U, num_heads=2, return_sequences=True, use_kernel=use_kernel),
+        layers.sLSTM(U, num_heads=2, use_kernel=use_kernel),
+        keras.layers.Dense(1),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("T", [12, None])
+def test_fit_on_a_ragged_last_batch(T, rng):
+    """The same losses and weights in the native form, op by op; XLA by itself; a compiled model."""
+    x, y = rng.normal(size=(10, 12, 3)).astype("float32"), rng.normal(size=(10, 1))
+    data = tf.data.Dataset.from_tensor_slices((x, y.astype("float32")))
+    data = data.padded_batch(4, padded_shapes=((None, 3), (1,))) if T is None else data.batch(4)
+    results = []
+    ways = [(False, False), (True, False)] + ([("auto", True)] if T else [])
+    for use_kernel, jit_compile in ways:
+        model = small_model(T, use_kernel)
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
+        loss = model.fit(data, epochs=2, verbose=0).history["loss"]
+        results.append([loss, *model.get_weights()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_close(a, b, 1e-4, least=1e-2)
+
+
+def test_remat(rng):
+    """Recomputed in the backward pass, with the same gradient."""
+    x, y = rng.normal(size=(4, 12, U)).astype("float32"), rng.normal(size=(4, 12, U))
+    weights = []
+    for remat in (False, True):
+        keras.utils.set_random_seed(3)
+        block = layers.mLSTMBlock(num_heads=2, remat=remat)
+        model = keras.Sequential([keras.Input((12, U)), block])
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+        model.fit(x, y, verbose=0)
+        weights.append(model.get_weights())
+    for a, b in zip(*weights, strict=True):
+        assert_close(a, b, 1e-5, least=1e-2)
+
+
+@pytest.mark.parametrize("T", [12, None])
+def test_export(T, rng, tmp_path):
+    model = small_model(T)
+    x = rng.normal(size=(3, 12, 3)).astype("float32")
+    model.export(tmp_path / "model", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "model")
+    assert_close(loaded.serve(x), array(model(x)), 1e-5)
