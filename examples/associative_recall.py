@@ -31,6 +31,7 @@ os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "j
 import keras
 import numpy as np
 from keras import layers
+from keras.optimizers.schedules import CosineDecay
 from matplotlib.figure import Figure
 
 from keras_xlstm.models import xLSTMStack
@@ -68,9 +69,8 @@ def stack(pattern):
 
 
 def lstm(x):
-    for _ in range(2):
-        x = layers.LSTM(x.shape[-1], return_sequences=True)(x)
-    return x
+    x = layers.LSTM(x.shape[-1], return_sequences=True)(x)
+    return layers.LSTM(x.shape[-1], return_sequences=True)(x)
 
 
 def transformer(x):
@@ -97,12 +97,9 @@ def train(name, pairs, seed, rate):
     inputs = keras.Input((args.length,), dtype="int32")
     h = body(layers.Embedding(args.vocabulary, width)(inputs))
     model = keras.Model(inputs, layers.Dense(args.vocabulary)(h), name=name)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, args.steps, warmup_target=rate, warmup_steps=args.steps // 10
-    )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=1.0)
+    rate = CosineDecay(0.0, args.steps, warmup_target=rate, warmup_steps=args.steps // 10)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
-    model.compile(optimizer, loss)
+    model.compile(keras.optimizers.AdamW(rate, 0.1, clipnorm=1.0), loss)
     model.fit(Strings(pairs, seed))
     x, y = generate(1000, pairs, np.random.default_rng(10**9))
     found = model.predict(x, batch_size=100, verbose=0).argmax(-1)

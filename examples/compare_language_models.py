@@ -35,6 +35,7 @@ os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "j
 import keras
 import numpy as np
 from keras import layers
+from keras.optimizers.schedules import CosineDecay
 from matplotlib.figure import Figure
 
 from keras_xlstm.models import exclude_from_weight_decay, xLSTMLanguageModel
@@ -56,9 +57,7 @@ def read():
     texts = [p.read_bytes() for p in found if not skip & set(p.relative_to(root).parts)]
     if len(texts) < 10:
         parser.error(f"--text must be a file or hold ten .txt files or more, not {root}")
-    held_out = b"\n\n".join(texts[::10])
-    del texts[::10]
-    return b"\n\n".join(texts), held_out
+    return b"\n\n".join(t for n, t in enumerate(texts) if n % 10), b"\n\n".join(texts[::10])
 
 
 def tokenized(train, held_out):
@@ -89,25 +88,30 @@ class Windows(keras.utils.PyDataset):
         return window[:, :-1], window[:, 1:]
 
 
+class Positions(layers.Layer):
+    def call(self, x):
+        rates = 10_000.0 ** -keras.ops.linspace(0.0, 1.0, x.shape[-1] // 2)
+        angle = keras.ops.arange(keras.ops.shape(x)[1], dtype="float32")[:, None] * rates
+        waves = keras.ops.concatenate([keras.ops.sin(angle), keras.ops.cos(angle)], -1)
+        return x + keras.ops.cast(0.05 * waves, x.dtype)  # of the size of the embeddings
+
+
 def build(name, width):
-    options = {"num_heads": 4}
     if name not in ("lstm", "transformer"):
-        if name in PARTS_OUT:
-            options["mlstm_options"] = PARTS_OUT[name]
-        else:
-            options["pattern"] = name
-        model = xLSTMLanguageModel(args.vocabulary, width, args.blocks, **options)
+        options = {"mlstm_options": PARTS_OUT[name]} if name in PARTS_OUT else {"pattern": name}
+        model = xLSTMLanguageModel(args.vocabulary, width, args.blocks, num_heads=4, **options)
         for block in model.blocks if name == "no-input-gate" else []:
-            block.input_gate.trainable = False  # and set to zero below: exp(0) = 1
             block.input_gate.set_weights([np.zeros(w.shape) for w in block.input_gate.weights])
+            block.input_gate.trainable = False  # exp(0) = 1
         return model
     inputs = keras.Input((None,), dtype="int32")
     x = layers.Embedding(args.vocabulary, width)(inputs)
+    x = Positions()(x) if name == "transformer" else x
     for _ in range(args.blocks):
         y = layers.LayerNormalization()(x)
-        if name == "lstm":
-            x += layers.LSTM(width, return_sequences=True)(y)
-        else:  # the causal mask tells it the order, at any length
+        if name == "lstm":  # cuDNN's under JAX does not take bfloat16
+            x += layers.LSTM(width, return_sequences=True, use_cudnn=args.dtype == "float32")(y)
+        else:
             x += layers.MultiHeadAttention(4, width // 4)(y, y, use_causal_mask=True)
             y = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
             x += layers.Dense(width)(y)
@@ -127,10 +131,8 @@ def sized(name):
 def train(name, width, seed, rate, ids):
     keras.utils.set_random_seed(seed)
     model = build(name, width)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, args.steps, warmup_target=rate, warmup_steps=args.steps // 10, alpha=0.1
-    )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.95, clipnorm=1.0)
+    rate = CosineDecay(0.0, args.steps, 0.1, warmup_target=rate, warmup_steps=args.steps // 10)
+    optimizer = keras.optimizers.AdamW(rate, 0.1, beta_2=0.95, clipnorm=1.0)
     if isinstance(model, xLSTMLanguageModel):
         optimizer = exclude_from_weight_decay(optimizer, model)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
