@@ -1,6 +1,6 @@
 """What XLA does for the layers on TensorFlow and a CPU, every ratio within one run.
 
-    python benchmarks/tensorflow_xla.py                   # all parts, about 6 minutes on 2 cores
+    python benchmarks/tensorflow_xla.py                   # all parts, about 7 minutes on 2 cores
     python benchmarks/tensorflow_xla.py --only lengths --plot lengths.png
 
 Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
@@ -145,6 +145,8 @@ def compile_part(way):
             f"{wall:.1f} s ({processor:.1f} s of processor time)",
             flush=True,
         )
+        if implementation == "native":  # to compare one figure with
+            break
 
 
 def length_point(T, way):
