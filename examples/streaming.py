@@ -83,17 +83,21 @@ def score(path, frames, warm_up=50):
 
 def report(folder):
     stream, broken = machine(2000, seed=1, faults=8)
-    print("layer   microseconds per frame: median, 99 %   difference from Keras   faults found")
+    print("layer   microseconds per frame: median, 99 %   from Keras: 99.9 %, worst   faults found")
     for path in sorted(folder.glob("*/streaming.onnx")):
         forecasts, seconds = score(path, stream)
         anomaly = np.abs(stream[1:] - forecasts[:-1]).max(1)
         alarm = anomaly > np.quantile(anomaly[:100], 0.99) * 2  # learned before the first fault
         starts = np.flatnonzero(np.diff(broken.astype(int)) == 1)
         found = sum(alarm[start : start + 10].any() for start in starts)
-        error = np.abs(forecasts - np.load(path.parent / "keras.npy")).max()
+        # mLSTM divides by a sum that may nearly cancel: there, in single frames, the order of
+        # float32 sums shows.
+        error = np.abs(forecasts - np.load(path.parent / "keras.npy")).max(1)
+        usual, worst = np.quantile(error, [0.999, 1])
         median, slow = np.quantile(seconds, [0.5, 0.99]) * 1e6
         times = f"{median:26.0f} {slow:8.0f}"
-        print(f"{path.parent.name:6} {times} {error:23.1e} {found:11} of {len(starts)}")
+        errors = f"{usual:18.1e} {worst:7.1e}"
+        print(f"{path.parent.name:6} {times} {errors} {found:9} of {len(starts)}")
     assert "keras" not in sys.modules
 
 
