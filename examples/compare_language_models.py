@@ -73,19 +73,10 @@ def tokenized(train, held_out):
     return *ids, len(held_out.encode()) / len(ids[1])
 
 
-class Windows(keras.utils.PyDataset):
-    def __init__(self, ids, seed):
-        super().__init__()
-        self.ids, self.seed = ids, seed
-
-    def __len__(self):
-        return args.steps
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng((self.seed, index))
-        start = rng.integers(0, len(self.ids) - args.length, (args.batch, 1))
-        window = self.ids[start + np.arange(args.length + 1)].astype("int32")
-        return window[:, :-1], window[:, 1:]
+def windows(ids, starts, length):
+    """Tokens from the places in `starts` on, and those that follow them."""
+    window = ids[starts.astype(int)[:, None] + np.arange(length + 1)].astype("int32")
+    return window[:, :-1], window[:, 1:]
 
 
 class Positions(layers.Layer):
@@ -136,15 +127,15 @@ def train(name, width, seed, rate, ids):
     if isinstance(model, xLSTMLanguageModel):
         optimizer = exclude_from_weight_decay(optimizer, model)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(Windows(ids, seed))
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, len(ids) - args.length, args.steps * args.batch)
+    model.fit(*windows(ids, starts, args.length), batch_size=args.batch)
     return model
 
 
 def bits(model, ids, length, count):
     """Bits of each token in `count` windows of the text, (count, length)."""
-    start = np.linspace(0, len(ids) - length - 1, count).astype(int)[:, None]
-    window = ids[start + np.arange(length + 1)].astype("int32")
-    x, y = window[:, :-1], window[:, 1:]
+    x, y = windows(ids, np.linspace(0, len(ids) - length - 1, count), length)
     losses = []
     for j in range(0, count, batch := max(1, 8192 // length)):
         logits = model.predict_on_batch(x[j : j + batch]).astype("float32")

@@ -3,8 +3,7 @@
     python examples/language_model.py --steps 300
 
 Nothing is downloaded: the text is what this Python came with, read through a TensorFlow Datasets
-builder that needs no TensorFlow. Runs on any backend: KERAS_BACKEND=jax (default), torch or
-tensorflow. Writes model.keras, sample.txt and loss.png.
+builder that needs no TensorFlow. Writes model.keras, sample.txt and loss.png.
 """
 
 import argparse
@@ -12,17 +11,28 @@ import os
 import pathlib
 import sysconfig
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], help="Keras's")
+parser.add_argument("--steps", type=int, default=320, help="training steps in all")
+parser.add_argument("--epochs", type=int, default=8, help="which the steps are shown in")
+parser.add_argument("--batch-size", type=int, default=16)
+parser.add_argument("--length", type=int, default=256, help="bytes per window")
+parser.add_argument("--units", type=int, default=128)
+parser.add_argument("--blocks", type=int, default=2)
+parser.add_argument("--pattern", default="1:1", help="mLSTM:sLSTM blocks, in turn")
+parser.add_argument("--heads", type=int, default=4)
+parser.add_argument("--held-out-bytes", type=int, default=131072, help="to evaluate on")
+parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/language_model"))
+args = parser.parse_args()
+os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "jax")
 
 import keras
-import matplotlib
 import numpy as np
 import tensorflow_datasets as tfds
+from keras.optimizers.schedules import CosineDecay
+from matplotlib.figure import Figure
 
 from keras_xlstm.models import exclude_from_weight_decay, xLSTMLanguageModel
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 
 class PythonSource(tfds.core.GeneratorBasedBuilder):
@@ -40,10 +50,8 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
         paths = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
         held_out = paths[::10]
         train = sorted(set(paths) - set(held_out))
-        return {
-            "train": self._generate_examples(train),
-            "validation": self._generate_examples(held_out),
-        }
+        splits = {"train": train, "validation": held_out}
+        return {name: self._generate_examples(paths) for name, paths in splits.items()}
 
     def _generate_examples(self, paths):
         for path in paths:
@@ -77,12 +85,9 @@ class Windows(keras.utils.PyDataset):
 def order_2_entropy(data):
     """Bits per byte of the best guess from the two bytes before, with these data's own counts."""
     pairs = data[:-2].astype("int64") * 256 + data[1:-1]
-    _, triple_counts = np.unique(pairs * 256 + data[2:], return_counts=True)
-    _, pair_counts = np.unique(pairs, return_counts=True)
-    n = len(pairs)
-    return (
-        np.sum(pair_counts * np.log2(pair_counts)) - np.sum(triple_counts * np.log2(triple_counts))
-    ) / n
+    counts = (np.unique(x, return_counts=True)[1] for x in (pairs, pairs * 256 + data[2:]))
+    pair_bits, triple_bits = (np.sum(count * np.log2(count)) for count in counts)
+    return (pair_bits - triple_bits) / len(pairs)
 
 
 def bits_per_byte(y_true, y_pred):
@@ -91,45 +96,17 @@ def bits_per_byte(y_true, y_pred):
 
 
 def plot(history, entropy, path):
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    epochs = np.arange(1, len(history["bits_per_byte"]) + 1)
+    axis = Figure(figsize=(7, 4), layout="constrained").subplots()
+    epochs = range(1, len(history["bits_per_byte"]) + 1)
     axis.plot(epochs, history["bits_per_byte"], marker="o", label="training")
     axis.plot(epochs, history["val_bits_per_byte"], marker="o", label="held-out files")
-    axis.axhline(
-        entropy, color="gray", linestyle="--", label="order-2 entropy of the held-out files"
-    )
-    axis.set(
-        xlabel="epoch",
-        ylabel="bits per byte",
-        title="Byte-level xLSTM on Python's standard library",
-    )
+    axis.axhline(entropy, color="gray", linestyle="--", label="order-2 entropy, held-out files")
+    axis.set(xlabel="epoch", ylabel="bits per byte", title="Byte-level xLSTM on Python's library")
     axis.legend()
-    figure.savefig(path, dpi=150)
+    axis.figure.savefig(path, dpi=150)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--steps", type=int, default=320, help="training steps in all (default 320)"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=8, help="the steps are shown in so many epochs (default 8)"
-    )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256, help="bytes per window (default 256)")
-    parser.add_argument("--units", type=int, default=128)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument(
-        "--pattern", default="1:1", help="mLSTM:sLSTM blocks, in turn (default 1:1)"
-    )
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument(
-        "--held-out-bytes", type=int, default=131072, help="how much to evaluate on"
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/language_model"))
-    args = parser.parse_args()
     keras.utils.set_random_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -139,19 +116,15 @@ def main():
     start = np.linspace(0, len(held_out) - args.length - 1, windows).astype(int)[:, None]
     window = held_out[start + np.arange(args.length + 1)].astype("int32")
     validation = window[:, :-1], window[:, 1:]
-    print(
-        f"Keras on {keras.backend.backend()}: {len(train):,} bytes to train on, "
-        f"{len(held_out):,} held out"
-    )
+    print(f"{len(train):,} bytes to train on, {len(held_out):,} held out")
 
     model = xLSTMLanguageModel(
         256, args.units, args.blocks, num_heads=args.heads, pattern=args.pattern, name="byte_xlstm"
     )
     model.summary()
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, args.steps, warmup_target=4e-3, warmup_steps=max(1, args.steps // 20), alpha=0.05
-    )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=1.0)
+    warm_up = max(1, args.steps // 20)
+    rate = CosineDecay(0.0, args.steps, 0.05, warmup_target=4e-3, warmup_steps=warm_up)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.1, clipnorm=1.0)
     model.compile(
         exclude_from_weight_decay(optimizer, model),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -163,9 +136,8 @@ def main():
     ).history
 
     model.save(args.out / "model.keras")
-    model = keras.models.load_model(
-        args.out / "model.keras", custom_objects={"bits_per_byte": bits_per_byte}
-    )
+    metrics = {"bits_per_byte": bits_per_byte}
+    model = keras.models.load_model(args.out / "model.keras", custom_objects=metrics)
     _, held_out_bits = model.evaluate(*validation, batch_size=64, verbose=0)
     plot(history, entropy, args.out / "loss.png")
     [text] = model.generate([list(b"def ")], 400, temperature=0.7, seed=0)

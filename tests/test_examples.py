@@ -77,3 +77,33 @@ def test_streaming(tmp_path):
     for _, median, slow, usual_error, *_ in rows:
         assert float(slow) >= float(median) > 0
         assert float(usual_error) < 1e-4
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="run on tensorflow alone: one is enough")
+def test_state_tracking(tmp_path):
+    options = ("--models", "slstm", "transformer", "--steps", 20, "--long", 64, "--out", "out")
+    said = run("state_tracking.py", "--task", "modular", *options, cwd=tmp_path)
+    assert said.count("scaled accuracy") == 2
+    rows = (tmp_path / "out/results.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows] == [
+        ["modular", "slstm"],
+        ["modular", "transformer"],
+    ]
+    assert (tmp_path / "out/modular.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
+def test_associative_recall(tmp_path):
+    options = ("--models", "mlstm", "--pairs", 2, 4, "--steps", 10, "--length", 16, "--out", "out")
+    assert run("associative_recall.py", *options, cwd=tmp_path).count("accuracy") == 2
+    assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="run on torch alone: one is enough")
+def test_compare_language_models(tmp_path):
+    (tmp_path / "text").write_text("the cat sat on the mat, and so on and on.\n" * 400)
+    options = ("--models", "1:1", "no-input-gate", "--blocks", 2, "--parameters", 60_000)
+    options += ("--steps", 8, "--length", 32, "--far", 64, "--text", "text", "--out", "out")
+    run("compare_language_models.py", *options, cwd=tmp_path)
+    rows = (tmp_path / "out/results.csv").read_text().splitlines()
+    assert all(0 < float(row.split(",")[7]) < 8 for row in rows)
