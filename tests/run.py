@@ -17,6 +17,9 @@ FILES = {
     "kernels": [
         "test_triton.py", "test_triton_slstm.py", "test_pallas.py", "test_pallas_slstm.py"
     ],
+    "files, devices": [
+        "test_export.py", "test_devices.py", "test_examples.py", "test_tensorflow.py",
+    ],
 }  # fmt: skip
 PARTS = {name: [str(HERE / file) for file in files] for name, files in FILES.items()}
 PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values() for file in files)]
@@ -28,6 +31,9 @@ ORDER = [
     ("jax", "kernels"),
     ("tensorflow", "the rest"),
     ("jax", "the rest"),
+    ("tensorflow", "files, devices"),
+    ("torch", "files, devices"),
+    ("jax", "files, devices"),
 ]
 
 
