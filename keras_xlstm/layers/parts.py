@@ -171,6 +171,8 @@ class CausalConv1D(keras.layers.Layer):
         x, ids = ops.cast(inputs, self.compute_dtype), segment_ids
         if mask is not None:  # real steps first, in their order
             order, count = real_first(mask)
+            # Zeros: a tap's gradient would be 0 * NaN where padding holds NaN.
+            x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
             x = ops.take_along_axis(x, order[:, :, None], axis=1)
             ids = None if ids is None else ops.take_along_axis(ids, order, axis=1)
         padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)
