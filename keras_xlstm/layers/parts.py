@@ -1,6 +1,7 @@
 """What the layers are made of: argument checks, soft cap, norm per head."""
 
 import math
+import numbers
 
 import keras
 from keras import ops
@@ -15,7 +16,8 @@ def check_positive(name, value):
 
 
 def check_cap(name, cap):
-    if cap is not None and (isinstance(cap, bool) or not cap > 0):
+    number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
+    if cap is not None and not (number and 0 < cap < math.inf):
         raise ValueError(
             f"`{name}` must be a positive number, or None for no bound. Received: {name}={cap!r}."
         )
