@@ -27,7 +27,8 @@ from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 __all__ = ["from_pretrained", "from_state_dict", "load_state_dict", "to_state_dict"]
 
-_SIZE, _NUMBER, _SWITCH = ("a whole number", (int,)), ("a number", (int, float)), ("a bool", (bool,))
+_SIZE, _SWITCH = ("a whole number", (int,)), ("a bool", (bool,))
+_NUMBER = ("a number of no less than 0", (int, float))
 _CONFIG_TYPES = {
     **dict.fromkeys(("hidden_size", "num_blocks", "vocab_size", "num_heads"), _SIZE),
     **dict.fromkeys(("norm_eps", "eps", "gate_soft_cap", "output_logit_soft_cap"), _NUMBER),

@@ -1,5 +1,6 @@
 """Killed runs, damaged and hostile files, threads, and the same numbers run to run."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -109,8 +110,8 @@ def write(folder, data, config=CONFIG, name="model.safetensors"):
     (folder / name).write_bytes(data)
 
 
-def refused(folder, words=""):
-    """A ValueError, soon: whatever else comes up is a bug."""
+def refused(folder, words="must"):
+    """A ValueError that says what must be, soon: whatever else comes up is a bug."""
     start = time.monotonic()
     with pytest.raises(ValueError, match=words):
         convert.from_pretrained(folder)
@@ -124,15 +125,10 @@ def test_the_file_itself_loads(official, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIG)
 def test_config_values_of_the_wrong_type(name, official, tmp_path):
+    fits = {"norm_eps": (0, 1.5), "gate_soft_cap": (1.5,), "output_logit_soft_cap": (1.5,)}
     for value in ODD:
-        right = {
-            "norm_eps": value in (0, 1.5, 2**62) or value is None,
-            "gate_soft_cap": value == 1.5 or value is None,
-            "output_logit_soft_cap": value == 1.5 or value is None,
-        }
-        # Of None the config says nothing, and what is left is the default.
-        default = value is None and name not in ("model_type", "vocab_size", "hidden_size")
-        if right.get(name) and value != 2**62 and value is not True or default:
+        # None says nothing of the default; a bool is a number to Python's `in`.
+        if value is None or (type(value) is not bool and value in fits.get(name, ())):
             continue
         write(tmp_path, packed(*official), {**CONFIG, name: value})
         refused(tmp_path)
@@ -199,10 +195,8 @@ def test_mutated_bytes(official, data):
         whole[at : at + data.draw(st.integers(0, 3), "taken out")] = new
     with tempfile.TemporaryDirectory() as folder:
         write(pathlib.Path(folder), bytes(whole))
-        try:
+        with contextlib.suppress(ValueError):
             convert.from_pretrained(folder)
-        except ValueError as error:
-            assert str(error)
 
 
 def test_no_pickle_is_read(official, tmp_path):
