@@ -146,7 +146,7 @@ def check(case, implementation, draw):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mlstm(implementation):
-    @examples(torch=8 if implementation == "triton" else 150, others=60)
+    @examples(torch=8 if implementation == "triton" else 60, others=60)
     @given(data=st.data())
     def run(data):
         check(mLSTMCase, implementation, data.draw)
@@ -156,7 +156,7 @@ def test_mlstm(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_slstm(implementation):
-    @examples(torch=8 if implementation == "triton" else 150, others=60)
+    @examples(torch=8 if implementation == "triton" else 60, others=60)
     @given(data=st.data())
     def run(data):
         check(sLSTMCase, implementation, data.draw)
@@ -173,7 +173,7 @@ def block_of(name):
 
 
 @pytest.mark.skipif("triton" in IMPLEMENTATIONS, reason="the kernels are above")
-@examples(torch=20, others=8)
+@examples(torch=10, others=6)
 @given(data=st.data())
 def test_blocks_in_two_parts(data):
     """Any mask and any segments: two calls with the state carried are one call, and whatever
