@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu>=2.20
 BACKENDS ?= jax torch tensorflow
 
-.PHONY: demo test test-% lint benchmark clean
+.PHONY: demo test test-% fuzz lint benchmark clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=jax $(BIN)/python examples/language_model.py
@@ -18,6 +18,14 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/run.py $(BACKENDS)
+
+# Thousands of random cases of each fuzz test, new ones in every run: hours on a slow machine.
+FUZZ_EXAMPLES ?= 3000
+fuzz: $(VENV)/.test
+	for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
+		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py || exit 1; \
+	done
 
 # One backend, any pytest arguments: make test-jax ARGS="-k masks"
 test-%: $(VENV)/.test

@@ -2,13 +2,32 @@
 
 import json
 import math
-import pathlib
 from collections import namedtuple
 from collections.abc import Mapping
 
 import numpy as np
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_LONGEST_HEADER = 100_000_000  # bytes, as in the format's own reader
+
+
+def parsed(text):
+    """The JSON object in a text; a ValueError for anything else, and for a name given twice."""
+
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"twice the name {next(n for n in names if names.count(n) > 1)!r}")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("brackets nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"no JSON object but {type(found).__name__}")
+    return found
 
 
 class Tensor(namedtuple("Tensor", "path start shape stored")):
@@ -45,17 +64,25 @@ class Safetensors(Mapping):
             )
         self.tensors = {}
         try:
-            where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            where = dict(parsed(index.read_text(encoding="utf-8"))["weight_map"])
             files = sorted({str(file) for file in where.values()})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{index} must map names to files. Received: {error!r}.") from error
+        there = {path.name for path in folder.iterdir() if path.is_file()}
         for file in files:
-            if pathlib.PurePath(file).name != file or not (folder / file).is_file():
+            if file not in there:
                 raise ValueError(
                     f"{index} names files that must lie beside it. Received: {file!r}, which does "
                     "not. Download all files of the model."
                 )
-            self.tensors |= _read_header(folder / file)
+            header = _read_header(folder / file)
+            twice = sorted(set(header) & set(self.tensors))
+            if twice:
+                raise ValueError(
+                    f"The files that {index} names must hold each tensor once. Received: "
+                    f"{twice[0]!r} in {file!r} and in another. Use the files of one model."
+                )
+            self.tensors |= header
         lost = set(where) - set(self.tensors)
         if lost:
             raise ValueError(
@@ -82,14 +109,16 @@ def _read_header(path):
             f"{', '.join(STORED)}. Received: {reason}. Download or save it again."
         )
 
-    size, tensors = path.stat().st_size, {}
+    size, tensors, extents = path.stat().st_size, {}, []
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > size:
             raise damaged(f"{size} bytes, fewer than its header")
+        if start > _LONGEST_HEADER:
+            raise damaged(f"a header of {start - 8} bytes, more than any model needs")
         try:
-            header = dict(json.loads(file.read(start - 8)))
-        except (ValueError, TypeError) as error:
+            header = parsed(file.read(start - 8))
+        except ValueError as error:
             raise damaged(f"a header that is no JSON object, {error}") from error
     header.pop("__metadata__", None)
     for name, entry in header.items():
@@ -98,7 +127,7 @@ def _read_header(path):
             whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f"a bad entry for {name!r}, {error!r}") from error
-        if stored not in STORED:
+        if not isinstance(stored, str) or stored not in STORED:
             raise damaged(f"{name!r} of type {stored}")
         size_of_one = np.dtype(STORED[stored]).itemsize
         if not whole or end - begin != math.prod(shape) * size_of_one or start + end > size:
@@ -107,4 +136,13 @@ def _read_header(path):
                 "does not fit"
             )
         tensors[name] = Tensor(str(path), start + begin, tuple(shape), stored)
+        extents.append((begin, end, name))
+    # The format has neither gaps nor bytes that two tensors share.
+    reached = 0
+    for begin, end, name in sorted(extents):
+        if begin != reached:
+            raise damaged(f"{name!r} at byte {begin}, where the tensors before it end at {reached}")
+        reached = end
+    if reached != size - start:
+        raise damaged(f"{size - start} bytes of weights for tensors of {reached}")
     return tensors

@@ -4,7 +4,6 @@ Three formats: `"xlstm"`, the paper's `xLSTMLMModel` and `xLSTMBlockStack`; `"xl
 `xLSTMLarge`; `"transformers"`, Hugging Face's `xLSTMForCausalLM`, in which the 7B model is out.
 """
 
-import json
 import pathlib
 import re
 
@@ -22,11 +21,19 @@ from keras_xlstm._official import (
     settings_of,
     some,
 )
-from keras_xlstm._safetensors import Safetensors
+from keras_xlstm._safetensors import Safetensors, parsed
 from keras_xlstm.layers import mLSTMBlock
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 __all__ = ["from_pretrained", "from_state_dict", "load_state_dict", "to_state_dict"]
+
+_SIZE, _SWITCH = ("a whole number", (int,)), ("a bool", (bool,))
+_NUMBER = ("a number of no less than 0", (int, float))
+_CONFIG_TYPES = {
+    **dict.fromkeys(("hidden_size", "num_blocks", "vocab_size", "num_heads"), _SIZE),
+    **dict.fromkeys(("norm_eps", "eps", "gate_soft_cap", "output_logit_soft_cap"), _NUMBER),
+    **dict.fromkeys(("tie_word_embeddings", "use_bias"), _SWITCH),
+}
 
 # ---------------------------------------------------------------- loading and writing
 
@@ -322,14 +329,15 @@ def _read_config(folder):
             f"{str(folder)!r}, without config.json. Download a model from a hub to a folder first."
         )
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parsed((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"config.json in {folder} must be JSON. Received: {error}.") from error
-    kind = config.get("model_type") if isinstance(config, dict) else config
-    if kind != "xlstm":
+        raise ValueError(
+            f"config.json in {folder} must be a JSON object. Received: {error}."
+        ) from error
+    if config.get("model_type") != "xlstm":
         raise ValueError(
             'config.json must have model_type "xlstm". Received: '
-            f"model_type={kind!r}. Other models have no counterpart here."
+            f"model_type={config.get('model_type')!r}. Other models have no counterpart here."
         )
     config = {name: value for name, value in config.items() if value is not None}
     size = config.get("embedding_dim", 4096)
@@ -339,6 +347,11 @@ def _read_config(folder):
         "tie_word_embeddings": False, "norm_eps": 1e-6, "eps": 1e-6, "use_bias": False,
         "gate_soft_cap": 15.0, "output_logit_soft_cap": 30.0, **config,
     }  # fmt: skip
+    for name, (kind, fits) in _CONFIG_TYPES.items():
+        if type(config[name]) not in fits or not 0 <= config[name] < 2**53:
+            raise ValueError(
+                f"config.json must have {kind} for {name}. Received: {name}={config[name]!r}."
+            )
     for name, value in {"eps": 1e-6, "use_bias": False}.items():
         if config[name] != value:
             raise ValueError(

@@ -52,7 +52,9 @@ def check(case, dtype="float32", factor=1.0, chunk_size=16, **options):
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
-@pytest.mark.parametrize("file", ["test_triton.py", "test_triton_slstm.py"])
+@pytest.mark.parametrize(
+    "file", ["test_triton.py", "test_triton_slstm.py", "test_poison.py", "test_fuzz.py"]
+)
 def test_interpreted(file):
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     file = os.path.join(os.path.dirname(__file__), file)

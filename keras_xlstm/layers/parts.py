@@ -1,6 +1,7 @@
 """What the layers are made of: argument checks, soft cap, norm per head."""
 
 import math
+import numbers
 
 import keras
 from keras import ops
@@ -15,7 +16,8 @@ def check_positive(name, value):
 
 
 def check_cap(name, cap):
-    if cap is not None and (isinstance(cap, bool) or not cap > 0):
+    number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
+    if cap is not None and not (number and 0 < cap < math.inf):
         raise ValueError(
             f"`{name}` must be a positive number, or None for no bound. Received: {name}={cap!r}."
         )
@@ -171,6 +173,8 @@ class CausalConv1D(keras.layers.Layer):
         x, ids = ops.cast(inputs, self.compute_dtype), segment_ids
         if mask is not None:  # real steps first, in their order
             order, count = real_first(mask)
+            # Zeros: a tap's gradient would be 0 * NaN where padding holds NaN.
+            x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
             x = ops.take_along_axis(x, order[:, :, None], axis=1)
             ids = None if ids is None else ops.take_along_axis(ids, order, axis=1)
         padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)

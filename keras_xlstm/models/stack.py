@@ -1,6 +1,7 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
 import keras
+from keras import ops
 
 from keras_xlstm import backends
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
@@ -242,6 +243,22 @@ class xLSTMStack(StackModel):
         self.settings = settings
         self._outer_dim = units
 
+    def call(self, inputs, training=None, mask=None):
+        inputs = self._named(inputs)
+        padding_mask = inputs["padding_mask"]
+        if padding_mask is None and mask is not None:
+            padding_mask = mask["sequences"]
+        inputs["sequences"] = self._without_padding(inputs["sequences"], padding_mask)
+        return super().call(inputs, training=training, mask=mask)
+
+    def _without_padding(self, sequences, mask):
+        """Zeros at masked steps: they go by the blocks to the norm, where NaN would reach the
+        gradient of its scale."""
+        if mask is None:
+            return sequences
+        mask = self.blocks[0]._check_mask(mask, sequences)
+        return ops.where(mask[:, :, None], sequences, ops.zeros_like(sequences))
+
     def run(self, sequences, state, padding_mask=None, segment_ids=None):
         """The same, from a state and with the new one: `(outputs, state)`.
 
@@ -250,6 +267,7 @@ class xLSTMStack(StackModel):
             state: as `get_initial_state(batch)` or an earlier call gives it.
             padding_mask, segment_ids: as in the inputs, or None.
         """
+        sequences = self._without_padding(sequences, padding_mask)
         return self._run_blocks(sequences, state, padding_mask, segment_ids)
 
 
