@@ -38,8 +38,8 @@ release: $(VENV)/.test
 	set -e; for backend in $(BACKENDS); do \
 	  bare=$$(mktemp -d); $(PYTHON) -m venv $$bare; \
 	  case $$backend in torch) first="$(TORCH)";; tensorflow) first="$(TENSORFLOW)";; *) first=jax;; esac; \
-	  $$bare/bin/pip install --quiet "$$first" dist/*.whl; \
-	  (cd $$bare; KERAS_BACKEND=$$backend bin/python -c "import keras_xlstm, numpy; \
+	  (cd $$bare; unset PYTHONPATH; bin/pip install --quiet "$$first" $(CURDIR)/dist/*.whl; \
+	  KERAS_BACKEND=$$backend bin/python -c "import keras_xlstm, numpy; \
 	    x = numpy.zeros((1, 5, 3), 'float32'); \
 	    print(keras_xlstm.__file__, keras_xlstm.layers.mLSTM(8)(x).shape)"); \
 	  rm -rf $$bare; \
