@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu>=2.20
 BACKENDS ?= jax torch tensorflow
 
-.PHONY: demo test test-% fuzz lint benchmark clean
+.PHONY: demo test test-% fuzz lint docs release benchmark clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=jax $(BIN)/python examples/language_model.py
@@ -35,6 +35,24 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# build/docs/index.html, to be read from the disk: nothing is loaded from elsewhere.
+docs: $(VENV)/.docs
+	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# dist/; then for each backend a bare environment with the wheel, in which a layer runs.
+release: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	set -e; for backend in $(BACKENDS); do \
+	  bare=$$(mktemp -d); $(PYTHON) -m venv $$bare; \
+	  case $$backend in torch) first="$(TORCH)";; tensorflow) first="$(TENSORFLOW)";; *) first=jax;; esac; \
+	  (cd $$bare; unset PYTHONPATH; bin/pip install --quiet "$$first" $(CURDIR)/dist/*.whl; \
+	  KERAS_BACKEND=$$backend bin/python -c "import keras_xlstm, numpy; \
+	    x = numpy.zeros((1, 5, 3), 'float32'); \
+	    print(keras_xlstm.__file__, keras_xlstm.layers.mLSTM(8)(x).shape)"); \
+	  rm -rf $$bare; \
+	done
+
 benchmark: $(VENV)/.benchmark
 	$(BIN)/python benchmarks/cpu.py
 
@@ -45,9 +63,13 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[jax,examples]"
 	touch $@
 
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[jax,docs]"
+	touch $@
+
 $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TENSORFLOW)"
-	$(BIN)/python -m pip install --quiet --editable ".[jax,examples,test,xlstm,transformers]"
+	$(BIN)/python -m pip install --quiet --editable ".[jax,examples,test,docs,xlstm,transformers]"
 	$(BIN)/python -m pip install --quiet --editable ".[export-jax,export-tensorflow,export-torch]"
 	$(BIN)/python -m pip install --quiet --no-deps aeon==1.6.0  # a data set of an example
 	touch $@

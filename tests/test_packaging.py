@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,8 @@ import zipfile
 
 import pytest
 from tools import BACKEND
+
+import keras_xlstm
 
 ROOT = pathlib.Path(__file__).parent.parent
 FRAMEWORKS = {"torch", "jax", "tensorflow"}
@@ -39,25 +42,19 @@ def test_package_list_is_the_disk():
     assert set(listed) == names
 
 
-@once
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
-    # --no-isolation: the build requirement, setuptools, is in the test extra.
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    # --no-isolation: the build requirement, setuptools, is in the test extra. Without --wheel the
+    # wheel is built from the sdist, which must have all of it.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"keras_xlstm"}
-    assert "keras_xlstm/py.typed" in names
+    on_disk = {str(p.relative_to(ROOT)) for p in (ROOT / "keras_xlstm").rglob("*.py")}
+    on_disk |= {f"keras_xlstm/{p.relative_to(ROOT)}" for p in (ROOT / "backends").rglob("*.py")}
+    inside = {name for name in names if name.startswith("keras_xlstm/")}
+    assert inside == on_disk | {"keras_xlstm/py.typed"}
     site = tmp_path / "site"
     command = [
         sys.executable,
@@ -71,8 +68,14 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
         str(wheel),
     ]
     subprocess.run(command, check=True)
-    code = "import keras_xlstm; keras_xlstm.backends.mlstm; print(keras_xlstm.__file__)"
-    assert run(code, tmp_path, PYTHONPATH=str(site)).startswith(str(site))
+    code = (
+        "import keras_xlstm, numpy\n"
+        "h = keras_xlstm.layers.mLSTM(8)(numpy.zeros((1, 5, 3), 'float32'))\n"
+        "print(keras_xlstm.__file__, tuple(h.shape))"
+    )
+    said = run(code, tmp_path, PYTHONPATH=str(site))
+    assert said.startswith(str(site))
+    assert said.endswith("(1, 8)")
     metadata = next(site.glob("*.dist-info/METADATA")).read_text()
     core = [
         line
@@ -80,6 +83,12 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
         if line.startswith("Requires-Dist") and "extra" not in line
     ]
     assert sorted(line.split()[1].split(">")[0] for line in core) == ["keras", "numpy"]
+
+
+@once
+def test_citation_has_the_version():
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert keras_xlstm.__version__.removesuffix(".dev0") == cited.group(1)
 
 
 def test_imports_the_active_framework_alone(tmp_path):

@@ -7,6 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from tools import run_blocks
 
 import keras_xlstm
 from keras_xlstm import backends, convert, distribution, export, initializers, layers, models, ops
@@ -15,12 +16,8 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def test_readme(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 8
     monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
+    namespace = run_blocks(README)
     assert namespace["h"].shape == (2, 300, 4, 16)
     if keras.backend.backend() == "jax":
         namespace["on_jax"](keras.distribution.list_devices()[:2])

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -126,3 +127,14 @@ def _inner(outputs, cotangents):
         if c is not None
     ]
     return sum(terms[1:], terms[0])
+
+
+def run_blocks(page):
+    """Runs the Python blocks of a Markdown file in order and returns their names."""
+    text = page.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == text.count("```python") > 0
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
+    return namespace
