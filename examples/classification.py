@@ -73,4 +73,4 @@ for seed in range(args.seeds):
 print(f"{name}: {model.count_params():,} parameters, test accuracy", *(f"{a:.3f}" for a in reached))
 axis.set(xlabel="epoch", ylabel="test accuracy", title=f"JapaneseVowels, {name}", ylim=(0.5, 1))
 axis.legend()
-axis.figure.savefig(args.out / f"{args.layer}.png", dpi=150)
+axis.figure.savefig(args.out / f"{name.replace(' ', '_')}.png", dpi=150)
