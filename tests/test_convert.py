@@ -408,7 +408,7 @@ def test_config(folder):
     configure(folder, use_bias=True)
     refused(folder, "must have use_bias=False")
     (folder / "config.json").write_text("{")
-    refused(folder, "must be JSON")
+    refused(folder, "must be a JSON object")
     (folder / "config.json").unlink()
     refused(folder, "without config.json")
 
