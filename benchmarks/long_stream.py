@@ -4,7 +4,8 @@ recurrence, time and memory along the way.
     KERAS_BACKEND=jax python benchmarks/long_stream.py [--tokens 1000000] [--plot stream.png]
 
 In chunks of 10,000 tokens, and the first --steps tokens once more one by one. Prints the
-environment and a table: the relative error of the last outputs of a chunk, milliseconds, resident memory.
+environment and a table: the relative error of the last outputs of a chunk, milliseconds, resident
+memory.
 """
 
 import argparse
