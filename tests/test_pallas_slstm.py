@@ -67,6 +67,28 @@ def test_shared_heads_with_all_options(rng):
     )  # fmt: skip
 
 
+def test_transformations_of_shared_heads(rng):
+    """vmap must not make the grid larger than the device."""
+    x, R = rng.normal(size=(3, 2, 4, 4, 1, 130)), rng.normal(size=(1, 130, 4, 130)) / 12
+    x, R = (jax.numpy.asarray(a, "bfloat16") for a in (x, R))
+
+    def gradient(x, R):
+        def loss(x, R):
+            h = jax.checkpoint(lambda x: keras_xlstm.ops.slstm(x, R, implementation="pallas"))(x)
+            return (h.astype("float32") ** 2).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(x, R)
+
+    jaxpr = str(jax.make_jaxpr(jax.vmap(gradient, in_axes=(0, None)))(x, R))
+    assert "scan" in jaxpr
+    assert "grid=(1, 1, 1)" in jaxpr
+    got = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(x, R)
+    want = [gradient(row, R) for row in x]
+    for index, a in enumerate(got):
+        for row, b in zip(a, want, strict=True):
+            assert_close(array(row), array(b[index]), 1e-2)
+
+
 def test_one_step_of_shared_heads(rng):
     check(sLSTMCase(rng, B=2, T=1, H=1, D=130), "bfloat16")
 

@@ -14,6 +14,7 @@ the slope of f. What is exchanged has a step more: before the first, or after th
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -174,15 +175,22 @@ def forward(s, x, R, bias, hold, reset, scale, first, keep, h):
     outputs |= {name: output((s.B, s.H, s.D)) for name in ("h1", "c1", "n1", "m1")}
     if keep:
         outputs["saved"] = output((6 if s.exp_forget else 7, s.B, s.T, s.H, s.D))
-    return _launched(s, kernel, inputs, outputs, "slstm_forward", shift)
+    return _launched(s, kernel, inputs, outputs, "slstm_forward", "h_given" if shift else None)
 
 
-def _launched(s, kernel, inputs, outputs, name, exchanges):
-    """The first input is the first output, if programs exchange it."""
-    return launch(
-        kernel, inputs, outputs, (s.D // s.BU, s.B // s.BB, s.H), name, s.interpret,
-        aliases={0: 0} if exchanges else None, num_warps=s.warps, num_stages=1,
-    )  # fmt: skip
+def _launched(s, kernel, inputs, outputs, name, exchanged):
+    """`exchanged` is the input, or None, that becomes the first output: what programs share."""
+
+    def run(inputs):
+        there = [name for name, x in inputs.items() if x is not None]
+        return launch(
+            kernel, inputs, outputs, (s.D // s.BU, s.B // s.BB, s.H), name, s.interpret,
+            aliases={there.index(exchanged): 0} if exchanged else None, num_warps=s.warps,
+            num_stages=1,
+        )  # fmt: skip
+
+    # vmap makes the grid larger, and then programs would wait for some that are not there yet.
+    return jax.custom_batching.sequential_vmap(run)(inputs) if exchanged else run(inputs)
 
 
 def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype, dx):
@@ -288,4 +296,5 @@ def backward(s, dh, saved, R, hold, reset, scale, first, last, clip, dtype, dx):
     inputs |= {"reset": reset, "scale": scale, **first}
     outputs = {"dx": output((s.B, s.T + exchanges, 4, s.H, s.D), dtype)}
     outputs |= {name: output((s.B, s.H, s.D)) for name in ("dh0", "dc0", "dn0")}
-    return _launched(s, kernel, inputs, outputs, "slstm_backward", exchanges)
+    shared = "dx_given" if exchanges else None
+    return _launched(s, kernel, inputs, outputs, "slstm_backward", shared)
