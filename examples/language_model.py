@@ -117,7 +117,6 @@ def main():
     window = held_out[start + np.arange(args.length + 1)].astype("int32")
     validation = window[:, :-1], window[:, 1:]
     print(f"{len(train):,} bytes to train on, {len(held_out):,} held out")
-
     model = xLSTMLanguageModel(
         256, args.units, args.blocks, num_heads=args.heads, pattern=args.pattern, name="byte_xlstm"
     )
@@ -125,11 +124,8 @@ def main():
     warm_up = max(1, args.steps // 20)
     rate = CosineDecay(0.0, args.steps, 0.05, warmup_target=4e-3, warmup_steps=warm_up)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.1, clipnorm=1.0)
-    model.compile(
-        exclude_from_weight_decay(optimizer, model),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[bits_per_byte],
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(exclude_from_weight_decay(optimizer, model), loss, metrics=[bits_per_byte])
     batches = Windows(train, max(1, args.steps // args.epochs), args.batch_size, args.length)
     history = model.fit(
         batches, epochs=args.epochs, validation_data=validation, validation_batch_size=64

@@ -107,3 +107,12 @@ def test_compare_language_models(tmp_path):
     run("compare_language_models.py", *options, cwd=tmp_path)
     rows = (tmp_path / "out/results.csv").read_text().splitlines()
     assert all(0 < float(row.split(",")[7]) < 8 for row in rows)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
+def test_language_model(tmp_path):
+    options = ("--steps", 4, "--epochs", 2, "--units", 16, "--length", 32, "--held-out-bytes", 2048)
+    said = run("language_model.py", *options, "--out", "out", cwd=tmp_path)
+    assert "order-2 entropy" in said
+    for name in ("model.keras", "sample.txt", "loss.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
