@@ -52,9 +52,9 @@ def _unsupported(op, implementation, **call):
     return _own[op].unsupported(**call)
 
 
-def exporter():
-    """The active backend's module for writing files, which only exporting loads."""
-    return importlib.import_module(f"{__name__}.{keras.backend.backend()}.export")
+def part(name):
+    """A module of the active backend's folder that few need: "export", on torch "sharded"."""
+    return importlib.import_module(f"{__name__}.{keras.backend.backend()}.{name}")
 
 
 def _unwise(op, **call):

@@ -19,23 +19,11 @@ import sys
 import time
 from importlib.metadata import version
 
+from cpu import medians
+
 B, U, H = 16, 256, 4
 SHAPES = [(8, 512, 64, 64), (8, 2048, 64, 128), (1, 8192, 64, 64)]  # batch, T, key, value
 LENGTHS = [1024, 4096, 16384, 65536]
-
-
-def shortest(functions, repeats):
-    """{name: least ms}, the functions taking turns."""
-    for f in functions.values():
-        f()
-        f()
-    times = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: min(t) for name, t in times.items()}
 
 
 def mlstm_arrays(batch, T, K, V):
@@ -84,7 +72,7 @@ def passes(*shape, only=None):
 
 def ops_part():
     for shape in SHAPES:
-        for name, ms in shortest(passes(*shape), 5).items():
+        for name, ms in medians(passes(*shape), 5, of=min).items():
             print(f"mLSTM B T d_qk d_v {shape}, {H} heads, {name:14} {ms:8.1f} ms", flush=True)
 
 
@@ -109,7 +97,7 @@ def fit_part():
             model = keras.Sequential([keras.Input((T, U)), layer])
             model.compile("sgd", "mse", jit_compile=jit_compile)
             functions[name] = lambda m=model: m.fit(x, y, batch_size=B, verbose=0)
-        for name, ms in (result := shortest(functions, 5)).items():
+        for name, ms in (result := medians(functions, 5, of=min)).items():
             ratio = ms / result["keras LSTM"]
             step = f"{ms / steps:7.1f} ms a fit step, {ratio:5.2f} of keras LSTM"
             print(f"jit_compile={jit_compile!s:5} {name:12} {step}", flush=True)

@@ -1,10 +1,10 @@
 """Models over several devices: which weight is cut along which axis on JAX, FSDP2 on torch."""
 
-import importlib
 import re
 
 import keras
 
+from keras_xlstm import backends
 from keras_xlstm.models.stack import StackModel
 
 __all__ = ["ModelParallel", "fully_shard"]
@@ -165,7 +165,7 @@ def fully_shard(model, **options):
             "`model` was compiled with jit_compile=True, which does not go together with "
             "fully_shard. Compile it with jit_compile=False, or not at all."
         )
-    return importlib.import_module("keras_xlstm.backends.torch.sharded").sharded(model, options)
+    return backends.part("sharded").sharded(model, options)
 
 
 def _needs(backend, what):

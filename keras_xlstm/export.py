@@ -274,11 +274,11 @@ def _write(backend, format, model, names, path):
     """`model` has lists of inputs and outputs; `names` are those of the outputs."""
     named = keras.Model(model.inputs, dict(zip(names, model.outputs, strict=True)))
     if format == "torch":
-        backends.exporter().save(model, path)
+        backends.part("export").save(model, path)
     elif format == "tf_saved_model":
         named.export(path, format=format, verbose=False)
     elif format == "litert":
-        with backends.exporter().litert() as options:
+        with backends.part("export").litert() as options:
             named.export(path, format=format, verbose=False, **options)
     elif format == "onnx":
         _write_onnx(backend, model, names, path)
@@ -290,7 +290,7 @@ def _write(backend, format, model, names, path):
 
 def _write_onnx(backend, model, names, path):
     if backend == "torch":
-        backends.exporter().save_onnx(model, names, path)
+        backends.part("export").save_onnx(model, names, path)
     else:
         specs = [
             keras.InputSpec(shape=x.shape, dtype=x.dtype, name=x.name) for x in model.inputs

@@ -145,21 +145,12 @@ def check(case, implementation, draw):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_mlstm(implementation):
+@pytest.mark.parametrize("case", [mLSTMCase, sLSTMCase], ids=["mlstm", "slstm"])
+def test_ops(case, implementation):
     @examples(torch=8 if implementation == "triton" else 60, others=60)
     @given(data=st.data())
     def run(data):
-        check(mLSTMCase, implementation, data.draw)
-
-    run()
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_slstm(implementation):
-    @examples(torch=8 if implementation == "triton" else 60, others=60)
-    @given(data=st.data())
-    def run(data):
-        check(sLSTMCase, implementation, data.draw)
+        check(case, implementation, data.draw)
 
     run()
 

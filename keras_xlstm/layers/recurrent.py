@@ -82,9 +82,14 @@ class Recurrent(StateLayer):
         self.reset_state()
 
     def compute_output_shape(self, sequences_shape, initial_state_shape=None):
-        batch, time, _ = sequences_shape
-        output = (batch, time, self.units) if self.return_sequences else (batch, self.units)
-        return (output, *self._state_shapes(batch)) if self.return_state else output
+        output = self._output_shape(sequences_shape)
+        if not self.return_state:
+            return output
+        return output, *self._state_shapes(output[0])
+
+    def _output_shape(self, shape):
+        batch, time, _ = shape
+        return (batch, time, self.units) if self.return_sequences else (batch, self.units)
 
     def compute_output_spec(
         self,
@@ -95,12 +100,10 @@ class Recurrent(StateLayer):
         return_state=None,
         sequences_mask=None,
     ):
-        batch, time, _ = sequences.shape
-        shape = (batch, time, self.units) if self.return_sequences else (batch, self.units)
-        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        output = keras.KerasTensor(self._output_shape(sequences.shape), dtype=self.compute_dtype)
         if not (self.return_state if return_state is None else return_state):
             return output
-        shapes = self._state_shapes(batch)
+        shapes = self._state_shapes(output.shape[0])
         return (output, *(keras.KerasTensor(s, dtype=self.state_dtype) for s in shapes))
 
     def compute_mask(self, sequences, mask=None):
