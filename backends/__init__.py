@@ -24,7 +24,7 @@ from keras_xlstm.backends.parts import framework
 
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
-compiled = framework.compiled
+apart, compiled = framework.apart, framework.compiled
 regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None
 
 # Which backend each kernel language belongs to, and which ops it has.

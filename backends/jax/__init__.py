@@ -12,6 +12,15 @@ own = ("mlstm", "slstm")  # ops with a module here
 by_region = False  # whole steps are compiled
 
 
+def apart(x):
+    """x, computed by a kernel of its own on a GPU.
+
+    XLA makes one Triton kernel of a row's sums and all that is done to the row; for the rows of a
+    norm per head it was ten times slower than the sums by themselves (benchmarks/RESULTS.md).
+    """
+    return x if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(x)
+
+
 def once(function):
     """Marks a function without tensors, which is run when the caller is traced."""
     return function

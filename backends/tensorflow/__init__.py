@@ -12,6 +12,10 @@ by_region = False  # whole steps are compiled
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 
 
+def apart(x):
+    return x
+
+
 def once(function):
     """Marks a function without tensors, which is run when the caller is traced."""
     return function

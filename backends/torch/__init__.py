@@ -13,6 +13,10 @@ by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the 
 once = torch.compiler.assume_constant_result
 
 
+def apart(x):
+    return x
+
+
 def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`."""
     # unbind, never x[t]: the gradient of an index fills a zero tensor of x's size at every step.

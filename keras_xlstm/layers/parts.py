@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm._checks import real_first
+from keras_xlstm.backends import apart
 
 
 def check_positive(name, value):
@@ -107,9 +108,9 @@ class MultiHeadNorm(keras.layers.Layer):
         heads = (*ops.shape(inputs)[:-1], self.num_heads, units // self.num_heads)
         x = ops.reshape(work, heads)
         # Sums: keras.ops.mean turns float64 into float32 on torch.
-        x = x - ops.sum(x, axis=-1, keepdims=True) / heads[-1]
+        x = x - apart(ops.sum(x, axis=-1, keepdims=True) / heads[-1])
         variance = ops.sum(x * x, axis=-1, keepdims=True) / heads[-1]
-        x = x * (1.0 / ops.sqrt(variance + self.epsilon))
+        x = x * apart(1.0 / ops.sqrt(variance + self.epsilon))
         x = ops.reshape(x, ops.shape(inputs)) * self.gamma
         return ops.cast(x, self.compute_dtype)
 
@@ -222,6 +223,11 @@ def _taken(padded, tap, inputs):
     return padded[:, tap : tap + ops.shape(inputs)[1]]
 
 
+def _is_plain(dense):
+    """Whether a Dense is its kernel and bias alone: no low-rank update, not quantised."""
+    return not dense.lora_enabled and dense.quantization_mode is None
+
+
 @keras.saving.register_keras_serializable(package="keras_xlstm")
 class GatedFeedForward(keras.layers.Layer):
     """activation(x W_gate) * (x W_up), projected back: one Dense makes both, the gate first.
@@ -271,7 +277,14 @@ class GatedFeedForward(keras.layers.Layer):
         self.down_projection.build((*input_shape[:-1], self.hidden_dim))
 
     def call(self, inputs):
-        gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
+        many = len(inputs.shape) > 2 and inputs.shape[-2] != 1
+        if keras.backend.backend() == "jax" and many and _is_plain(self.up_projection):
+            # Two products: XLA puts a gradient of both halves together in passes over the largest
+            # array of a block. Not for a single step, where the kernel is the largest.
+            kernel = ops.cast(self.up_projection.kernel, self.compute_dtype)
+            gate, up = (ops.matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))
+        else:
+            gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
         return self.down_projection(self.activation(gate) * up)
 
     def compute_output_shape(self, input_shape):
@@ -307,7 +320,9 @@ class SoftCap(keras.layers.Layer):
         self.supports_masking = True
 
     def call(self, inputs):
-        return soft_cap(inputs, self.cap)
+        # Apart from the products around it: XLA would make its gradient part of theirs, in kernels
+        # slower than the library's.
+        return soft_cap(apart(inputs), self.cap)
 
     def compute_output_shape(self, input_shape):
         return input_shape
