@@ -1,4 +1,6 @@
 import gc
+import importlib.metadata
+import importlib.util
 import os
 import sys
 import tempfile
@@ -8,13 +10,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still computes in float32
 # A cached graph of an older version of our operators would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others import torch anew, to wait
 # Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs
 # everything as users do. Two devices, for JAX to shard over.
-os.environ.setdefault(
-    "XLA_FLAGS",
+_FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_force_host_platform_device_count=2",
+    "--xla_force_host_platform_device_count=2"
 )
+# Fusions by way of MLIR, in modules of their own, take five times as long to compile. An unknown
+# flag ends the process, and other versions were not tried.
+if importlib.util.find_spec("jax") and importlib.metadata.version("jax").startswith("0.10."):
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # JAX compiles what is equal once: in all tests, all modules, and all processes of tests/run.py.
 _FOLDER = tempfile.TemporaryDirectory()
 _SHARED = os.environ.get("TESTS_SHARED", _FOLDER.name)
