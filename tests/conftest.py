@@ -1,6 +1,5 @@
 import gc
 import importlib.metadata
-import importlib.util
 import os
 import sys
 import tempfile
@@ -17,9 +16,19 @@ _FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_force_host_platform_device_count=2"
 )
-# Fusions by way of MLIR, in modules of their own, take five times as long to compile. An unknown
-# flag ends the process, and other versions were not tried.
-if importlib.util.find_spec("jax") and importlib.metadata.version("jax").startswith("0.10."):
+
+
+def _tried(package, version):
+    try:
+        return importlib.metadata.version(package).startswith(version)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+# Fusions by way of MLIR, in modules of their own, take five times as long to compile. Where XLA
+# does not know a flag it ends the process: for versions alone that were tried.
+_VERSIONS = {"jax": "0.10.", "tensorflow": "2.21.", "tensorflow-cpu": "2.21."}
+if all(_tried(*version) for version in _VERSIONS.items()):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # JAX compiles what is equal once: in all tests, all modules, and all processes of tests/run.py.
