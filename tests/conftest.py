@@ -9,7 +9,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still computes in float32
 # A cached graph of an older version of our operators would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others import torch anew, to wait
 # Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs
 # everything as users do. Two devices, for JAX to shard over.
 _FLAGS = (
