@@ -1,9 +1,10 @@
 """Compiles the Triton kernels that a call launches, for a GPU that need not be there.
 
-python tests/compile_kernels.py 90 128/256 bfloat16    # the mLSTM, keys/values of a head
-python tests/compile_kernels.py 90 192 bfloat16        # the sLSTM, units of a head
+python tests/compile_kernels.py 90:128/256:bfloat16    # the mLSTM, keys/values of a head
+python tests/compile_kernels.py 90:192:bfloat16        # the sLSTM, units of a head; or several
 
-Prints a line per kernel: name, registers, shared memory and its limit, bytes spilled to the stack.
+Prints a line per kernel: what was asked for, name, registers, shared memory and its limit, bytes
+spilled to the stack.
 """
 
 import inspect
@@ -119,13 +120,21 @@ def compile_slstm(D, dtype):
 # Bytes of shared memory that a program may have.
 MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942": 65_536}
 
-if __name__ == "__main__":
-    arch, sizes, dtype = sys.argv[1:]
+
+def compile_all(arch, sizes, dtype):
+    """What the kernels of this call need, by their names."""
     sizes, dtype = [int(n) for n in sizes.split("/")], getattr(torch, dtype)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
     mlstm.launch = slstm.launch = launched = Compiler(target)
     machine.shared_memory = machine.all_shared_memory = lambda device: MEMORY[arch]
     (compile_mlstm if len(sizes) == 2 else compile_slstm)(*sizes, dtype)
-    for name, used in launched.seen.items():
-        print(name, used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0))
+    return launched.seen
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[1:]:
+        arch, *rest = asked.split(":")
+        for name, used in compile_all(arch, *rest).items():
+            numbers = used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0)
+            print(asked, name, *numbers, flush=True)

@@ -1,4 +1,5 @@
 import gc
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -10,11 +11,25 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still compu
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs
 # everything as users do. Two devices, for JAX to shard over.
-os.environ.setdefault(
-    "XLA_FLAGS",
+_FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_force_host_platform_device_count=2",
+    "--xla_force_host_platform_device_count=2"
 )
+
+
+def _tried(package, version):
+    try:
+        return importlib.metadata.version(package).startswith(version)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+# Fusions by way of MLIR, in modules of their own, take five times as long to compile. Where XLA
+# does not know a flag it ends the process: for versions alone that were tried.
+_VERSIONS = {"jax": "0.10.", "tensorflow": "2.21.", "tensorflow-cpu": "2.21."}
+if all(_tried(*version) for version in _VERSIONS.items()):
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # JAX compiles what is equal once: in all tests, all modules, and all processes of tests/run.py.
 _FOLDER = tempfile.TemporaryDirectory()
 _SHARED = os.environ.get("TESTS_SHARED", _FOLDER.name)

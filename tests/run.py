@@ -27,21 +27,23 @@ PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values()
 # The longest first, so that the last to start is short.
 ORDER = [
     ("torch", "kernels"),
-    ("torch", "the rest"),
-    ("jax", "kernels"),
     ("tensorflow", "the rest"),
     ("jax", "the rest"),
     ("tensorflow", "files, devices"),
-    ("torch", "files, devices"),
+    ("tensorflow", "blocks, models"),
     ("jax", "files, devices"),
+    ("torch", "the rest"),
+    ("torch", "files, devices"),
+    ("jax", "blocks, models"),
+    ("jax", "kernels"),
+    ("torch", "blocks, models"),
 ]
 
 
 def main(backends):
     parts = [(backend, part) for backend in backends for part in PARTS]
     parts = [p for p in parts if p != ("tensorflow", "kernels")]
-    parts.sort(key=lambda part: ORDER.index(part) if part in ORDER else len(ORDER))
-    parts.sort(key=lambda part: part == ("torch", "blocks, models"))
+    parts.sort(key=ORDER.index)
     with tempfile.TemporaryDirectory() as shared:
         return run(parts, shared)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -15,12 +16,27 @@ _ONNX = {"jax": "jax2onnx", "tensorflow": "tf2onnx", "torch": "onnxscript"}
 
 
 def run(name, *arguments, cwd):
+    """Its standard output, from a process of its own."""
     env = {**os.environ, "KERAS_BACKEND": BACKEND}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """As `run`, in this process, which has imported the frameworks already."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setenv("KERAS_BACKEND", BACKEND)
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capfd.readouterr().out
+
+    return run
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the same on every backend: run on torch")
@@ -30,7 +46,7 @@ def test_help(path, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_forecasting(tmp_path):
+def test_forecasting(tmp_path, here):
     # Two noisy daily waves, a gap in one: 2,200 hours leave 345 windows to test.
     hours = np.arange(2200)
     waves = np.stack([np.sin(hours / 24 * 2 * np.pi), np.cos(hours / 12 * 2 * np.pi)], axis=1)
@@ -39,7 +55,7 @@ def test_forecasting(tmp_path):
     rows[100] = "day,,0.5"
     (tmp_path / "waves.csv").write_text("\n".join(["date,a,b", *rows]))
     options = ("--columns", 1, 2, "--epochs", 2, "--out", "out")
-    said = run("forecasting.py", "--csv", "waves.csv", *options, cwd=tmp_path)
+    said = here("forecasting.py", "--csv", "waves.csv", *options)
     error = {line.split(":")[0]: float(line.split()[2][:-1]) for line in said.splitlines()[-4:-1]}
     assert error["xlstm"] < error["repeat-last"]
     assert (tmp_path / "out/forecast.png").read_bytes().startswith(b"\x89PNG")
@@ -61,8 +77,8 @@ def test_distributed(engine, tmp_path):
     importlib.util.find_spec("aeon") is None,
     reason="the data are in a package: pip install --no-deps aeon==1.6.0",
 )
-def test_classification(tmp_path):
-    said = run("classification.py", "--epochs", 2, "--bidirectional", cwd=tmp_path)
+def test_classification(tmp_path, here):
+    said = here("classification.py", "--epochs", 2, "--bidirectional")
     assert float(said.split()[-1]) > 2 / 9
 
 
@@ -70,8 +86,8 @@ def test_classification(tmp_path):
     any(importlib.util.find_spec(n) is None for n in ("onnxruntime", _ONNX[BACKEND])),
     reason=f"the extra export-{BACKEND}",
 )
-def test_streaming(tmp_path):
-    said = run("streaming.py", "--units", 8, "--epochs", 1, "--out", "files", cwd=tmp_path)
+def test_streaming(tmp_path, here):
+    said = here("streaming.py", "--units", 8, "--epochs", 1, "--out", "files")
     rows = [line.split() for line in said.splitlines()[-3:]]
     assert sorted(row[0] for row in rows) == ["lstm", "mlstm", "slstm"]
     for _, median, slow, usual_error, *_ in rows:
@@ -80,9 +96,9 @@ def test_streaming(tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="run on tensorflow alone: one is enough")
-def test_state_tracking(tmp_path):
+def test_state_tracking(tmp_path, here):
     options = ("--models", "slstm", "transformer", "--steps", 20, "--long", 64, "--out", "out")
-    said = run("state_tracking.py", "--task", "modular", *options, cwd=tmp_path)
+    said = here("state_tracking.py", "--task", "modular", *options)
     assert said.count("scaled accuracy") == 2
     rows = (tmp_path / "out/results.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows] == [
@@ -93,26 +109,26 @@ def test_state_tracking(tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
-def test_associative_recall(tmp_path):
+def test_associative_recall(tmp_path, here):
     options = ("--models", "mlstm", "--pairs", 2, 4, "--steps", 10, "--length", 16, "--out", "out")
-    assert run("associative_recall.py", *options, cwd=tmp_path).count("accuracy") == 2
+    assert here("associative_recall.py", *options).count("accuracy") == 2
     assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="run on torch alone: one is enough")
-def test_compare_language_models(tmp_path):
+def test_compare_language_models(tmp_path, here):
     (tmp_path / "text").write_text("the cat sat on the mat, and so on and on.\n" * 400)
     options = ("--models", "1:1", "no-input-gate", "--blocks", 2, "--parameters", 60_000)
     options += ("--steps", 8, "--length", 32, "--far", 64, "--text", "text", "--out", "out")
-    run("compare_language_models.py", *options, cwd=tmp_path)
+    here("compare_language_models.py", *options)
     rows = (tmp_path / "out/results.csv").read_text().splitlines()
     assert all(0 < float(row.split(",")[7]) < 8 for row in rows)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
-def test_language_model(tmp_path):
+def test_language_model(tmp_path, here):
     options = ("--steps", 4, "--epochs", 2, "--units", 16, "--length", 32, "--held-out-bytes", 2048)
-    said = run("language_model.py", *options, "--out", "out", cwd=tmp_path)
+    said = here("language_model.py", *options, "--out", "out")
     assert "order-2 entropy" in said
     for name in ("model.keras", "sample.txt", "loss.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0

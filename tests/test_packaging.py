@@ -10,7 +10,7 @@ import tomllib
 import zipfile
 
 import pytest
-from tools import BACKEND
+from tools import BACKEND, made
 
 import keras_xlstm
 
@@ -42,12 +42,14 @@ def test_package_list_is_the_disk():
     assert set(listed) == names
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path):
-    # --no-isolation: the build requirement, setuptools, is in the test extra. Without --wheel the
-    # wheel is built from the sdist, which must have all of it.
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the wheel, which is installed in its `site`."""
+    return made("wheel", "wheel.py", tmp_path_factory)
+
+
+def test_wheel_holds_the_package_and_nothing_else(installed):
+    (wheel,) = installed.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"keras_xlstm"}
@@ -55,28 +57,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     on_disk |= {f"keras_xlstm/{p.relative_to(ROOT)}" for p in (ROOT / "backends").rglob("*.py")}
     inside = {name for name in names if name.startswith("keras_xlstm/")}
     assert inside == on_disk | {"keras_xlstm/py.typed"}
-    site = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(site),
-        str(wheel),
-    ]
-    subprocess.run(command, check=True)
-    code = (
-        "import keras_xlstm, numpy\n"
-        "h = keras_xlstm.layers.mLSTM(8)(numpy.zeros((1, 5, 3), 'float32'))\n"
-        "print(keras_xlstm.__file__, tuple(h.shape))"
-    )
-    said = run(code, tmp_path, PYTHONPATH=str(site))
-    assert said.startswith(str(site))
-    assert said.endswith("(1, 8)")
-    metadata = next(site.glob("*.dist-info/METADATA")).read_text()
+    metadata = next(installed.glob("site/*.dist-info/METADATA")).read_text()
     core = [
         line
         for line in metadata.splitlines()
@@ -85,21 +66,23 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert sorted(line.split()[1].split(">")[0] for line in core) == ["keras", "numpy"]
 
 
+def test_wheel_runs_and_imports_the_active_framework_alone(installed, tmp_path):
+    code = (
+        "import sys, keras, numpy; before = set(sys.modules); import keras_xlstm\n"
+        "new = set(sys.modules) - before\n"
+        "h = keras_xlstm.layers.mLSTM(8)(numpy.zeros((1, 5, 3), 'float32'))\n"
+        "print(sorted({m.split('.')[0] for m in new} & {'torch', 'jax', 'tensorflow', 'triton'}),\n"
+        "      'jax.experimental.pallas' in new, tuple(h.shape), keras_xlstm.__file__)"
+    )
+    # Keras has imported its own backend before; the package adds none.
+    site = installed / "site"
+    assert run(code, tmp_path, PYTHONPATH=str(site)).startswith(f"[] False (1, 8) {site}")
+
+
 @once
 def test_citation_has_the_version():
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert keras_xlstm.__version__.removesuffix(".dev0") == cited.group(1)
-
-
-def test_imports_the_active_framework_alone(tmp_path):
-    code = (
-        "import sys, keras; before = set(sys.modules); import keras_xlstm\n"
-        "new = set(sys.modules) - before\n"
-        "print(sorted({m.split('.')[0] for m in new} & {'torch', 'jax', 'tensorflow', 'triton'}),\n"
-        "      'jax.experimental.pallas' in new)"
-    )
-    # Keras has imported its own backend before; the package adds none.
-    assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "[] False"
 
 
 @once

@@ -82,18 +82,22 @@ def test_small_devices(processors, rng, monkeypatch):
         pytest.skip("the interpreter runs one program after the other")
     monkeypatch.setattr(machine, "processors", lambda device: processors)
     monkeypatch.setattr(machine, "all_shared_memory", machine.shared_memory)
-    plan = kernels._Plan(9, 2, 200, torch.float32, tensor(np.zeros(1)).device)
+    T, D = (6, 200) if GPU else (3, 136)  # more units than one round has, and a rest
+    plan = kernels._Plan(9, 2, D, torch.float32, tensor(np.zeros(1)).device)
     assert plan.waits == (plan.tiles <= plan.resident)
-    mask = make_mask("holes", 9, 6, rng)
-    ids = make_segments("growing", 9, 6, rng)
-    check(sLSTMCase(rng, B=9, T=6, D=200), mask=mask, segment_ids=ids)
+    mask = make_mask("holes", 9, T, rng)
+    ids = make_segments("growing", 9, T, rng)
+    check(sLSTMCase(rng, B=9, T=T, D=D), mask=mask, segment_ids=ids)
 
 
 @both
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("segments", [None, "growing", "returning"])
 def test_masks_and_segments(mask, segments, sizes, rng):
-    B, T = 4, 9 if GPU or sizes is ONE else 4
+    if INTERPRETED and sizes is SEVERAL and (mask == "rows") != (segments is None):
+        # The kernel is told where to hold and where to start afresh, not why.
+        pytest.skip("no other code of the kernel, which the interpreter is slow in")
+    B, T = 4, 9 if GPU or sizes is ONE else 3
     mask = make_mask(mask, B, T, rng)
     ids = make_segments(segments, B, T, rng)
     check(sLSTMCase(rng, B=B, **{**sizes, "T": T}), mask=mask, segment_ids=ids)
