@@ -25,6 +25,8 @@ from keras_xlstm.backends.parts import framework
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 apart, compiled = framework.apart, framework.compiled
+# A NumPy array as a tensor, bfloat16 too, that may keep its memory.
+tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None
 
 # Which backend each kernel language belongs to, and which ops it has.

@@ -1,9 +1,12 @@
-"""Generation: time and memory of one more token after contexts of growing length.
+"""Generation: time and memory of one more token after contexts of growing length; long texts.
 
     KERAS_BACKEND=jax python benchmarks/generation.py --contexts 100 1000 10000 100000
+    KERAS_BACKEND=torch python benchmarks/generation.py --contexts 100 --jit-compile false true
+    KERAS_BACKEND=jax python benchmarks/generation.py --contexts --tokens 100000
 
 The carried state is all that a step reads of its past: its size is printed, and by how much the
-peak memory of the process grows while it makes the tokens.
+peak memory of the process grows while it makes the tokens. Several ways of compiling take turns,
+token by token, and are compared in what they say.
 """
 
 import argparse
@@ -20,43 +23,96 @@ import numpy as np
 
 from keras_xlstm.models import xLSTMLanguageModel
 
+COMPILED = {"auto": "auto", "true": True, "false": False}
+
+
+def peak():
+    """MiB that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def resident():
+    """MiB that it holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def timed(function):
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def one_more_token(model, context, steps, ways):
+    prompt = np.random.default_rng(0).integers(0, 256, context)
+    streams, texts, times = {}, {}, {way: [] for way in ways}
+    for way in ways:
+        streams[way] = model.stream([prompt], steps + 4, 0, jit_compile=COMPILED[way])
+        token, reading = timed(lambda way=way: next(streams[way]))
+        first = [timed(lambda way=way: next(streams[way])) for _ in range(3)]
+        texts[way] = [token, *(token for token, _ in first)]
+        compiling = sum(seconds for _, seconds in first)
+        print(
+            f"{context:7,} tokens, {way:5}: read in {reading:6.1f} s, compiled in {compiling:.1f}"
+        )
+    before = peak()
+    for _ in range(steps):
+        for way in ways:
+            token, seconds = timed(lambda way=way: next(streams[way]))
+            texts[way].append(token)
+            times[way].append(seconds * 1e3)
+    grown = peak() - before
+    for way in ways:
+        same = np.array_equal(texts[way], texts[ways[0]])
+        print(
+            f"{context:7,} tokens, {way:5}: {statistics.median(times[way]):6.2f} ms a token "
+            f"(least {min(times[way]):.2f}); the same tokens: {same}"
+        )
+    print(f"{context:7,} tokens: peak memory grew by {grown:.1f} MiB in {steps} tokens", flush=True)
+
+
+def long_text(model, count):
+    """A text of `count` tokens by `stream`, then by `generate`: the same, in flat memory."""
+    streamed, start, part = [], time.perf_counter(), max(1, count // 10)
+    for index, token in enumerate(model.stream([[1, 2, 3]], count, seed=0), 1):
+        streamed.append(int(token[0]))
+        if index % part == 0:
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            print(f"stream: {index:8,} tokens, {seconds:6.1f} s, {resident():7.1f} MiB", flush=True)
+    for part in (count // 10, count):
+        (text,), seconds = timed(lambda part=part: model.generate([[1, 2, 3]], part, seed=0))
+        same = text[3:].tolist() == streamed[:part]
+        print(
+            f"generate: {part:6,} tokens, {seconds:6.1f} s, {resident():7.1f} MiB, at most "
+            f"{peak():.1f}; as streamed: {same}",
+            flush=True,
+        )
+
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[100, 1000, 10000, 100000])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[100, 1000, 10000, 100000])
     parser.add_argument("--units", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jit-compile", choices=COMPILED, nargs="+", default=["auto"])
+    parser.add_argument("--tokens", type=int, default=0, help="length of one long text")
     args = parser.parse_args()
     backend = keras.backend.backend()
     print(
         f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, "
         f"keras {keras.__version__} on {backend}"
     )
+    keras.utils.set_random_seed(0)
     model = xLSTMLanguageModel(256, args.units, args.blocks, pattern="1:1")
-    rng = np.random.default_rng(0)
     state = sum(4 * np.prod(s.shape) for s in keras.tree.flatten(model.get_initial_state(1)))
+    print(f"{model.count_params():,} parameters; a state of {state / 2**20:.2f} MiB")
     for context in args.contexts:
-        prompt = rng.integers(0, 256, context)
-        start = time.perf_counter()
-        stream = model.stream([prompt], args.steps + 2, temperature=0)
-        next(stream)
-        reading = time.perf_counter() - start
-        next(stream)  # compiles
-        times, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in range(args.steps):
-            start = time.perf_counter()
-            next(stream)
-            times.append((time.perf_counter() - start) * 1e3)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-        print(
-            f"after {context:7,} tokens (read in {reading:6.1f} s): "
-            f"{statistics.median(times):6.2f} ms a token; state {state / 2**20:.2f} MiB; "
-            f"peak memory grew by {grown:.1f} MiB over {args.steps} tokens",
-            flush=True,
-        )
+        one_more_token(model, context, args.steps, args.jit_compile)
+    if args.tokens:
+        long_text(model, args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The official models' weights: their names, their layouts, and what those tell of the model."""
+"""The official models' weights: their names and their layouts."""
 
 import re
 from collections import namedtuple
 
 import numpy as np
 
-from keras_xlstm.layers import sLSTMBlock
-from keras_xlstm.layers.parts import rounded_up
+from keras_xlstm._safetensors import Tensor, widened
+from keras_xlstm.layers import mLSTMBlock, sLSTMBlock
 from keras_xlstm.models import xLSTMLanguageModel
 
 # ---------------------------------------------------------------- the maps, official name to ours
@@ -15,7 +15,8 @@ from keras_xlstm.models import xLSTMLanguageModel
 _Kind = namedtuple("_Kind", "ours theirs")
 _SAME = _Kind(lambda a, shape: a, lambda a: a)
 _T = _Kind(lambda a, shape: a.T, lambda a: a.T)
-_SCALE = _Kind(lambda a, shape: 1 + a, lambda a: a - 1)  # the paper's norms store scale - 1
+# The paper's norms store scale - 1.
+_SCALE = _Kind(lambda a, shape: 1 + widened(a), lambda a: a - 1)
 _FLAT = _Kind(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
 _BLOCKS = _Kind(lambda a, shape: a.swapaxes(1, 2), lambda a: a.swapaxes(1, 2))
 _TAPS = _Kind(lambda a, shape: a[:, 0].T, lambda a: a.T[:, None])
@@ -54,7 +55,7 @@ _MLSTM = [
     ("xlstm.proj_down.weight", "down_projection.kernel", _T),
     ("xlstm.proj_down.bias", "down_projection.bias", _SAME),
 ]
-_KERNEL, _BIAS = "xlstm.slstm_cell._recurrent_kernel_", "xlstm.slstm_cell._bias_"
+KERNEL, _BIAS = "xlstm.slstm_cell._recurrent_kernel_", "xlstm.slstm_cell._bias_"
 _SLSTM = [
     ("xlstm_norm.weight", "norm.gamma", _SCALE),
     *_CONV,
@@ -63,14 +64,14 @@ _SLSTM = [
     ("xlstm.igate.weight", "forget_gate.kernel", _BLOCKS),
     ("xlstm.zgate.weight", "cell_input.kernel", _BLOCKS),
     ("xlstm.ogate.weight", "output_gate.kernel", _BLOCKS),
-    (_KERNEL, "recurrent_kernel", _R),
+    (KERNEL, "recurrent_kernel", _R),
     (_BIAS, "bias", _FLAT),
     ("xlstm.group_norm.weight", "head_norm.gamma", _SCALE),
     ("ffn_norm.weight", "feed_forward_norm.gamma", _SCALE),
     ("ffn.proj_up.weight", "feed_forward.up_projection.kernel", _T),
     ("ffn.proj_down.weight", "feed_forward.down_projection.kernel", _T),
 ]
-_SLSTM_CUDA = [(n, ours, {_KERNEL: _R_CUDA, _BIAS: _BIAS_CUDA}.get(n, k)) for n, ours, k in _SLSTM]
+_SLSTM_CUDA = [(n, ours, {KERNEL: _R_CUDA, _BIAS: _BIAS_CUDA}.get(n, k)) for n, ours, k in _SLSTM]
 # Several names: their rows follow one another.
 _LARGE = [
     ("norm_mlstm.weight", "norm.scale", _SAME),
@@ -88,9 +89,9 @@ _LARGE = [
     ("ffn.proj_up_gate.weight ffn.proj_up.weight", "feed_forward.up_projection.kernel", _T),
     ("ffn.proj_down.weight", "feed_forward.down_projection.kernel", _T),
 ]
-_QKVO = "mlstm_layer.qkv_opreact.weight"
+QKVO = "mlstm_layer.qkv_opreact.weight"
 _LARGE_FUSED = [
-    (_QKVO, "query.kernel key.kernel value.kernel output_gate.kernel", _T),
+    (QKVO, "query.kernel key.kernel value.kernel output_gate.kernel", _T),
     ("mlstm_layer.ifgate_preact.weight", "input_gate.kernel forget_gate.kernel", _T),
     ("mlstm_layer.ifgate_preact.bias", "input_gate.bias forget_gate.bias", _SAME),
     ("ffn.proj_up_gate_z.weight", "feed_forward.up_projection.kernel", _T),
@@ -128,15 +129,15 @@ def pairs_of(model, format, tensors=()):
         add(model.get_layer("embedding"), "", [(official.embedding, "embeddings", _SAME)])
         if not model.settings["tie_embeddings"]:
             add(model.get_layer("head"), "", [(HEAD, "kernel", _T)])
-    fused = any(name.endswith(_QKVO) for name in tensors)
+    fused = any(name.endswith(QKVO) for name in tensors)
     for index, block in enumerate(model.blocks):
         prefix = f"{stack}blocks.{index}."
         rows = _LARGE_FUSED if fused else _LARGE
         if isinstance(block, sLSTMBlock):
             size = block.dim // block.num_heads
             # The bias has one shape in both layouts: the kernel's decides.
-            cuda = prefix + _KERNEL in tensors and (
-                np.shape(tensors[prefix + _KERNEL])[1:] == (size, 4 * size)
+            cuda = prefix + KERNEL in tensors and (
+                np.shape(tensors[prefix + KERNEL])[1:] == (size, 4 * size)
             )
             rows = _SLSTM_CUDA if cuda else _SLSTM
         elif official.architecture == "paper":
@@ -163,7 +164,42 @@ def official_shapes(pair):
     return [pair.kind.theirs(array).shape for array in arrays]
 
 
-# ---------------------------------------------------------------- names and shapes to settings
+def check_format(model, format):
+    """A ValueError if a format has no counterpart of the model."""
+    settings, blocks = model.settings, model.blocks
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {list(FORMATS)}. Received: format={format!r}.")
+
+    def has(name, value):
+        return any(getattr(block, name, value) != value for block in blocks)
+
+    reasons = {
+        f'architecture="{settings["architecture"]}"': (
+            settings["architecture"] != FORMATS[format].architecture
+        ),
+        'input_gate="sigmoid"': has("input_gate_activation", "exponential"),
+        'forget_activation="exponential"': has("forget_activation", "sigmoid"),
+    }
+    if format == "xlstm":
+        reasons |= {
+            "a gate_soft_cap": has("gate_soft_cap", None),
+            "a logit_soft_cap": settings.get("logit_soft_cap") is not None,
+            "an epsilon other than 1e-5": has("epsilon", 1e-5),
+            "mLSTM without a convolution": any(
+                isinstance(block, mLSTMBlock) and not block.conv_kernel_size for block in blocks
+            ),
+        }
+    else:
+        reasons["use_bias=True without biases of the norms"] = has("use_bias", False)
+    if format == "transformers":
+        reasons["final_norm=False"] = not settings["final_norm"]
+        reasons["no embedding and head"] = not isinstance(model, xLSTMLanguageModel)
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(
+            f'The format "{format}" must have a counterpart of the model. Received: a model with '
+            f"{' and '.join(found)}, which it has not. model.save writes any model, as .keras."
+        )
 
 
 def some(things):
@@ -174,12 +210,20 @@ def some(things):
 
 
 def as_array(value):
-    """float32 or float64 NumPy."""
+    """float32 or float64 NumPy, or the bits of bfloat16 (see `widened`)."""
+    if isinstance(value, Tensor):
+        value = value.bits()
+        if value.dtype == np.uint16:
+            return value
     if hasattr(value, "detach"):  # PyTorch: NumPy knows nothing of its bfloat16
         value = value.detach().cpu()
         value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
     value = np.asarray(value)
     return value if value.dtype == np.float64 else np.asarray(value, np.float32)
+
+
+def equal(tensors, *names):
+    return np.array_equal(*(widened(as_array(tensors[name])) for name in names))
 
 
 def format_of(tensors):
@@ -195,112 +239,3 @@ def format_of(tensors):
         f"or xLSTMForCausalLM. Received: {some(map(repr, tensors)) or 'no tensors'}. "
         "Leave out prefixes that wrappers put before the names."
     )
-
-
-def _size(tensors, name, axis=0):
-    shape = np.shape(tensors[name]) if name in tensors else None
-    if shape is None or not -len(shape) <= axis < len(shape) or 0 in shape:
-        got = "no such tensor" if shape is None else f"shape {tuple(shape)}"
-        raise ValueError(
-            f"`tensors` must hold {name!r}, whose axis {axis} is a size of the model. "
-            f"Received: {got}. Give the whole state dict."
-        )
-    return shape[axis]
-
-
-def _factor(name, size, width, published, rounded=lambda x: rounded_up(x, 64)):
-    """A factor that makes size of width: the published one if it does, as others read better."""
-    for factor in (published, size / width, (size - 0.5) / width, (size + 0.5) / width):
-        if rounded(factor * width) == size:
-            return factor
-    raise ValueError(
-        f"The size that {name} gives must be a multiple of 64. Received: {size} for a width of "
-        f"{width}. This package has no counterpart of another rounding."
-    )
-
-
-def settings_of(tensors, tied):
-    """The model's arguments, as names and shapes tell them."""
-    format = format_of(tensors)
-    official = FORMATS[format]
-    language = official.embedding in tensors or any(n.startswith(official.stack) for n in tensors)
-    stack = official.stack if language else ""
-    found = [re.match(re.escape(stack) + r"blocks\.(\d+)\.", name) for name in tensors]
-    found = {int(match[1]) for match in found if match}
-    if found != set(range(len(found))) or not found:
-        raise ValueError(
-            "`tensors` must hold blocks 0, 1, 2 and so on, without a gap. "
-            f"Received: blocks {some(map(str, found)) or '-'}. Give the whole state dict."
-        )
-    read = _paper_settings if format == "xlstm" else _large_settings
-    settings = read(tensors, f"{stack}blocks.", len(found))
-    settings["num_blocks"] = len(found)
-    # Hugging Face's model has the norm whatever its config says.
-    settings["final_norm"] = format == "transformers" or stack + official.norm in tensors
-    if language:
-        settings["vocabulary_size"] = _size(tensors, official.embedding)
-        if tied is None:
-            tied = HEAD not in tensors or np.array_equal(
-                as_array(tensors[HEAD]), as_array(tensors[official.embedding])
-            )
-        settings["tie_embeddings"] = tied
-    return settings
-
-
-def _paper_settings(tensors, blocks, num_blocks):
-    at = [b for b in range(num_blocks) if f"{blocks}{b}.{_KERNEL}" in tensors]
-    units = _size(tensors, f"{blocks}0.xlstm_norm.weight")
-
-    taps = "xlstm.conv1d.conv.weight"
-    mlstm, slstm = {}, {}
-    if len(at) < num_blocks:
-        block = f"{blocks}{min(set(range(num_blocks)) - set(at))}."
-        inner = _size(tensors, block + "xlstm.learnable_skip")
-        mlstm = {
-            "num_heads": _size(tensors, block + "xlstm.mlstm_cell.igate.bias"),
-            "projection_factor": _factor("projection_factor", inner, units, 2.0),
-            "conv_kernel_size": _size(tensors, block + taps, -1),  # there is none without
-            "qkv_block_size": _size(tensors, block + "xlstm.q_proj.weight", 2),
-            "use_bias": block + "xlstm.proj_up.bias" in tensors,
-        }
-    if at:
-        block = f"{blocks}{at[0]}."
-        slstm = {
-            "num_heads": _size(tensors, block + _KERNEL),
-            "conv_kernel_size": _size(tensors, block + taps, -1) if block + taps in tensors else 0,
-            "feed_forward_factor": None,
-        }
-        down = block + "ffn.proj_down.weight"
-        if down in tensors:
-            hidden = _size(tensors, down, 1)
-            slstm["feed_forward_factor"] = _factor("feed_forward_factor", hidden, units, 1.3)
-    heads = (mlstm or slstm).pop("num_heads")
-    if slstm.get("num_heads") == heads:
-        slstm.pop("num_heads")
-    return {
-        "units": units, "num_heads": heads, "slstm_at": at, "mlstm_options": mlstm,
-        "slstm_options": slstm,
-    }  # fmt: skip
-
-
-def _large_settings(tensors, blocks, _):
-    block = blocks + "0."
-    units = _size(tensors, block + "norm_mlstm.weight")
-    values = _size(tensors, block + "mlstm_layer.out_proj.weight", 1)
-    if block + _QKVO in tensors:
-        heads = _size(tensors, block + "mlstm_layer.ifgate_preact.bias") // 2
-        keys = _size(tensors, block + _QKVO) // 2 - values
-    else:
-        heads = _size(tensors, block + "mlstm_layer.igate_preact.bias")
-        keys = _size(tensors, block + "mlstm_layer.q.weight")
-    hidden = _size(tensors, block + "ffn.proj_down.weight", 1)
-    options = {
-        "key_dim_factor": _factor("key_dim_factor", keys, units, 0.5, int),
-        "value_dim_factor": _factor("value_dim_factor", values, units, 1.0, int),
-        "feed_forward_factor": _factor("feed_forward_factor", hidden, units, 2.667),
-    }
-    settings = {"units": units, "num_heads": heads, "architecture": "large"}
-    settings |= {"mlstm_options": options, "slstm_options": {}}
-    if blocks != "blocks.":
-        settings["logit_soft_cap"] = 30.0
-    return settings

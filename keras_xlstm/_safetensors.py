@@ -1,4 +1,4 @@
-"""safetensors files, mapped into memory: no dependency, and no bfloat16 needed of NumPy."""
+"""safetensors files, tensor by tensor: no dependency, and no bfloat16 needed of NumPy."""
 
 import json
 import math
@@ -37,15 +37,25 @@ class Tensor(namedtuple("Tensor", "path start shape stored")):
     def dtype(self):
         return np.dtype("f4" if self.stored == "BF16" else STORED[self.stored][1:])
 
+    def bits(self):
+        """As stored, bfloat16 as whole numbers of 16 bits."""
+        # Not mapped: a transposed copy would wait for the disk at every page.
+        size = math.prod(self.shape)
+        return np.fromfile(self.path, STORED[self.stored], size, offset=self.start).reshape(
+            self.shape
+        )
+
     def __array__(self, dtype=None, copy=None):
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, dtype or self.dtype)
-        stored = np.memmap(self.path, STORED[self.stored], "r", self.start, self.shape)
-        if self.stored == "BF16":  # the upper half of a float32
-            stored = stored.astype("<u4")
-            stored <<= 16
-            stored = stored.view("<f4")
-        return np.asarray(stored, dtype or self.dtype)
+        return np.asarray(widened(self.bits()), dtype or self.dtype)
+
+
+def widened(array):
+    """float32 of the bits of bfloat16, which are its upper half; another dtype as it is."""
+    if array.dtype != np.uint16:
+        return array
+    wide = array.astype("<u4")
+    wide <<= 16
+    return wide.view("<f4")
 
 
 class Safetensors(Mapping):

@@ -11,29 +11,27 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_xlstm import backends
 from keras_xlstm._official import (
     FORMATS,
     HEAD,
     as_array,
+    check_format,
+    equal,
     format_of,
     official_shapes,
     pairs_of,
-    settings_of,
     some,
 )
-from keras_xlstm._safetensors import Safetensors, parsed
-from keras_xlstm.layers import mLSTMBlock
+from keras_xlstm._official_settings import settings_of
+from keras_xlstm._pretrained import read_config
+from keras_xlstm._safetensors import Safetensors, widened
+from keras_xlstm.initializers import undrawn
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 __all__ = ["from_pretrained", "from_state_dict", "load_state_dict", "to_state_dict"]
 
-_SIZE, _SWITCH = ("a whole number", (int,)), ("a bool", (bool,))
-_NUMBER = ("a number of no less than 0", (int, float))
-_CONFIG_TYPES = {
-    **dict.fromkeys(("hidden_size", "num_blocks", "vocab_size", "num_heads"), _SIZE),
-    **dict.fromkeys(("norm_eps", "eps", "gate_soft_cap", "output_logit_soft_cap"), _NUMBER),
-    **dict.fromkeys(("tie_word_embeddings", "use_bias"), _SWITCH),
-}
+_PIECE = 1 << 22  # numbers that are in float32 at once
 
 # ---------------------------------------------------------------- loading and writing
 
@@ -77,7 +75,7 @@ def load_state_dict(model, tensors):
     for pair in pairs:
         values = _read(pair, tensors)
         for ours in pair.ours:
-            getattr(*ours).assign(values.pop(0))
+            getattr(*ours).assign(backends.tensor(values.pop(0)))
 
 
 def to_state_dict(model, format="xlstm"):
@@ -106,7 +104,7 @@ def to_state_dict(model, format="xlstm"):
     (64,)
     """
     _check_model(model)
-    _check_format(model, format)
+    check_format(model, format)
     tensors = {}
     for pair in pairs_of(model, format):
         whole = _joined([pair.kind.theirs(_weight(*ours)) for ours in pair.ours])
@@ -168,7 +166,7 @@ def from_pretrained(folder, dtype=None, **overrides):
         ValueError: if files are missing, damaged, of another model, or contradict one another.
     """
     folder = pathlib.Path(folder)
-    config, tensors = _read_config(folder), Safetensors(folder)
+    config, tensors = read_config(folder), Safetensors(folder)
     tied = overrides.get("tie_embeddings")
     if tied is None and HEAD in tensors and not config["tie_word_embeddings"]:
         tied = False
@@ -200,7 +198,8 @@ def _filled(tensors, settings, overrides):
     for name in ("mlstm_options", "slstm_options"):
         overrides = {**overrides, name: {**settings[name], **(overrides.get(name) or {})}}
     kind = xLSTMLanguageModel if "vocabulary_size" in settings else xLSTMStack
-    model = kind(**{**settings, **overrides})
+    with undrawn():
+        model = kind(**{**settings, **overrides})
     load_state_dict(model, tensors)
     return model
 
@@ -213,14 +212,29 @@ def _read(pair, tensors):
         variable = getattr(*ours)
         part = pair.kind.ours(whole[start : start + shape[0]], variable.shape)
         start += shape[0]
-        dtype = "float64" if variable.dtype == "float64" else "float32"
-        # A copy, whatever happened before: a backend may keep the memory that it is given.
-        values.append(np.array(part, dtype, order="C"))
+        values.append(_copied(part, variable.dtype))
     return values
 
 
+def _copied(array, dtype):
+    """A copy, whatever happened before: a backend may keep the memory that it is given.
+
+    By a few rows at a time: the whole in float32 would be twice a matrix of bfloat16 again.
+    """
+    # NumPy alone has no bfloat16.
+    copy = np.empty(array.shape, ops.convert_to_numpy(ops.zeros((1,), dtype)).dtype)
+    rows = max(1, _PIECE * len(array) // array.size)
+    for start in range(0, len(array), rows):
+        copy[start : start + rows] = widened(array[start : start + rows])
+    return copy
+
+
 def _joined(arrays):
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if len(arrays) == 1:
+        return arrays[0]
+    if len({array.dtype for array in arrays}) > 1:
+        arrays = [widened(array) for array in arrays]
+    return np.concatenate(arrays)
 
 
 def _weight(layer, attribute):
@@ -272,7 +286,7 @@ def _check_tensors(model, format, pairs, tensors):
             "what it does not know, as biases of norms, this package has no counterpart for."
         )
     if HEAD in tensors and model.settings.get("tie_embeddings"):
-        if not np.array_equal(*(as_array(tensors[n]) for n in (HEAD, FORMATS[format].embedding))):
+        if not equal(tensors, HEAD, FORMATS[format].embedding):
             raise ValueError(
                 f"{HEAD!r} must equal the embedding for a model with tie_embeddings=True. "
                 "Received: another matrix. Give tie_embeddings=False."
@@ -282,80 +296,3 @@ def _check_tensors(model, format, pairs, tensors):
 def _dtype(value):
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
     return getattr(dtype, "name", str(dtype))
-
-
-def _check_format(model, format):
-    settings, blocks = model.settings, model.blocks
-    if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {list(FORMATS)}. Received: format={format!r}.")
-
-    def has(name, value):
-        return any(getattr(block, name, value) != value for block in blocks)
-
-    reasons = {
-        f'architecture="{settings["architecture"]}"': (
-            settings["architecture"] != FORMATS[format].architecture
-        ),
-        'input_gate="sigmoid"': has("input_gate_activation", "exponential"),
-        'forget_activation="exponential"': has("forget_activation", "sigmoid"),
-    }
-    if format == "xlstm":
-        reasons |= {
-            "a gate_soft_cap": has("gate_soft_cap", None),
-            "a logit_soft_cap": settings.get("logit_soft_cap") is not None,
-            "an epsilon other than 1e-5": has("epsilon", 1e-5),
-            "mLSTM without a convolution": any(
-                isinstance(block, mLSTMBlock) and not block.conv_kernel_size for block in blocks
-            ),
-        }
-    else:
-        reasons["use_bias=True without biases of the norms"] = has("use_bias", False)
-    if format == "transformers":
-        reasons["final_norm=False"] = not settings["final_norm"]
-        reasons["no embedding and head"] = not isinstance(model, xLSTMLanguageModel)
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise ValueError(
-            f'The format "{format}" must have a counterpart of the model. Received: a model with '
-            f"{' and '.join(found)}, which it has not. model.save writes any model, as .keras."
-        )
-
-
-def _read_config(folder):
-    """config.json, with what it leaves out as Hugging Face's xLSTMConfig has it."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            "`folder` must hold config.json and safetensors files. Received: "
-            f"{str(folder)!r}, without config.json. Download a model from a hub to a folder first."
-        )
-    try:
-        config = parsed((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"config.json in {folder} must be a JSON object. Received: {error}."
-        ) from error
-    if config.get("model_type") != "xlstm":
-        raise ValueError(
-            'config.json must have model_type "xlstm". Received: '
-            f"model_type={config.get('model_type')!r}. Other models have no counterpart here."
-        )
-    config = {name: value for name, value in config.items() if value is not None}
-    size = config.get("embedding_dim", 4096)
-    blocks = config.get("num_hidden_layers", 32)
-    config = {
-        "hidden_size": size, "num_blocks": blocks, "vocab_size": 50304, "num_heads": 8,
-        "tie_word_embeddings": False, "norm_eps": 1e-6, "eps": 1e-6, "use_bias": False,
-        "gate_soft_cap": 15.0, "output_logit_soft_cap": 30.0, **config,
-    }  # fmt: skip
-    for name, (kind, fits) in _CONFIG_TYPES.items():
-        if type(config[name]) not in fits or not 0 <= config[name] < 2**53:
-            raise ValueError(
-                f"config.json must have {kind} for {name}. Received: {name}={config[name]!r}."
-            )
-    for name, value in {"eps": 1e-6, "use_bias": False}.items():
-        if config[name] != value:
-            raise ValueError(
-                f"config.json must have {name}={value}. Received: {name}={config[name]}. "
-                "This package has no counterpart of other values."
-            )
-    return config

@@ -1,5 +1,7 @@
 """Gate-bias initialisers of the xLSTM paper's models, and how a layer draws for several kernels."""
 
+import contextlib
+import contextvars
 import inspect
 
 import keras
@@ -15,6 +17,20 @@ __all__ = [
     "reseeded",
     "serialize",
 ]
+
+
+_drawn = contextvars.ContextVar("keras_xlstm_drawn", default=True)
+
+
+@contextlib.contextmanager
+def undrawn():
+    """Kernels that are made inside are zeros: they are about to be loaded. Drawing those of the 7B
+    takes minutes, and on JAX eight times the memory of the kernel."""
+    token = _drawn.set(False)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
 
 
 def _tensor(values, shape, dtype):
@@ -97,6 +113,8 @@ class _Scaled(keras.initializers.RandomNormal):
         self.dim = dim
 
     def __call__(self, shape, dtype=None):
+        if not _drawn.get():
+            return ops.zeros(shape, dtype or keras.config.floatx())
         self.stddev = self._stddev(self.dim or shape[0])
         return super().__call__(shape, dtype=dtype)
 

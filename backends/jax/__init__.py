@@ -89,9 +89,11 @@ def differentiable(forward, backward, tensors, alone=None, **options):
     return _differentiable(forward, backward, alone, tuple(sorted(options.items())))(*tensors)
 
 
-def compiled(function, variables):
+def compiled(function, variables, jit_compile="auto", repeated=False):
     """`function(state, *tensors)`, compiled, without gradients. It reads `variables` as they are at
     each call; the buffers of `state` go into what it returns."""
+    if jit_compile is False:
+        return function
 
     def stateless(state, values, *tensors):
         with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):

@@ -131,6 +131,7 @@ def differentiable(forward, backward, tensors, **options):
     return function(*(tensors[index] for index in present))
 
 
-def compiled(function, variables):
-    """`function(state, *tensors)` as a graph, without gradients; it captures `variables`."""
-    return tf.function(function)
+def compiled(function, variables, jit_compile="auto", repeated=False):
+    """`function(state, *tensors)` as a graph, without gradients; it captures `variables`. XLA
+    compiles it if `jit_compile` is True."""
+    return tf.function(function, jit_compile=jit_compile is True or None)

@@ -2,6 +2,7 @@
 
 import keras
 import torch
+from keras_xlstm.backends.torch import replay
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
@@ -91,7 +92,18 @@ def differentiable(forward, backward, tensors, **options):
     return _Differentiable.apply(forward, backward, options, *tensors)
 
 
-def compiled(function, variables):
-    """`function(state, *tensors)`, without gradients. PyTorch has nothing to compile it by that a
-    machine without a C++ compiler could run."""
-    return torch.no_grad()(function)
+def tensor(array):
+    """As `keras.ops.convert_to_tensor`, which takes bfloat16 by way of float32 and two copies."""
+    if array.dtype.name != "bfloat16":
+        return keras.ops.convert_to_tensor(array)
+    return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+
+
+def compiled(function, variables, jit_compile="auto", repeated=False):
+    """`function(state, *tensors)`, without gradients; `repeated` says that it will be called again
+    and again with the state it returned. PyTorch has nothing to compile the whole by that a machine
+    without a C++ compiler could run."""
+    function = torch.no_grad()(function)
+    if not repeated or jit_compile is False:
+        return function
+    return replay.Replayed(function, variables, required=jit_compile is True)

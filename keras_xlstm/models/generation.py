@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm.models import sampling
 
 
 class Generates:
@@ -20,6 +21,7 @@ class Generates:
         top_p=None,
         seed=None,
         stop_token=None,
+        jit_compile="auto",
     ):
         """Continues prompts, all at once.
 
@@ -35,6 +37,11 @@ class Generates:
                 None draws from all.
             seed: integer: the same draws on every backend; None draws anew at every call.
             stop_token: a prompt that gets this token is done, and ends with it.
+            jit_compile: how the step is compiled. `"auto"`: JAX, XLA; TensorFlow, a graph; PyTorch,
+                as `model.compile` was told, and on a CUDA device as a CUDA graph, recorded at the
+                third token. True: XLA on TensorFlow too; on PyTorch torch.compile makes one block
+                of each kind for all of them, which needs a C++ compiler and up to a minute for each
+                kind and batch size. False: not compiled (TensorFlow: a graph).
 
         Returns:
             A list of integer arrays: each prompt followed by its continuation.
@@ -49,13 +56,12 @@ class Generates:
         [8, 6]
         """
         prompts = self._prompts(prompts)
-        steps = self._steps(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token)
-        if stop_token is None:
-            # Fetched at the end: no step waits for the one before to arrive here.
-            new = [ops.convert_to_numpy(tokens) for tokens in list(steps)]
-        else:
-            new = list(_until(steps, stop_token))
-        new = np.stack(new, axis=1) if new else np.zeros((len(prompts), 0), "int32")
+        steps = self._steps(
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile
+        )
+        if stop_token is not None:
+            steps = sampling.until(steps, stop_token)
+        new = np.concatenate([np.zeros((len(prompts), 0), "int32"), *sampling.fetched(steps)], 1)
         if stop_token is not None:
             ends = [
                 row.index(stop_token) + 1 if stop_token in row else len(row) for row in new.tolist()
@@ -72,11 +78,13 @@ class Generates:
         top_p=None,
         seed=None,
         stop_token=None,
+        jit_compile="auto",
     ):
         """Like `generate`, but yields every step's new tokens as soon as they are there.
 
         Args:
-            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token: as in `generate`.
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile: as in
+                `generate`.
 
         Yields:
             One integer array (batch,) per token; a prompt that is done repeats `stop_token`.
@@ -90,8 +98,10 @@ class Generates:
         (1,)
         """
         prompts = self._prompts(prompts)
-        steps = self._steps(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token)
-        return _until(steps, stop_token)
+        steps = self._steps(
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile
+        )
+        return sampling.until(steps, stop_token)
 
     # ------------------------------------------------------------------ checks
 
@@ -121,7 +131,9 @@ class Generates:
             arrays.append(array.astype("int32"))
         return arrays
 
-    def _check_options(self, max_new_tokens, temperature, top_k, top_p, seed, stop_token):
+    def _check_options(
+        self, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile
+    ):
         vocabulary_size = self.settings["vocabulary_size"]
 
         def whole(x):
@@ -153,16 +165,20 @@ class Generates:
                 lambda x: x is None or (whole(x) and 0 <= x < vocabulary_size),
                 f"a token id from 0 to {vocabulary_size - 1}, or None",
             ),
+            (
+                "jit_compile", jit_compile, lambda x: x == "auto" or isinstance(x, bool),
+                '"auto", True or False',
+            ),
         ):  # fmt: skip
             if not fits(value):
                 raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
 
     # ------------------------------------------------------------------ steps
 
-    def _steps(self, prompts, count, temperature, top_k, top_p, seed, stop_token):
+    def _steps(self, prompts, count, temperature, top_k, top_p, seed, stop_token, jit_compile):
         """Checks at once; then an iterator over the new tokens (batch,), as tensors."""
-        self._check_options(count, temperature, top_k, top_p, seed, stop_token)
-        prefill, step = self._compiled(temperature == 0, top_k, top_p is not None)
+        self._check_options(count, temperature, top_k, top_p, seed, stop_token, jit_compile)
+        prefill, step = self._compiled(temperature == 0, top_k, top_p is not None, jit_compile)
         # A tensor each: a Python number would be compiled in.
         options = [np.float32(temperature or 1), np.float32(top_p or 1)]
         options = [ops.convert_to_tensor(x) for x in options]
@@ -173,7 +189,7 @@ class Generates:
 
         def run():
             lengths = np.array([len(p) for p in prompts])
-            tokens = np.zeros((len(prompts), _bucket(lengths.max())), "int32")
+            tokens = np.zeros((len(prompts), sampling.bucket(lengths.max())), "int32")
             mask = np.arange(tokens.shape[1]) < lengths[:, None]
             tokens[mask] = np.concatenate(prompts)
             state = self.get_initial_state(len(prompts))
@@ -187,67 +203,67 @@ class Generates:
 
         return run() if count else iter(())
 
-    def _compiled(self, greedy, top_k, nucleus):
+    def _compiled(self, greedy, top_k, nucleus, jit_compile):
         """The two functions for these options, kept until the model's variables are others."""
         variables = list(self.variables)
-        key = (greedy, top_k, nucleus, backends.prefer("auto"), *map(id, variables))
+        by_region = backends.regions is not None and jit_compile is not False
+        if jit_compile == "auto":
+            by_region = by_region and self.blocks[0]._region is not None
+        key = (greedy, top_k, nucleus, jit_compile, by_region, backends.prefer("auto"))
+        key = (*key, *map(id, variables))
         kept = self.__dict__.setdefault("_generation", {})
         if key not in kept:
+            advance = self._by_region() if by_region else self._plainly
 
             def choose(features, draw, temperature, top_p):
                 logits = ops.cast(self.logits(features), "float32")
                 p = top_p if nucleus else None
-                return _choose(logits, None if greedy else draw, temperature, top_k, p)
+                return sampling.choose(logits, None if greedy else draw, temperature, top_k, p)
 
             def prefill(state, tokens, mask, last, *drawing):
-                features, state = self.run(tokens, state, mask)
+                features, state = self._plainly(tokens, state, mask)
                 features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
                 return choose(features, *drawing), state
 
             def step(state, tokens, *drawing):
-                features, state = self.run(tokens[:, None], state)
+                features, state = advance(tokens[:, None], state)
                 return choose(features[:, 0], *drawing), state
 
-            kept[key] = [backends.compiled(f, variables) for f in (prefill, step)]
+            kept[key] = [
+                backends.compiled(prefill, variables, jit_compile),
+                backends.compiled(step, variables, jit_compile, repeated=True),
+            ]
         return kept[key]
 
+    def _by_region(self):
+        """`run` of a single step, with one block of each kind compiled for all of them."""
+        kinds = {type(block): block for block in self.blocks}
+        regions = {kind: backends.regions.region(block) for kind, block in kinds.items()}
 
-def _bucket(length):
-    """The length that a prompt of `length` is padded to: few of them, to compile few times."""
-    return (
-        max(16, 1 << (int(length) - 1).bit_length())
-        if length <= 1024
-        else -(-length // 1024) * 1024
-    )
+        def run(token_ids, state):
+            x, new = self.get_layer("embedding")(token_ids), []
+            for block, before in zip(self.blocks, state, strict=True):
+                # Not by the layer's call, which takes longer than what it calls.
+                x = ops.cast(x, block.compute_dtype)
+                x, after = regions[type(block)](block, x, list(before), None, None, None)
+                new.append(list(after))
+            x = ops.cast(x, block.compute_dtype)
+            return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new
 
+        return run
 
-def _choose(logits, draw, temperature, top_k, top_p):
-    """Token ids (B,) from logits (B, V) and uniform draws (B, 1); without draws the likeliest."""
-    if draw is None:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32")
-    logits, ids = logits / temperature, None
-    if top_k is not None or top_p is not None:
-        logits, ids = ops.top_k(logits, top_k or logits.shape[-1])  # sorted
-    p = ops.softmax(logits, axis=-1)
-    if top_p is not None:
-        p = ops.where(ops.cumsum(p, axis=-1) - p < top_p, p, 0.0)
-    reached = ops.cumsum(p, axis=-1)
-    rank = ops.sum(ops.cast(reached <= draw * reached[:, -1:], "int32"), axis=-1)
-    rank = ops.minimum(rank, logits.shape[-1] - 1)
-    return (
-        rank if ids is None else ops.cast(ops.take_along_axis(ids, rank[:, None], 1)[:, 0], "int32")
-    )
+    def _plainly(self, *arguments):
+        """`run` without the blocks that `model.compile` compiled: to compile one for every length
+        of a prompt would take minutes."""
+        regions = [block._region for block in self.blocks]
+        if not any(regions):
+            return self.run(*arguments)
+        self._set_regions([None] * len(regions))
+        try:
+            return self.run(*arguments)
+        finally:
+            self._set_regions(regions)
 
-
-def _until(steps, stop_token):
-    """Steps as NumPy arrays, until all rows have had `stop_token`; it is repeated after that."""
-    done = None
-    for tokens in steps:
-        tokens = np.array(ops.convert_to_numpy(tokens))
-        if stop_token is not None:
-            done = np.zeros(len(tokens), bool) if done is None else done
-            tokens[done] = stop_token
-            done |= tokens == stop_token
-        yield tokens
-        if stop_token is not None and done.all():
-            return
+    def _set_regions(self, regions):
+        for block, region in zip(self.blocks, regions, strict=True):
+            block._region = region

@@ -1,0 +1,137 @@
+"""A step that is repeated, as a CUDA graph: hundreds of small kernels launched as one, where Python
+would take longer to launch them than they run.
+"""
+
+import collections
+import logging
+import threading
+import weakref
+
+import keras
+import torch
+from torch.overrides import TorchFunctionMode
+
+_KEPT = 4  # recordings of one function: each has its own state and scratch memory
+_log = logging.getLogger("keras_xlstm")
+
+
+def recordable(tensor):
+    return tensor.device.type == "cuda"
+
+
+class Replayed:
+    """`function(state, *tensors) -> (tokens, state)`, without gradients.
+
+    On a CUDA device the first call with some shapes runs as it is, the second is recorded, and from
+    then on the recording runs. A state given once is used up. Where a step cannot be recorded it
+    runs as it is, after a line in the log; if `required`, that is an error.
+    """
+
+    def __init__(self, function, variables, required):
+        self._function, self._variables, self._required = function, variables, required
+        self._recordings = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, state, *tensors):
+        if not recordable(tensors[0]):
+            return self._function(state, *tensors)
+        with self._lock:
+            recording = self._recording(state, tensors)
+            if recording is None:
+                with _NumbersAsKernels():
+                    return self._function(state, *tensors)
+            return recording.replay(state, tensors)
+
+    def _recording(self, state, tensors):
+        """The one for this state, made if need be; None where there is none yet, or cannot be."""
+        if isinstance(state, _Held):
+            return state.recording
+        key = self._key(state, tensors)
+        if key not in self._recordings:
+            self._recordings[key] = None  # the kernels are compiled and tuned by a run
+            while len(self._recordings) > _KEPT:
+                self._recordings.popitem(last=False)
+            return None
+        if self._recordings[key] is None:
+            self._recordings[key] = self._recorded(state, tensors)
+        return self._recordings[key] or None
+
+    def _key(self, state, tensors):
+        """What a recording holds fast: shapes, the stream, and where the weights lie."""
+        given = [*keras.tree.flatten(state), *tensors]
+        places = [variable._value.data_ptr() for variable in self._variables]
+        kinds = [(tuple(x.shape), x.dtype, x.device) for x in given]
+        return torch.cuda.current_stream().cuda_stream, *places, *kinds
+
+    def _recorded(self, state, tensors):
+        try:
+            return Recording(self._function, state, tensors)
+        except RuntimeError as error:
+            if self._required:
+                raise RuntimeError(
+                    "This step cannot be recorded as a CUDA graph, which jit_compile=True asks "
+                    f'for. Received: {error}. Use jit_compile="auto" or False.'
+                ) from error
+            _log.info("Steps run one kernel at a time: no CUDA graph could be made. %s", error)
+            return False
+
+
+class Recording:
+    """A CUDA graph with buffers for all that goes in and out; new state goes where the old was."""
+
+    def __init__(self, function, state, tensors):
+        self._structure = keras.tree.map_structure(lambda x: None, state)
+        self._state = [x.clone() for x in keras.tree.flatten(state)]
+        self._tensors = [x.clone() for x in tensors]
+        self._holder = lambda: None
+        self._graph = torch.cuda.CUDAGraph()
+        # Only this thread must keep from what cannot be recorded.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._step(function)
+
+    def _step(self, function):
+        with _NumbersAsKernels():
+            state = keras.tree.pack_sequence_as(self._structure, self._state)
+            self._output, new = function(state, *self._tensors)
+            ours = {x.untyped_storage().data_ptr() for x in self._state}
+            # A new state may be a part of an old one, which must be read before it is overwritten.
+            new = [
+                x.clone() if x.untyped_storage().data_ptr() in ours else x
+                for x in keras.tree.flatten(new)
+            ]
+            for buffer, value in zip(self._state, new, strict=True):
+                buffer.copy_(value)
+
+    @torch.no_grad()
+    def replay(self, state, tensors):
+        holder = self._holder()
+        if holder is None or holder is not state:
+            if holder is not None:  # another text, which may go on later
+                holder.tensors = [x.clone() for x in self._state]
+            given = state.tensors if isinstance(state, _Held) else keras.tree.flatten(state)
+            for buffer, value in zip(self._state, given, strict=True):
+                buffer.copy_(value)
+            if not isinstance(state, _Held):
+                state = _Held(self)
+            state.tensors = None
+            self._holder = weakref.ref(state)
+        for buffer, value in zip(self._tensors, tensors, strict=True):
+            buffer.copy_(value)
+        self._graph.replay()
+        return self._output.clone(), state
+
+
+class _Held:
+    """The state that lies in a recording's buffers, or in `tensors` while another one does."""
+
+    def __init__(self, recording):
+        self.recording, self.tensors = recording, None
+
+
+class _NumbersAsKernels(TorchFunctionMode):
+    """Python numbers become tensors by a kernel: a copy from the host cannot be recorded."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.as_tensor and isinstance(args[0], (bool, int, float)):
+            return torch.full((), args[0], **kwargs)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,161 @@
+"""PyTorch: the step of `generate` compiled by its blocks, and replayed as a CUDA graph.
+
+Without a GPU a stand-in for the graph runs what was recorded again.
+"""
+
+import contextlib
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from tools import BACKEND
+
+if BACKEND != "torch":
+    pytest.skip("runs on torch", allow_module_level=True)
+
+import torch
+from keras_xlstm.backends.torch import replay
+from test_layers import perturbed
+
+from keras_xlstm.models import xLSTMLanguageModel
+
+GPU = torch.cuda.is_available()
+KINDS = {"paper": {"pattern": "1:1"}, "large": {"architecture": "large", "logit_soft_cap": 3.0}}
+each = pytest.mark.parametrize("kind", KINDS)
+PROMPTS = [[3], list(range(20)), [5, 4, 3]]
+
+
+def model_of(kind, rng, **options):
+    model = xLSTMLanguageModel(23, 16, 2, num_heads=2, **KINDS[kind], **options)
+    return perturbed(model, rng, 0.2)
+
+
+def generated(model, jit_compile, count=9, prompts=PROMPTS, **options):
+    options = {"temperature": 0, **options}
+    texts = model.generate(prompts, count, jit_compile=jit_compile, **options)
+    return [text.tolist() for text in texts]
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """All recordings that are made, on a GPU real ones."""
+    made = []
+    step = replay.Recording._step
+
+    def recorded(self, function):
+        made.append(self)
+        step(self, function)
+        if not GPU:
+            self._graph.replay = lambda: step(self, function)
+
+    monkeypatch.setattr(replay.Recording, "_step", recorded)
+    if not GPU:
+        monkeypatch.setattr(replay, "recordable", lambda tensor: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
+        monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+    return made
+
+
+@each
+def test_a_recording_gives_the_eager_tokens(kind, rng, recordings):
+    model = model_of(kind, rng)
+    want = generated(model, False)
+    assert not recordings
+    assert generated(model, "auto") == want
+    assert len(recordings) == 1
+    assert generated(model, "auto") == want  # from the second token on
+    drawn = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 1}
+    assert generated(model, "auto", **drawn) == generated(model, False, **drawn)
+    assert len(recordings) == 2  # other options: another function
+    perturbed(model, rng)  # the weights are read where they are
+    assert generated(model, "auto") == generated(model, False)
+    assert len(recordings) == 2
+
+
+def test_texts_that_take_turns(rng, recordings):
+    """One recording, one set of buffers: a text whose state was put aside goes on as it was."""
+    model = model_of("paper", rng)
+    prompts = [[[3, 4, 5]], [[9]], [[1, 2]]]
+    want = [generated(model, False, prompts=p)[0][len(p[0]) :] for p in prompts]
+    streams = [model.stream(p, 9, temperature=0) for p in prompts]
+    got = [[], [], []]
+    for index in [0, 0, 0, 1, 1, 0, 1, 2, 2, 2, 1, 0, 0, 2, 1, 0, 0, 1, 2, 2, 1, 1, 2, 2, 0, 1, 2]:
+        got[index].append(int(next(streams[index])[0]))
+    assert got == want
+    assert len(recordings) == 1
+
+
+def test_a_recording_per_batch_and_place(rng, recordings):
+    model = model_of("large", rng)
+    sizes = [PROMPTS[:n] for n in (1, 2, 3)]
+    for prompts in [*sizes, *sizes]:
+        assert generated(model, "auto", prompts=prompts) == generated(model, False, prompts=prompts)
+    assert len(recordings) == 3
+    kernel = model.get_layer("head").kernel
+    kernel.value.data = kernel.value.data.flip(-1).clone()  # elsewhere in memory
+    assert generated(model, "auto") == generated(model, False)
+    assert len(recordings) == 4
+
+
+@pytest.mark.skipif(GPU, reason="a stand-in for a device that cannot record")
+def test_what_cannot_be_recorded_runs_as_it_is(rng, recordings, monkeypatch, caplog):
+    def refuse(*arguments, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    model = model_of("large", rng)
+    with caplog.at_level("INFO", "keras_xlstm"):
+        assert generated(model, "auto") == generated(model, False)
+    assert caplog.text.count("no CUDA graph could be made. operation not permitted") == 1
+    monkeypatch.setattr(model, "_by_region", lambda: model._plainly)
+    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*capturing"):
+        generated(model, True)
+
+
+@each
+def test_numbers_become_tensors_by_kernels(kind, rng, recordings, monkeypatch):
+    """A copy from the host is what a CUDA graph refuses first."""
+    model = model_of(kind, rng)
+    copied = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            if name in ("as_tensor", "tensor", "from_numpy", "item", "tolist", "nonzero", "cpu"):
+                copied.append(name)
+            return func(*args, **(kwargs or {}))
+
+    step = replay.Recording._step
+
+    def watched(self, function):
+        with Watch():
+            step(self, function)
+
+    monkeypatch.setattr(replay.Recording, "_step", watched)
+    generated(model, "auto", temperature=0.8, top_k=9, top_p=0.9, seed=1)
+    assert len(recordings) == 1
+    assert not copied
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@each
+def test_compiled_blocks(kind, rng, monkeypatch):
+    """One block of each kind, for the step alone; what `model.compile` compiled does not read."""
+    compiled = []
+
+    def compile_(function):
+        compiled.append(function.__name__)
+        return torch._dynamo.optimize("eager")(function)  # the code generator takes a minute
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = model_of(kind, rng)
+    want = generated(model, "auto")
+    assert not compiled
+    assert generated(model, True) == want
+    assert len(compiled) == {"paper": 2, "large": 1}[kind]
+    model.compile("adam", jit_compile=True)
+    regions = [block._region for block in model.blocks]
+    assert generated(model, "auto") == want
+    assert generated(model, False) == want
+    assert [block._region for block in model.blocks] == regions
