@@ -24,7 +24,7 @@ FUZZ_EXAMPLES ?= 3000
 fuzz: $(VENV)/.test
 	for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
-		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py || exit 1; \
+		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_hostile.py || exit 1; \
 	done
 
 # One backend, any pytest arguments: make test-jax ARGS="-k masks"

@@ -29,6 +29,12 @@ def check_clip(clip):
         )
 
 
+def check_flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
+    return value
+
+
 def one_of(name, value, allowed):
     if value not in allowed:
         expected = " or ".join(repr(a) for a in allowed)
