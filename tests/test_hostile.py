@@ -206,6 +206,24 @@ def damages(file, name):
     yield True, lambda: file[parent].attrs.update(name=np.nan)
 
 
+@pytest.mark.parametrize("layer", ["large", "s_lstm_block", "s", "cell/cell"])
+def test_a_weight_too_many(layer, tmp_path):
+    """It was left out without a word."""
+    path = tmp_path / "m.weights.h5"
+    model, _ = language_model() if layer == "s_lstm_block" else chain()
+    model.save_weights(path)
+    with h5py.File(path, "r+") as file:
+        groups = []
+        file.visit(groups.append)
+        name = {"large": "x_lstm_large_block", "s": "s_lstm", "cell/cell": "rnn/cell"}.get(
+            layer, layer
+        )
+        group = next(g for g in groups if g.endswith(f"{name}/vars"))
+        file.create_dataset(f"{group}/surplus", data=np.zeros(3, "f4"))
+    with pytest.raises(ValueError, match=r"must hold .* Received: .*'surplus'"):
+        model.load_weights(path)
+
+
 @pytest.mark.parametrize("file_name", ["m.keras", "m.weights.h5"])
 def test_weights_of_another_kind(saved, file_name, tmp_path):
     members, x, want = saved

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_flag
+from keras_xlstm._checks import check_flag, load_variables
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
@@ -161,7 +161,7 @@ class Recurrent(StateLayer):
         """Writes nothing: weights belong to sub-layers, and states to a batch, not to a file."""
 
     def load_own_variables(self, store):
-        """Reads nothing, as `save_own_variables` wrote nothing."""
+        load_variables(self, [], store)
 
     def get_config(self):
         return {
