@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu>=2.20
 BACKENDS ?= jax torch tensorflow
 
-.PHONY: demo test test-% fuzz lint docs release benchmark clean
+.PHONY: demo test test-% fuzz lint docs links release benchmark clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=jax $(BIN)/python examples/language_model.py
@@ -24,7 +24,7 @@ FUZZ_EXAMPLES ?= 3000
 fuzz: $(VENV)/.test
 	for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
-		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py || exit 1; \
+		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_faults.py tests/test_hostile.py || exit 1; \
 	done
 
 # One backend, any pytest arguments: make test-jax ARGS="-k masks"
@@ -38,6 +38,10 @@ lint: $(VENV)/.test
 # build/docs/index.html, to be read from the disk: nothing is loaded from elsewhere.
 docs: $(VENV)/.docs
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# Whether what the pages link to is there: this one needs the network.
+links: $(VENV)/.docs
+	KERAS_BACKEND=jax $(BIN)/python -m sphinx -q -b linkcheck docs build/links
 
 # dist/; then for each backend a bare environment with the wheel, in which a layer runs.
 release: $(VENV)/.test

@@ -28,6 +28,8 @@ html_title = f"keras-xlstm {version}"
 html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["narrow.css"]
+linkcheck_timeout = 10
+
 html_math_renderer = "mathml"  # what browsers draw by themselves
 
 default_role = "literal"

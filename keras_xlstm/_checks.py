@@ -29,6 +29,24 @@ def check_clip(clip):
         )
 
 
+def check_flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
+    return value
+
+
+def load_variables(layer, variables, store):
+    """Fills a layer's own variables by name, from a file that must hold them and nothing else."""
+    names = sorted(v.name for v in variables)
+    if sorted(store.keys()) != names:
+        raise ValueError(
+            f"The file must hold {names} for the layer {layer.name} itself. Received: "
+            f"{sorted(store.keys())}. It is damaged, or the file of another model."
+        )
+    for variable in variables:
+        variable.assign(store[variable.name])
+
+
 def one_of(name, value, allowed):
     if value not in allowed:
         expected = " or ".join(repr(a) for a in allowed)

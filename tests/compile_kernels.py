@@ -67,6 +67,8 @@ class Compiler:
         role = kwargs.get("ROLE", "reverse" if kwargs.get("REVERSE") else "")
         source = ASTSource(kernel, kinds, constants, divisible)
         compiled = triton.compile(source, target=self.target, options=options)
+        # Sums in the order in which programs happen to arrive would differ from run to run.
+        assert "atomic" not in compiled.asm["ttir"], kernel
         used = resources(compiled) if self.target.backend == "cuda" else {}
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
         file = kernel.fn.__module__.rpartition("_")[2]

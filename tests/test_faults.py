@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fuzz import EXAMPLES
-from tools import HERE, array
+from tools import BACKEND, HERE, array
 
 from keras_xlstm import convert, models
 from keras_xlstm.layers import mLSTM, sLSTM
@@ -46,6 +47,24 @@ def test_same_seed_same_numbers():
     assert a == b
     for v, w in zip(first.weights, second.weights, strict=True):
         np.testing.assert_array_equal(array(v), array(w))
+
+
+DETERMINISTIC = {
+    "torch": "import torch; torch.use_deterministic_algorithms(True)",
+    "tensorflow": "import tensorflow as tf; tf.config.experimental.enable_op_determinism()",
+    "jax": "",  # on GPUs a flag; it is one that every jaxlib knows
+}
+
+
+def test_same_numbers_where_determinism_is_asked_for():
+    """In another process, with what the framework offers: no error, and the numbers of this one."""
+    code = f"import keras; {DETERMINISTIC[BACKEND]}\nimport killed; print(killed.fit()[0])"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_gpu_deterministic_ops=true"
+    env = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(got, killed.fit()[0], rtol=1e-6)  # by its own operators, perhaps
 
 
 # ------------------------------------------------------------------------------- damaged files

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
-from keras_xlstm._checks import mask_and_segments
+from keras_xlstm._checks import check_flag, load_variables, mask_and_segments
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_positive, check_rate, check_use_kernel
 
@@ -55,8 +55,8 @@ class Block(StateLayer):
         self.num_blocks = num_blocks
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self.return_state = return_state
-        self.remat = remat
+        self.return_state = check_flag("return_state", return_state)
+        self.remat = check_flag("remat", remat)
         self.use_kernel = check_use_kernel(use_kernel)
         self.dim = None
 
@@ -201,10 +201,7 @@ class Block(StateLayer):
             store[variable.name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
-        for variable in self._trainable_variables:
-            if variable.name not in store:
-                raise ValueError(f"The file has no {variable.name} for layer {self.name}.")
-            variable.assign(store[variable.name])
+        load_variables(self, self._trainable_variables, store)
 
     def get_config(self):
         return {

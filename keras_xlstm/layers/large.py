@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
+from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.block import Block, dense
 from keras_xlstm.layers.parts import (
     GatedFeedForward,
@@ -102,7 +103,7 @@ class xLSTMLargeBlock(Block):
         self.feed_forward_factor = self._check_factor("feed_forward_factor", feed_forward_factor)
         self.gate_soft_cap = check_cap("gate_soft_cap", gate_soft_cap)
         self.input_gate_activation = self._check_input_gate(input_gate)
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.input_gate_bias_initializer = initializers.get(
             input_gate_bias_initializer or keras.initializers.Constant(-10.0)
         )

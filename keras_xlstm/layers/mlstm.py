@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import last_real_step
+from keras_xlstm._checks import check_flag, last_real_step
 from keras_xlstm.layers.parts import MultiHeadNorm, check_cap, check_heads, check_positive, soft_cap
 from keras_xlstm.layers.recurrent import Recurrent
 
@@ -139,9 +139,9 @@ class mLSTM(Recurrent):
         self.value_dim = value_dim
         self.input_gate_activation = input_gate
         self.gate_soft_cap = check_cap("gate_soft_cap", gate_soft_cap)
-        self.use_output_gate = use_output_gate
-        self.use_head_norm = use_head_norm
-        self.use_bias = use_bias
+        self.use_output_gate = check_flag("use_output_gate", use_output_gate)
+        self.use_head_norm = check_flag("use_head_norm", use_head_norm)
+        self.use_bias = check_flag("use_bias", use_bias)
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.input_gate_bias_initializer = initializers.get(

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
+from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.block import Block, block_diagonal, dense, layer_norm
 from keras_xlstm.layers.parts import (
     CausalConv1D,
@@ -101,7 +102,7 @@ class mLSTMBlock(Block):
         self.projection_factor = self._check_factor("projection_factor", projection_factor)
         self.conv_kernel_size = self._check_taps(conv_kernel_size)
         self.qkv_block_size = qkv_block_size
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.gate_soft_cap = check_cap("gate_soft_cap", gate_soft_cap)
         self.input_gate_activation = self._check_input_gate(input_gate)
         self.input_gate_bias_initializer = initializers.get(

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
-from keras_xlstm._checks import real_first
+from keras_xlstm._checks import check_flag, real_first
 from keras_xlstm.backends import apart
 
 
@@ -153,7 +153,7 @@ class CausalConv1D(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         check_positive("kernel_size", kernel_size)
         self.kernel_size = kernel_size
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
 
     def build(self, inputs_shape, state_shape=None):
         # What the official code's PyTorch layer draws.

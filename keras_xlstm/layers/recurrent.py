@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_xlstm._checks import check_flag, load_variables
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
@@ -43,11 +44,11 @@ class Recurrent(StateLayer):
         self.dropout = check_rate("dropout", dropout)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self.return_sequences = return_sequences
-        self.return_state = return_state
-        self.go_backwards = go_backwards
-        self.stateful = stateful
-        self.zero_output_for_mask = zero_output_for_mask
+        self.return_sequences = check_flag("return_sequences", return_sequences)
+        self.return_state = check_flag("return_state", return_state)
+        self.go_backwards = check_flag("go_backwards", go_backwards)
+        self.stateful = check_flag("stateful", stateful)
+        self.zero_output_for_mask = check_flag("zero_output_for_mask", zero_output_for_mask)
         self.use_kernel = check_use_kernel(use_kernel)
         self.states = None
 
@@ -160,7 +161,7 @@ class Recurrent(StateLayer):
         """Writes nothing: weights belong to sub-layers, and states to a batch, not to a file."""
 
     def load_own_variables(self, store):
-        """Reads nothing, as `save_own_variables` wrote nothing."""
+        load_variables(self, [], store)
 
     def get_config(self):
         return {

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_clip
+from keras_xlstm._checks import check_clip, check_flag, load_variables
 from keras_xlstm.layers.parts import check_heads
 
 _FORGET = ("sigmoid", "exponential")
@@ -83,7 +83,7 @@ class sLSTMCell(keras.layers.Layer):
         self.units = units
         self.num_heads = num_heads
         self.forget_activation = forget_activation
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.recurrent_initializer = initializers.get(recurrent_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
@@ -177,10 +177,7 @@ class sLSTMCell(keras.layers.Layer):
             store[variable.name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
-        for variable in self._own():
-            if variable.name not in store:
-                raise ValueError(f"The file has no {variable.name} for layer {self.name}.")
-            variable.assign(store[variable.name])
+        load_variables(self, self._own(), store)
 
     def _own(self):
         return [v for v in (self.recurrent_kernel, self.bias) if v is not None]

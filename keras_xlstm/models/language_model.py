@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import initializers
+from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
 from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
@@ -79,7 +80,7 @@ class xLSTMLanguageModel(Generates, StackModel):
             "vocabulary_size": vocabulary_size,
             **settings,
             "embedding_dropout": check_rate("embedding_dropout", embedding_dropout),
-            "tie_embeddings": tie_embeddings,
+            "tie_embeddings": check_flag("tie_embeddings", tie_embeddings),
             "logit_soft_cap": check_cap("logit_soft_cap", logit_soft_cap),
         }
         policy = settings["dtype"]

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.parts import check_positive, check_rate
 
 
@@ -65,9 +66,9 @@ def settings_of(
         "mlstm_options": dict(mlstm_options or {}),
         "slstm_options": dict(slstm_options or {}),
         "dropout": check_rate("dropout", dropout),
-        "final_norm": final_norm,
+        "final_norm": check_flag("final_norm", final_norm),
         "seed": seed,
-        "remat": remat,
+        "remat": check_flag("remat", remat),
         "use_kernel": use_kernel,
         "dtype": keras.dtype_policies.get(dtype or keras.config.dtype_policy()),
     }
