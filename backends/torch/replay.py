@@ -11,7 +11,7 @@ import keras
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Whether jit_compile="auto" records too. No GPU has run a recording yet: until then True asks for it.
+# Whether jit_compile="auto" records too: not before a GPU has been seen to run a recording.
 AUTOMATIC = False
 _KEPT = 4  # recordings of one function: each has its own state and scratch memory
 _log = logging.getLogger("keras_xlstm")

@@ -152,6 +152,7 @@ class CausalConv1D(keras.layers.Layer):
     def __init__(self, kernel_size=4, use_bias=True, **kwargs):
         super().__init__(autocast=False, **kwargs)
         check_positive("kernel_size", kernel_size)
+        self.supports_masking = True  # as an argument
         self.kernel_size = kernel_size
         self.use_bias = check_flag("use_bias", use_bias)
 
@@ -207,6 +208,9 @@ class CausalConv1D(keras.layers.Layer):
             same = new_ids == segment_ids[:, -1:]
             new_state = ops.where(same[:, :, None], new_state, ops.zeros_like(new_state))
         return outputs, ops.cast(new_state, state.dtype)
+
+    def compute_mask(self, *arguments, **options):
+        return None
 
     def get_config(self):
         config = {"kernel_size": self.kernel_size, "use_bias": self.use_bias}
