@@ -36,14 +36,14 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True)
         S = q @ _transposed(k)  # (B, H, L, L)
         S *= weights.within(*rows)
         q_in = q * entering[..., None]
-        r = ops.sum(S, axis=-1) + ops.sum(q_in * n[..., None, :], axis=-1)
+        r = framework.total(S, axis=-1) + framework.total(q_in * n[..., None, :], axis=-1)
         h = S @ v
         h += q_in @ C
-        h /= (framework.maximum(ops.abs(r), floor) + eps * row_eps)[..., None]
+        h /= (framework.maximum(abs(r), floor) + eps * row_eps)[..., None]
         k_end = k * to_end[..., None]
         new_C = _transposed(k_end) @ v
         new_C += through[..., None, None] * C
-        new_n = through[..., None] * n + ops.sum(k_end, axis=-2)
+        new_n = through[..., None] * n + framework.total(k_end, axis=-2)
         return (new_C, new_n), (_swap(h),), (r, C, n) if keep else ()
 
     carry = (C * rest_in[..., None, None], n * rest_in[..., None])
@@ -70,9 +70,9 @@ def backward(residuals, gradients, eps, chunk_size):
         within = weights.within(*rows)
         entering, to_end = entering[..., None], to_end[..., None]
         # Through h = (numerator) / max(|r|, exp(-m)): U to the numerator, dr to r.
-        size = ops.abs(r)
+        size = abs(r)
         U = dh / (framework.maximum(size, floor) + eps * row_eps)[..., None]
-        dr = ops.where(size > floor, -ops.sign(r) * ops.sum(U * h, axis=-1), 0.0)
+        dr = ops.where(size > floor, -ops.sign(r) * framework.total(U * h, axis=-1), 0.0)
 
         S = q @ _transposed(k)
         S *= within
@@ -89,12 +89,12 @@ def backward(residuals, gradients, eps, chunk_size):
         dk += dn[..., None, :]
         dk *= to_end
         dk += _transposed(G) @ q
-        di = ops.sum(k * dk, axis=-1)
-        across = ops.sum(q * dq, axis=-1) - di
+        di = framework.total(k * dk, axis=-1)
+        across = framework.total(q * dq, axis=-1) - di
         q_in = q * entering
         dC_in = _transposed(q_in) @ U
         dC_in += through[..., None, None] * dC
-        dn_in = through[..., None] * dn + ops.sum(q_in * dr[..., None], axis=-2)
+        dn_in = through[..., None] * dn + framework.total(q_in * dr[..., None], axis=-2)
         dq, dk, dv = (_swap(a) for a in (dq * scale, dk, dv))
         return (dC_in, dn_in), (dq, dk, dv), (di, across, _inner(C, dC_in, n, dn_in))
 
@@ -231,12 +231,12 @@ def _steps(x):
 
 def _swap(x):
     """(B, L, H, K) to (B, H, L, K), or back."""
-    return ops.swapaxes(x, 1, 2)
+    return framework.swapaxes(x, 1, 2)
 
 
 def _transposed(x):
-    return ops.swapaxes(x, -1, -2)
+    return framework.swapaxes(x, -1, -2)
 
 
 def _inner(C, dC, n, dn):
-    return ops.sum(C * dC, axis=(-2, -1)) + ops.sum(n * dn, axis=-1)
+    return framework.total(C * dC, axis=(-2, -1)) + framework.total(n * dn, axis=-1)

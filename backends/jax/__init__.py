@@ -7,6 +7,7 @@ import keras
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
+total, swapaxes = jax.numpy.sum, jax.numpy.swapaxes
 constant = jax.lax.stop_gradient
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = False  # whole steps are compiled

@@ -7,6 +7,8 @@ from keras_xlstm.backends.torch import replay
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
 tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
+# Several times as fast to call as keras.ops', which small chunks feel.
+total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
