@@ -1,4 +1,4 @@
-"""Runs the test suite on each backend, a few processes at a time, and prints what each one said.
+"""Runs the test suite on each backend, two processes at a time, and prints what each one said.
 
 python tests/run.py jax torch tensorflow
 """
@@ -11,8 +11,6 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
-# One more than cores: each waits for processes of its own now and then.
-PROCESSES = (os.cpu_count() or 2) + 1
 # Runs of about the same length: whole backends would leave a core idle at the end.
 FILES = {
     "blocks, models": ["test_blocks.py", "test_models.py"],
@@ -53,7 +51,7 @@ def main(backends):
 def run(waiting, shared):
     running, failed, lines = {}, [], []
     while waiting or running:
-        while waiting and len(running) < PROCESSES:
+        while waiting and len(running) < 2:
             backend, part = waiting.pop(0)
             name = f"{backend}, {part}"
             log = tempfile.TemporaryFile("w+")
