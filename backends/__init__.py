@@ -24,7 +24,8 @@ from keras_xlstm.backends.parts import framework
 
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
-apart, compiled = framework.apart, framework.compiled
+compiled, by_halves = framework.compiled, framework.by_halves
+apart = getattr(framework, "apart", lambda x: x)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None

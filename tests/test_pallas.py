@@ -324,3 +324,16 @@ def test_generation(rng):
         assert [list(t) for t in twin.generate(prompts, max_new_tokens=5, temperature=0.0)] == [
             list(t) for t in want
         ]
+
+
+def test_norm_apart_from_its_fusions(monkeypatch, rng):
+    """What keeps XLA from fusing on a GPU changes no number, and has a gradient and a vmap."""
+    layer = keras_xlstm.layers.MultiHeadNorm(2)
+    x, dy = (jax.numpy.asarray(rng.normal(size=(3, 2, 5, 8)), "float32") for _ in "xy")
+    layer.build(x.shape[1:])
+    # A function for each: JAX keeps what it traced by function.
+    alone, apart = (jax.vmap(jax.grad(lambda x, dy: (layer(x) * dy).sum())) for _ in "ab")
+    want = alone(x, dy)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "optimization_barrier" in str(jax.make_jaxpr(apart)(x, dy))
+    assert_close(array(apart(x, dy)), array(want), 1e-6)

@@ -9,6 +9,9 @@ import keras
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
 total, swapaxes = jax.numpy.sum, jax.numpy.swapaxes
 constant = jax.lax.stop_gradient
+# Products with both halves of a kernel, not one that is cut in two: XLA puts the gradient of both
+# halves together in passes over the largest array of a block.
+by_halves = True
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = False  # whole steps are compiled
 

@@ -10,14 +10,11 @@ tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
 # Several times as fast to call as keras.ops', which small chunks feel.
 total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach
+by_halves = False  # as on JAX
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.
 once = torch.compiler.assume_constant_result
-
-
-def apart(x):
-    return x
 
 
 def scan(step, init, xs, reverse=False):

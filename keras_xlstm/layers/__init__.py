@@ -1,9 +1,10 @@
 """Keras layers of xLSTM."""
 
+from keras_xlstm.layers.convolution import CausalConv1D
 from keras_xlstm.layers.large import xLSTMLargeBlock
 from keras_xlstm.layers.mlstm import mLSTM
 from keras_xlstm.layers.mlstm_block import mLSTMBlock
-from keras_xlstm.layers.parts import CausalConv1D, GatedFeedForward, MultiHeadNorm, SoftCap
+from keras_xlstm.layers.parts import GatedFeedForward, MultiHeadNorm, SoftCap
 from keras_xlstm.layers.slstm import sLSTM
 from keras_xlstm.layers.slstm_block import sLSTMBlock
 from keras_xlstm.layers.slstm_cell import sLSTMCell

@@ -7,8 +7,8 @@ from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.block import Block, block_diagonal, dense, layer_norm
+from keras_xlstm.layers.convolution import CausalConv1D
 from keras_xlstm.layers.parts import (
-    CausalConv1D,
     MultiHeadNorm,
     check_cap,
     check_positive,

@@ -7,7 +7,8 @@ from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_clip
 from keras_xlstm.layers.block import Block, block_diagonal, layer_norm
-from keras_xlstm.layers.parts import CausalConv1D, GatedFeedForward, MultiHeadNorm, rounded_up
+from keras_xlstm.layers.convolution import CausalConv1D
+from keras_xlstm.layers.parts import GatedFeedForward, MultiHeadNorm, rounded_up
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
