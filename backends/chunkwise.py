@@ -185,7 +185,7 @@ class _LogWeights:
         log += self.future
         if ids is not None:
             log = ops.where(ids[..., :, None] == ids[..., None, :], log, NEVER)
-        return ops.exp(log)
+        return framework.exp(log)
 
     def after(self, x, leaving):
         """(N, B, H, L): sums of x from each step on, with what leaves, within the segment."""

@@ -7,7 +7,7 @@ import keras
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
-total, swapaxes = jax.numpy.sum, jax.numpy.swapaxes
+total, swapaxes, exp = jax.numpy.sum, jax.numpy.swapaxes, jax.numpy.exp
 constant = jax.lax.stop_gradient
 # Products with both halves of a kernel, not one that is cut in two: XLA puts the gradient of both
 # halves together in passes over the largest array of a block.
