@@ -29,6 +29,7 @@ apart = getattr(framework, "apart", lambda x: x)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None
+training = importlib.import_module(f"{__name__}.torch.training") if framework.by_region else None
 
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}

@@ -48,7 +48,6 @@ def recordings(monkeypatch):
         if not GPU:
             self._graph.replay = lambda: step(self, function)
 
-    monkeypatch.setattr(replay, "AUTOMATIC", True)
     monkeypatch.setattr(replay.Recording, "_step", recorded)
     if not GPU:
         monkeypatch.setattr(replay, "recordable", lambda tensor: True)

@@ -132,7 +132,7 @@ def losses(model):
 
 
 def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
-    """One block of each kind: the others run it with their own weights."""
+    """One block of each kind, whose code the others run with their own weights, and the loss."""
     compiled = []
 
     def compile_(function):
@@ -145,7 +145,7 @@ def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
     assert compiled == []
     model = language_model(True, **options)
     np.testing.assert_allclose(losses(model), want, rtol=1e-5)
-    assert compiled == ["compute_xLSTMLargeBlock"]
+    assert compiled == ["compute_xLSTMLargeBlock", "token_losses"]
     model.enable_lora(2)
     model.compile("sgd", model.loss, jit_compile=False)
     assert all(block._region is None for block in model.blocks)

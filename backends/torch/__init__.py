@@ -114,6 +114,6 @@ def compiled(function, variables, jit_compile="auto", repeated=False):
     and again with the state it returned. PyTorch has nothing to compile the whole by that a machine
     without a C++ compiler could run."""
     function = torch.no_grad()(function)
-    if not repeated or not (jit_compile is True or (jit_compile == "auto" and replay.AUTOMATIC)):
+    if not repeated or jit_compile is False:
         return function
     return replay.Replayed(function, variables, required=jit_compile is True)

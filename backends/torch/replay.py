@@ -8,11 +8,11 @@ import threading
 import weakref
 
 import keras
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Whether jit_compile="auto" records too: not before a GPU has been seen to run a recording.
-AUTOMATIC = False
+_FEW = 8  # numbers for a kernel each; a shape has fewer
 _KEPT = 4  # recordings of one function: each has its own state and scratch memory
 _log = logging.getLogger("keras_xlstm")
 
@@ -40,7 +40,7 @@ class Replayed:
         with self._lock:
             recording = self._recording(state, tensors)
             if recording is None:
-                with _NumbersAsKernels():
+                with NumbersAsKernels():
                     return self._function(state, *tensors)
             return recording.replay(state, tensors)
 
@@ -92,7 +92,7 @@ class Recording:
             self._step(function)
 
     def _step(self, function):
-        with _NumbersAsKernels():
+        with NumbersAsKernels():
             state = keras.tree.pack_sequence_as(self._structure, self._state)
             self._output, new = function(state, *self._tensors)
             ours = {x.untyped_storage().data_ptr() for x in self._state}
@@ -130,10 +130,14 @@ class _Held:
         self.recording, self.tensors = recording, None
 
 
-class _NumbersAsKernels(TorchFunctionMode):
-    """Python numbers become tensors by a kernel: a copy from the host cannot be recorded."""
+class NumbersAsKernels(TorchFunctionMode):
+    """Python numbers become tensors by a kernel: a copy from the host waits for the device, and
+    cannot be recorded."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.as_tensor and isinstance(args[0], (bool, int, float)):
-            return torch.full((), args[0], **kwargs)
+        if func is torch.as_tensor and not isinstance(args[0], torch.Tensor):
+            numbers = np.asarray(args[0])
+            if 0 < numbers.size <= _FEW:
+                parts = [torch.full((), x, **kwargs) for x in numbers.ravel().tolist()]
+                return torch.stack(parts).reshape(numbers.shape)
         return func(*args, **(kwargs or {}))

@@ -214,11 +214,12 @@ class SoftCap(keras.layers.Layer):
         super().__init__(**kwargs)
         self.cap = check_cap("cap", cap)
         self.supports_masking = True
+        self.compute = soft_cap  # or the same, compiled: models/stack.py
 
     def call(self, inputs):
         # Apart from the products around it: XLA would make its gradient part of theirs, in kernels
         # slower than the library's.
-        return soft_cap(apart(inputs), self.cap)
+        return self.compute(apart(inputs), self.cap)
 
     def compute_output_shape(self, input_shape):
         return input_shape

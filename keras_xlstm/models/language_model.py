@@ -1,15 +1,24 @@
 """xLSTMLanguageModel: token ids to logits, and generation."""
 
+import inspect
+
 import keras
 import numpy as np
 from keras import ops
 
-from keras_xlstm import initializers
+from keras_xlstm import backends, initializers
 from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
 from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 from keras_xlstm.models.stack import StackModel
+
+
+class _Given(keras.losses.Loss):
+    """The mean, or whatever the reduction is, of losses that were computed elsewhere."""
+
+    def call(self, y_true, y_pred):
+        return y_pred
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -117,6 +126,55 @@ class xLSTMLanguageModel(Generates, StackModel):
         self.settings = settings
         self._outer_dim = vocabulary_size
 
+    # ------------------------------------------------------------------ loss
+
+    _token_losses = None  # on torch, compiled
+
+    def compile(self, *args, **kwargs):
+        """`keras.Model.compile`."""
+        super().compile(*args, **kwargs)
+        given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
+        config = self.loss.get_config() if isinstance(self.loss, keras.losses.Loss) else {}
+        compiles = (
+            self._recorded is not None
+            and given.get("loss_weights") is None
+            and config.get("from_logits", False)
+            and config.get("ignore_class") is None
+        )
+        fast = backends.regions.compiled(backends.training.token_losses) if compiles else None
+        self._token_losses = fast
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """`keras.Model.compute_loss`."""
+        if keras.backend.backend() == "torch" and self._tokens_count_alike(
+            y, y_pred, sample_weight
+        ):
+            # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
+            # across the vocabulary at strides, and was a third of the time of a training step.
+            y, y_pred = ops.reshape(y, (-1,)), ops.reshape(y_pred, (-1, y_pred.shape[-1]))
+            sample_weight = None if sample_weight is None else ops.reshape(sample_weight, (-1,))
+            # Not while Keras works out shapes, which makes its own loss ready.
+            if self._token_losses is not None and y_pred.device.type != "meta":
+                return self._compiled_loss(y, y_pred, sample_weight)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def _tokens_count_alike(self, y, y_pred, sample_weight):
+        """Whether the loss is a mean over tokens that may stand in any order."""
+        return (
+            type(self.loss) is keras.losses.SparseCategoricalCrossentropy
+            and self.loss.reduction in ("sum", "sum_over_batch_size", "mean")
+            and getattr(y_pred, "_keras_mask", None) is None
+            and len(y_pred.shape) == 3
+            and len(y.shape) == 2
+            and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
+        )
+
+    def _compiled_loss(self, y, y_pred, sample_weight):
+        """The loss by Keras, from the tokens' own, which are computed in fewer passes."""
+        given = _Given(reduction=self.loss.reduction, dtype=self.loss.dtype)
+        losses = self._token_losses(y_pred, y, self.loss.dtype)
+        return given(losses, losses, sample_weight) + sum(ops.sum(loss) for loss in self.losses)
+
     # ------------------------------------------------------------------ checks
 
     def _check_ids(self, inputs):
@@ -153,28 +211,6 @@ class xLSTMLanguageModel(Generates, StackModel):
         """`keras.Model.predict`; token ids in NumPy arrays are checked first."""
         self._check_ids(x)
         return super().predict(x, *args, **kwargs)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """`keras.Model.compute_loss`."""
-        if keras.backend.backend() == "torch" and self._tokens_count_alike(
-            y, y_pred, sample_weight
-        ):
-            # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
-            # across the vocabulary at strides, and was a third of the time of a training step.
-            y, y_pred = ops.reshape(y, (-1,)), ops.reshape(y_pred, (-1, y_pred.shape[-1]))
-            sample_weight = None if sample_weight is None else ops.reshape(sample_weight, (-1,))
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
-
-    def _tokens_count_alike(self, y, y_pred, sample_weight):
-        """Whether the loss is a mean over tokens that may stand in any order."""
-        return (
-            type(self.loss) is keras.losses.SparseCategoricalCrossentropy
-            and self.loss.reduction in ("sum", "sum_over_batch_size", "mean")
-            and getattr(y_pred, "_keras_mask", None) is None
-            and len(y_pred.shape) == 3
-            and len(y.shape) == 2
-            and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
-        )
 
     # ------------------------------------------------------------------ in parts
 

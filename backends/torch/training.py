@@ -1,0 +1,146 @@
+"""The training step of `model.compile(jit_compile=True)`: what is around the blocks, and, on a CUDA
+device, the whole of it as one CUDA graph.
+
+A step of a model of many blocks is thousands of small kernels, which Python launches more slowly
+than the device runs them. Recorded once, they are launched as one.
+"""
+
+import collections
+import logging
+
+import keras
+import torch
+from keras_xlstm.backends.torch.replay import NumbersAsKernels, recordable
+
+_BEFORE = 2  # steps of some shapes that run as they are: kernels are compiled and tuned by them
+_KEPT = 2  # recordings of one model: each holds the memory of a step
+_log = logging.getLogger("keras_xlstm")
+
+
+class RecordedStep:
+    """`self(step, data) -> logs`, with `step(data)` a whole training step of a model.
+
+    Steps on batches of some shapes run as they are twice, then are recorded, and from then on the
+    recording runs, for as long as all variables stay where they are in memory. What cannot be
+    recorded runs as it is, after a line in the log: dropout, whose masks Keras draws from numbers
+    that the host must know, and optimizers that decide on the host (the loss scale of float16,
+    gradients accumulated over steps).
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._forget(None)
+
+    def _forget(self, place):
+        self._place, self._refused = place, False
+        self._seen, self._recordings = collections.Counter(), {}
+
+    def __call__(self, step, data):
+        device = self._model.optimizer.iterations.value
+        if not recordable(device):
+            return step(data)
+        data = keras.tree.map_structure(lambda x: _sent(x, device.device), data)
+        recording = None if self._refused else self._recording(step, data)
+        if recording is not None:
+            return recording.replay(data)
+        with NumbersAsKernels():
+            return step(data)
+
+    def _recording(self, step, data):
+        """The one for this batch, made if need be; None where there is none yet, or cannot be."""
+        place = self._where()
+        if place != self._place:
+            self._forget(place)
+        key = tuple((tuple(x.shape), x.dtype) for x in keras.tree.flatten(data) if x is not None)
+        if key in self._recordings:
+            return self._recordings[key]
+        self._seen[key] += 1
+        if self._seen[key] <= _BEFORE or len(self._recordings) == _KEPT:
+            return None
+        try:
+            self._recordings[key] = Recording(self._model, step, data)
+        except RuntimeError as error:
+            self._refused = True
+            _log.info("Training runs one kernel at a time: no CUDA graph could be made. %s", error)
+        return self._recordings.get(key)
+
+    def _where(self):
+        """What a recording holds fast besides shapes."""
+        variables = [*self._model.variables, *self._model.optimizer.variables]
+        stream = torch.cuda.current_stream().cuda_stream
+        return stream, tuple((v._value.data_ptr(), v.trainable) for v in variables)
+
+
+class Recording:
+    """A CUDA graph of a training step, with buffers for the batch and the logs."""
+
+    def __init__(self, model, step, data):
+        self._data = keras.tree.map_structure(lambda x: None if x is None else x.clone(), data)
+        model.zero_grad()  # the last step's are not kept beside this one's
+        self._graph = torch.cuda.CUDAGraph()
+        # Only this thread must keep from what cannot be recorded.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._step(step)
+
+    def _step(self, step):
+        with NumbersAsKernels():
+            self._logs = step(self._data)
+
+    @torch.no_grad()
+    def replay(self, data):
+        for buffer, x in zip(*map(keras.tree.flatten, (self._data, data)), strict=True):
+            if x is not None:
+                buffer.copy_(x)
+        self._graph.replay()
+        return keras.tree.map_structure(
+            lambda x: x.clone() if isinstance(x, torch.Tensor) else x, self._logs
+        )
+
+
+def _sent(x, device):
+    """x on its way to the device; the host goes on."""
+    if x is None:
+        return None
+    x = torch.as_tensor(x)
+    return x.pin_memory().to(device, non_blocking=True) if x.device.type == "cpu" else x
+
+
+def token_losses(logits, y, dtype):
+    """Cross-entropy of every token, (N,), of logits (N, vocabulary) and ids (N,). Compiled it makes
+    few passes over the logits, where PyTorch's own operators write them as `dtype` first."""
+    logits = logits.to(getattr(torch, dtype))
+    return torch.nn.functional.cross_entropy(logits, y.long(), reduction="none")
+
+
+def fuse(optimizer):
+    """Makes Keras's Adam and AdamW update every weight in one pass, where Keras takes eleven."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    kinds = [type(kind()) for kind in (keras.optimizers.Adam, keras.optimizers.AdamW)]
+    if type(optimizer) in kinds and not optimizer.amsgrad:
+        optimizer._parallel_update_step = _FusedAdam(optimizer)
+
+
+class _FusedAdam:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __call__(self, gradients, variables, learning_rate):
+        optimizer = self.optimizer
+        step = optimizer.iterations.value.float() + 1
+        # Keras corrects the moments' bias in the rate, PyTorch's operator in both moments, which
+        # gives epsilon another weight. After endless steps it has no bias to correct.
+        corrected = torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
+        rate = (learning_rate * corrected).float()
+        endless = torch.full_like(step, 1e9)
+        groups = {}
+        for gradient, variable in zip(gradients, variables, strict=True):
+            value, index = variable.value, optimizer._get_variable_index(variable)
+            moments = optimizer._momentums[index].value, optimizer._velocities[index].value
+            groups.setdefault((value.device, value.dtype), []).append((value, gradient, *moments))
+        for group in groups.values():
+            values, gradients, momentums, velocities = map(list, zip(*group, strict=True))
+            torch._fused_adam_(
+                values, gradients, momentums, velocities, [], [endless] * len(values), lr=rate,
+                beta1=optimizer.beta_1, beta2=optimizer.beta_2, weight_decay=0.0,
+                eps=optimizer.epsilon, amsgrad=False, maximize=False,
+            )  # fmt: skip

@@ -1,0 +1,215 @@
+"""PyTorch: the training step of `model.compile(jit_compile=True)`, replayed as a CUDA graph.
+
+Without a GPU a stand-in for the graph runs the step again, and nothing is compiled.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tools import BACKEND
+
+if BACKEND != "torch":
+    pytest.skip("runs on torch", allow_module_level=True)
+
+import keras
+import torch
+from keras_xlstm.backends.torch import training
+
+from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
+
+GPU = torch.cuda.is_available()
+IDS = np.random.default_rng(0).integers(0, 9, (11, 9), dtype="int32")
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def model_of(optimizer="adam", jit_compile=True, metrics=(), **options):
+    keras.utils.set_random_seed(0)
+    options = {"num_heads": 2, "architecture": "large", "logit_soft_cap": 3.0, **options}
+    model = xLSTMLanguageModel(9, 8, 1, **options)
+    model.compile(optimizer, LOSS, metrics=list(metrics), jit_compile=jit_compile)
+    return model
+
+
+def fitted(model, **options):
+    options = {"batch_size": 2, "epochs": 2, "shuffle": False, "verbose": 0, **options}
+    return model.fit(IDS[:, :-1], IDS[:, 1:], **options).history
+
+
+def same(model, other, rtol=1e-4):
+    for a, b in zip(model.weights, other.weights, strict=True):
+        a, b = (keras.ops.convert_to_numpy(v) for v in (a, b))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5, err_msg=str(b.shape))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """All recordings that are made, on a GPU real ones."""
+    made = []
+    step = training.Recording._step
+
+    def recorded(self, function):
+        made.append(self)
+        if GPU:
+            return step(self, function)
+        # What is recorded does not run.
+        self._logs = {"loss": torch.full((), float("nan"))}
+        self._graph.replay = lambda: step(self, torch.enable_grad()(function))
+
+    monkeypatch.setattr(training.Recording, "_step", recorded)
+    if not GPU:
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+        monkeypatch.setattr(training, "recordable", lambda tensor: True)
+        monkeypatch.setattr(training, "_sent", lambda x, device: x)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
+        monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+    return made
+
+
+def decaying():
+    return keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5))
+
+
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(0.01, clipnorm=1.0),
+    "average": lambda: keras.optimizers.AdamW(0.01, use_ema=True),
+    "schedule": decaying,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_recording_trains_as_keras_does(optimizer, recordings):
+    """Losses, metrics and weights; the last batch of an epoch is shorter and never recorded."""
+    want, model = (
+        model_of(OPTIMIZERS[optimizer](), jit_compile, metrics=["accuracy"])
+        for jit_compile in (False, True)
+    )
+    weights = np.linspace(0, 1, 88, dtype="float32").reshape(11, 8)
+    histories = [fitted(m, sample_weight=weights) for m in (want, model)]
+    assert histories[0].keys() == histories[1].keys() == {"loss", "accuracy"}
+    for key in histories[0]:
+        np.testing.assert_allclose(*(h[key] for h in histories), rtol=1e-4)
+    same(want, model)
+    assert len(recordings) == 1
+
+
+def test_a_rate_that_is_set_and_weights_that_move(recordings):
+    models = model_of(jit_compile=False), model_of()
+    for model in models:
+        fitted(model)
+        model.optimizer.learning_rate = 0.1
+        fitted(model, epochs=1)
+    assert len(recordings) == 2  # by now the short batch too
+    same(*models)
+    for model in models:
+        kernel = model.get_layer("head").kernel
+        kernel.value.data = kernel.value.data.clone()  # elsewhere in memory
+        model.get_layer("embedding").trainable = False
+        fitted(model)
+    assert len(recordings) == 3
+    same(*models)
+
+
+def test_lengths_beyond_the_recordings_kept(recordings):
+    models = model_of(jit_compile=False), model_of()
+    for length in (4, 5, 6, 7, 4):
+        for model in models:
+            x = IDS[:8, : length + 1]
+            model.fit(x[:, :-1], x[:, 1:], batch_size=2, verbose=0, shuffle=False)
+    assert len(recordings) == training._KEPT
+    same(*models)
+
+
+def test_a_stack(recordings, rng):
+    x, y = rng.normal(size=(8, 5, 8)), rng.normal(size=(8, 5, 8))
+    found = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = xLSTMStack(8, 2, num_heads=2, pattern="1:1")
+        model.compile("adam", "mse", jit_compile=jit_compile)
+        fit = model.fit(x, y, batch_size=2, epochs=2, verbose=0, shuffle=False)
+        found.append(fit.history["loss"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert len(recordings) == 1
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(recordings, monkeypatch, caplog):
+    def refuse(*arguments, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    want, model = model_of(jit_compile=False), model_of()
+    with caplog.at_level("INFO", "keras_xlstm"):
+        losses = [fitted(m)["loss"] for m in (want, model)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    same(want, model)
+    assert caplog.text.count("no CUDA graph could be made. operation not permitted") == 1
+
+
+@pytest.mark.skipif(not GPU, reason="of a real graph")
+@pytest.mark.parametrize("case", ["dropout", "accumulation", "float16"])
+def test_what_waits_for_the_device_runs_as_it_is(case, recordings, caplog):
+    optimizer = keras.optimizers.Adam(
+        0.01, gradient_accumulation_steps=2 if case[0] == "a" else None
+    )
+    if case == "float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model = model_of(optimizer, dropout=0.1 if case == "dropout" else 0.0)
+    with caplog.at_level("INFO", "keras_xlstm"):
+        assert np.isfinite(fitted(model)["loss"]).all()
+    assert caplog.text.count("no CUDA graph could be made") == 1
+
+
+def test_nothing_comes_from_the_host(recordings, monkeypatch):
+    """A copy from the host is what a CUDA graph refuses first."""
+    copied = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            if name in ("as_tensor", "tensor", "from_numpy", "item", "tolist", "nonzero", "cpu"):
+                if not isinstance(args[0], torch.Tensor) or name != "as_tensor":
+                    copied.append(name)
+            return func(*args, **(kwargs or {}))
+
+    def watched(function):
+        def run(*arguments):
+            with Watch():
+                return function(*arguments)
+
+        return run
+
+    for name in ("_step", "replay"):  # a graph is made by the one, the stand-in runs in the other
+        monkeypatch.setattr(training.Recording, name, watched(getattr(training.Recording, name)))
+    fitted(model_of())
+    assert len(recordings) == 1
+    assert not copied
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fused_adam_is_keras_own(dtype, rng):
+    """With the moments' bias corrected where Keras corrects it: epsilon is large here."""
+    kinds = {"learning_rate": 0.1, "beta_1": 0.8, "beta_2": 0.9, "epsilon": 0.3}
+    found = []
+    for fused in (False, True):
+        weights = [keras.Variable(np.linspace(-1, 1, n), dtype=dtype) for n in (5, 7)]
+        optimizer = keras.optimizers.AdamW(**kinds, weight_decay=0.1, clipvalue=0.7)
+        optimizer.build(weights)
+        if fused:
+            training.fuse(optimizer)
+            assert isinstance(optimizer._parallel_update_step, training._FusedAdam)
+        draws = np.random.default_rng(3)
+        for _ in range(5):
+            gradients = [torch.tensor(draws.normal(size=v.shape)).to(v.value) for v in weights]
+            optimizer.apply(gradients, weights)
+        found.append(np.concatenate([keras.ops.convert_to_numpy(v) for v in weights]))
+    np.testing.assert_allclose(*found, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_not_fused():
+    for optimizer in (keras.optimizers.SGD(), keras.optimizers.Adam(amsgrad=True)):
+        own = optimizer._parallel_update_step
+        training.fuse(optimizer)
+        assert optimizer._parallel_update_step == own
