@@ -1,10 +1,13 @@
 """sLSTM and mLSTM as functions of tensors: checks, masks and segments, then the backend."""
 
+import math
+
 from keras import ops
 
 from keras_xlstm import backends
 from keras_xlstm._checks import (
     check_clip,
+    check_flag,
     expect_shape,
     float_tensor,
     gate_dtype,
@@ -89,10 +92,13 @@ def mlstm(
     expect_shape("i", i, ("B", "T", "H"), sizes)
     expect_shape("f", f, ("B", "T", "H"), sizes)
     same_dtype(q=q, k=k, v=v)
+    check_flag("return_state", return_state)
     one_of("input_gate", input_gate, ("exp", "sigmoid"))
-    if not isinstance(eps, (int, float)) or not eps >= 0:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"`eps` must be a number >= 0. Received: eps={eps!r}.")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
         raise ValueError(
             "`chunk_size` must be a positive integer, or None to pick one. "
             f"Received: chunk_size={chunk_size!r}."
@@ -186,6 +192,7 @@ def slstm(
         recurrent_scale = float_tensor("recurrent_scale", recurrent_scale)
         expect_shape("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)
         recurrent_scale = ops.stop_gradient(recurrent_scale)
+    check_flag("return_state", return_state)
     one_of("forget_gate", forget_gate, ("sigmoid", "exp"))
     check_clip(recurrent_gradient_clip)
     shapes = dict.fromkeys("hcnm", ("B", "H", "D"))
