@@ -174,9 +174,19 @@ _BY_NAME = {
 }
 
 
-def get(identifier, **sizes):
+def get(identifier, default=None, **sizes):
     """`keras.initializers.get`, which also knows "power_law", "linspace", "small_init" and
-    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index)."""
+    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index).
+
+    None is `default`, or an error where there is none: Keras leaves it to `add_weight`, which draws
+    biases too.
+    """
+    identifier = default if identifier is None else identifier
+    if identifier is None:
+        raise ValueError(
+            "An initializer must be a name, an Initializer or a function of (shape, dtype). "
+            'Received: None. For no bias use "zeros".'
+        )
     if isinstance(identifier, str) and identifier in _BY_NAME:
         kind = _BY_NAME[identifier]
         taken = inspect.signature(kind.__init__).parameters

@@ -145,7 +145,7 @@ class mLSTM(Recurrent):
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.input_gate_bias_initializer = initializers.get(
-            input_gate_bias_initializer or keras.initializers.RandomNormal(stddev=0.1)
+            input_gate_bias_initializer, default=keras.initializers.RandomNormal(stddev=0.1)
         )
         self.forget_gate_bias_initializer = initializers.get(forget_gate_bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_clip, check_flag, load_variables
+from keras_xlstm._checks import check_clip, check_flag, check_floating, freeze, load_variables
 from keras_xlstm.layers.parts import check_heads
 
 _FORGET = ("sigmoid", "exponential")
@@ -79,7 +79,14 @@ class sLSTMCell(keras.layers.Layer):
                 f"Received: forget_activation={forget_activation!r}."
             )
         check_clip(recurrent_gradient_clip)
+        if kwargs.get("activity_regularizer") is not None:
+            raise ValueError(
+                "sLSTMCell cannot honour `activity_regularizer`: a loop over time keeps no losses. "
+                f"Received: activity_regularizer={kwargs['activity_regularizer']!r}. Give it to "
+                "keras.layers.RNN, or to the layer sLSTM."
+            )
         super().__init__(autocast=False, **kwargs)
+        check_floating(self)
         self.units = units
         self.num_heads = num_heads
         self.forget_activation = forget_activation
@@ -128,6 +135,7 @@ class sLSTMCell(keras.layers.Layer):
                 constraint=self.bias_constraint,
                 autocast=False,
             )
+        freeze(self)
 
     def _draw_recurrent(self, shape, dtype=None):
         H, D, _, _ = shape
