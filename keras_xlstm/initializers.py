@@ -56,7 +56,7 @@ class PowerLawForgetBias(keras.initializers.Initializer):
     (4, 3)
     """
 
-    def __init__(self, block_index=0, num_blocks=1):
+    def __init__(self, block_index: int = 0, num_blocks: int = 1) -> None:
         if not 0 <= block_index < num_blocks:
             raise ValueError(
                 "`block_index` must be from 0 to num_blocks - 1. Received: "
@@ -88,7 +88,7 @@ class LinspaceForgetBias(keras.initializers.Initializer):
     array([3., 4., 5., 6.], dtype=float32)
     """
 
-    def __init__(self, start=3.0, stop=6.0):
+    def __init__(self, start: float = 3.0, stop: float = 6.0) -> None:
         self.start = start
         self.stop = stop
 

@@ -1,6 +1,7 @@
 """sLSTM and mLSTM as functions of tensors: checks, masks and segments, then the backend."""
 
 import math
+from typing import Any
 
 from keras import ops
 
@@ -24,20 +25,20 @@ _SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
 def mlstm(
-    q,
-    k,
-    v,
-    i,
-    f,
-    initial_state=None,
-    mask=None,
-    segment_ids=None,
-    return_state=False,
-    input_gate="exp",
-    eps=1e-6,
-    chunk_size=None,
-    implementation=None,
-):
+    q: Any,
+    k: Any,
+    v: Any,
+    i: Any,
+    f: Any,
+    initial_state: Any = None,
+    mask: Any = None,
+    segment_ids: Any = None,
+    return_state: bool = False,
+    input_gate: str = "exp",
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Any:
     """mLSTM: a matrix memory written by exponential gates and read by queries.
 
     Per head, with log forget gate l = log sigmoid(f) and a stabiliser m that cancels:
@@ -121,18 +122,18 @@ def mlstm(
 
 
 def slstm(
-    x,
-    recurrent_kernel,
-    bias=None,
-    initial_state=None,
-    mask=None,
-    segment_ids=None,
-    return_state=False,
-    forget_gate="sigmoid",
-    recurrent_gradient_clip=None,
-    implementation=None,
-    recurrent_scale=None,
-):
+    x: Any,
+    recurrent_kernel: Any,
+    bias: Any = None,
+    initial_state: Any = None,
+    mask: Any = None,
+    segment_ids: Any = None,
+    return_state: bool = False,
+    forget_gate: str = "sigmoid",
+    recurrent_gradient_clip: float | None = None,
+    implementation: str | None = None,
+    recurrent_scale: Any = None,
+) -> Any:
     """sLSTM: an LSTM with exponential gates, a normaliser and memory mixing within each head.
 
     Per unit, with pre-activations g = x_t + h_{t-1} R + b for g in i, f, z, o, and

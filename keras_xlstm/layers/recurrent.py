@@ -74,12 +74,12 @@ class Recurrent(StateLayer):
             for name, shape in zip(self.state_names, shapes, strict=True)
         ]  # fmt: skip
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Empties the carried state of a `stateful` layer."""
         for variable in self.states or ():
             variable.assign(ops.zeros(variable.shape, variable.dtype))
 
-    def reset_states(self):
+    def reset_states(self) -> None:
         """`reset_state`, under the name that keras.layers.LSTM also has."""
         self.reset_state()
 

@@ -1,5 +1,7 @@
 """sLSTMCell: the weights of sLSTM, and one step of it."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -55,23 +57,23 @@ class sLSTMCell(keras.layers.Layer):
 
     def __init__(
         self,
-        units,
-        num_heads=1,
-        forget_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="zeros",
-        bias_initializer="zeros",
-        forget_bias_initializer="power_law",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        recurrent_gradient_clip=None,
-        **kwargs,
-    ):
+        units: int,
+        num_heads: int = 1,
+        forget_activation: str = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "zeros",
+        bias_initializer: Any = "zeros",
+        forget_bias_initializer: Any = "power_law",
+        kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        recurrent_constraint: Any = None,
+        bias_constraint: Any = None,
+        recurrent_gradient_clip: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_heads(units, num_heads)
         if forget_activation not in _FORGET:
             raise ValueError(
