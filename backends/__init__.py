@@ -16,6 +16,7 @@ import contextvars
 import importlib
 import logging
 import os
+from collections.abc import Iterator
 
 import keras
 from keras import ops
@@ -66,7 +67,7 @@ def _unwise(op, **call):
     return getattr(_own[op], "unwise", lambda **call: None)(**call)
 
 
-def available():
+def available() -> dict[str, dict[str, bool | str]]:
     """What can run here: `{op: {implementation: True, or the reason why not}}`.
 
     Example:
@@ -88,7 +89,7 @@ def _known(implementation, where):
 
 
 @contextlib.contextmanager
-def use(implementation):
+def use(implementation: str | None) -> Iterator[None]:
     """Runs every op and layer that is traced inside with one implementation.
 
     Args:

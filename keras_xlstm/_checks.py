@@ -35,6 +35,22 @@ def check_flag(name, value):
     return value
 
 
+def check_floating(layer):
+    if "float" not in layer.compute_dtype:
+        raise ValueError(
+            f"`dtype` of {type(layer).__name__} must be floating-point, or a policy that computes "
+            f"in such. Received: dtype={layer.dtype_policy.name!r}."
+        )
+
+
+def freeze(layer):
+    """Hands `trainable=False` on to sub-layers: Keras does so when it is set, not when it is given
+    to the constructor."""
+    if not layer.trainable:
+        layer.trainable = True  # On TensorFlow, assigning the value that is there does nothing.
+        layer.trainable = False
+
+
 def load_variables(layer, variables, store):
     """Fills a layer's own variables by name, from a file that must hold them and nothing else."""
     names = sorted(v.name for v in variables)
@@ -65,6 +81,8 @@ def _tensor(x):
 
 
 def float_tensor(name, x):
+    if x is None:
+        raise ValueError(f"`{name}` must be a floating-point tensor. Received: None.")
     x = _tensor(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
     if "float" not in dtype:
@@ -95,8 +113,9 @@ def expect_shape(name, x, dims, sizes):
         raise ValueError(
             f"`{name}` must have shape ({named}), here ({known}). Received: shape {shape}."
         )
-    if sizes.get("T") == 0:
-        raise ValueError(f"`{name}` must have at least one time step. Received: shape {shape}.")
+    for d, what in (("T", "time step"), ("K", "key dimension")):
+        if sizes.get(d) == 0:
+            raise ValueError(f"`{name}` must have at least one {what}. Received: shape {shape}.")
 
 
 def same_dtype(**tensors):

@@ -56,7 +56,7 @@ class PowerLawForgetBias(keras.initializers.Initializer):
     (4, 3)
     """
 
-    def __init__(self, block_index=0, num_blocks=1):
+    def __init__(self, block_index: int = 0, num_blocks: int = 1) -> None:
         if not 0 <= block_index < num_blocks:
             raise ValueError(
                 "`block_index` must be from 0 to num_blocks - 1. Received: "
@@ -88,7 +88,7 @@ class LinspaceForgetBias(keras.initializers.Initializer):
     array([3., 4., 5., 6.], dtype=float32)
     """
 
-    def __init__(self, start=3.0, stop=6.0):
+    def __init__(self, start: float = 3.0, stop: float = 6.0) -> None:
         self.start = start
         self.stop = stop
 
@@ -174,9 +174,19 @@ _BY_NAME = {
 }
 
 
-def get(identifier, **sizes):
+def get(identifier, default=None, **sizes):
     """`keras.initializers.get`, which also knows "power_law", "linspace", "small_init" and
-    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index)."""
+    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index).
+
+    None is `default`, or an error where there is none: Keras leaves it to `add_weight`, which draws
+    biases too.
+    """
+    identifier = default if identifier is None else identifier
+    if identifier is None:
+        raise ValueError(
+            "An initializer must be a name, an Initializer or a function of (shape, dtype). "
+            'Received: None. For no bias use "zeros".'
+        )
     if isinstance(identifier, str) and identifier in _BY_NAME:
         kind = _BY_NAME[identifier]
         taken = inspect.signature(kind.__init__).parameters

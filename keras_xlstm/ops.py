@@ -1,10 +1,14 @@
 """sLSTM and mLSTM as functions of tensors: checks, masks and segments, then the backend."""
 
+import math
+from typing import Any
+
 from keras import ops
 
 from keras_xlstm import backends
 from keras_xlstm._checks import (
     check_clip,
+    check_flag,
     expect_shape,
     float_tensor,
     gate_dtype,
@@ -21,20 +25,20 @@ _SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
 def mlstm(
-    q,
-    k,
-    v,
-    i,
-    f,
-    initial_state=None,
-    mask=None,
-    segment_ids=None,
-    return_state=False,
-    input_gate="exp",
-    eps=1e-6,
-    chunk_size=None,
-    implementation=None,
-):
+    q: Any,
+    k: Any,
+    v: Any,
+    i: Any,
+    f: Any,
+    initial_state: Any = None,
+    mask: Any = None,
+    segment_ids: Any = None,
+    return_state: bool = False,
+    input_gate: str = "exp",
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Any:
     """mLSTM: a matrix memory written by exponential gates and read by queries.
 
     Per head, with log forget gate l = log sigmoid(f) and a stabiliser m that cancels:
@@ -89,10 +93,13 @@ def mlstm(
     expect_shape("i", i, ("B", "T", "H"), sizes)
     expect_shape("f", f, ("B", "T", "H"), sizes)
     same_dtype(q=q, k=k, v=v)
+    check_flag("return_state", return_state)
     one_of("input_gate", input_gate, ("exp", "sigmoid"))
-    if not isinstance(eps, (int, float)) or not eps >= 0:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"`eps` must be a number >= 0. Received: eps={eps!r}.")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
         raise ValueError(
             "`chunk_size` must be a positive integer, or None to pick one. "
             f"Received: chunk_size={chunk_size!r}."
@@ -115,18 +122,18 @@ def mlstm(
 
 
 def slstm(
-    x,
-    recurrent_kernel,
-    bias=None,
-    initial_state=None,
-    mask=None,
-    segment_ids=None,
-    return_state=False,
-    forget_gate="sigmoid",
-    recurrent_gradient_clip=None,
-    implementation=None,
-    recurrent_scale=None,
-):
+    x: Any,
+    recurrent_kernel: Any,
+    bias: Any = None,
+    initial_state: Any = None,
+    mask: Any = None,
+    segment_ids: Any = None,
+    return_state: bool = False,
+    forget_gate: str = "sigmoid",
+    recurrent_gradient_clip: float | None = None,
+    implementation: str | None = None,
+    recurrent_scale: Any = None,
+) -> Any:
     """sLSTM: an LSTM with exponential gates, a normaliser and memory mixing within each head.
 
     Per unit, with pre-activations g = x_t + h_{t-1} R + b for g in i, f, z, o, and
@@ -186,6 +193,7 @@ def slstm(
         recurrent_scale = float_tensor("recurrent_scale", recurrent_scale)
         expect_shape("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)
         recurrent_scale = ops.stop_gradient(recurrent_scale)
+    check_flag("return_state", return_state)
     one_of("forget_gate", forget_gate, ("sigmoid", "exp"))
     check_clip(recurrent_gradient_clip)
     shapes = dict.fromkeys("hcnm", ("B", "H", "D"))

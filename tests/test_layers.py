@@ -442,6 +442,9 @@ def test_lora_and_int8(Layer, rng):
     ({"num_heads": -1}, "`num_heads` must be a positive integer"),
     ({"dropout": 1.5}, r"`dropout` must be a number in \[0, 1\). Received: dropout=1.5"),
     ({"use_kernel": "yes"}, "`use_kernel` must be .*Received: use_kernel='yes'"),
+    ({"kernel_initializer": None}, "must be a name, an Initializer.*Received: None"),
+    ({"bias_initializer": None}, "must be a name, an Initializer.*Received: None"),
+    ({"dtype": "int32"}, "`dtype` of .LSTM must be floating-point.*Received: dtype='int32'"),
 ], ids=str)  # fmt: skip
 def test_bad_arguments(Layer, options, words):
     with pytest.raises(ValueError, match=words):
@@ -456,9 +459,13 @@ def test_bad_arguments(Layer, options, words):
     (mLSTM, {"recurrent_dropout": 0.1}, "recurrent_dropout"),
     (mLSTM, {"recurrent_initializer": "zeros"}, "recurrent_initializer"),
     (mLSTM, {"key_dim": 0}, "`key_dim` must be a positive integer"),
+    (mLSTM, {"forget_gate_bias_initializer": None}, "must be a name, an Initializer"),
+    (mLSTM, {"input_gate_bias_initializer": 0}, "Could not interpret initializer identifier: 0"),
     (mLSTM, {"input_gate": "relu"}, "`input_gate` must be .*'relu'"),
     (mLSTM, {"gate_soft_cap": -1}, "`gate_soft_cap` must be a positive number"),
     (sLSTMCell, {"dropout": 0.1}, "dropout"),
+    (sLSTMCell, {"dtype": "int32"}, "`dtype` of sLSTMCell must be floating-point"),
+    (sLSTMCell, {"activity_regularizer": "l2"}, "cannot honour `activity_regularizer`.*'l2'"),
 ], ids=str)  # fmt: skip
 def test_arguments_a_layer_cannot_honour(Layer, options, words):
     with pytest.raises((ValueError, TypeError), match=words):
@@ -473,19 +480,13 @@ def test_bad_calls(Layer, rng):
         layer(x[:, 0])
     with pytest.raises(ValueError, match="floating-point sequences. Received: dtype int32"):
         Layer(U)(np.ones((B, T, F), "int32"))
+    with pytest.raises(ValueError, match=r"at least one time step. Received: .*\(4, 0, 5\)"):
+        layer(x[:, :0])
     layer(x)
     with pytest.raises(ValueError, match="expected axis -1"):
         layer(x[..., :2])
-    names = "h, c, n, m" if Layer is sLSTM else "C, n, m"
-    with pytest.raises(
-        ValueError, match=rf"list of the . tensors \({names}\).*Received: 1 tensors"
-    ):
-        layer(x, initial_state=[x])
-    bad = [ops.zeros((B, 3, 3))] * len(layer.state_names)
-    with pytest.raises(ValueError, match="must have shape .*Received: shape"):
-        layer(x, initial_state=bad)
-    with pytest.raises(ValueError, match=r"`mask` must have shape \(batch, time\)"):
-        layer(x, mask=np.ones((B, T + 1), "bool"))
+    with pytest.raises(ValueError, match="`return_state` must be True or False.*'no'"):
+        layer(x, return_state="no")
     with pytest.raises(ValueError, match="`stateful=True` needs a batch size"):
         keras.Sequential([keras.Input((T, F)), Layer(U, stateful=True)])
     own = {"jax": "pallas", "torch": "triton", "tensorflow": "xla"}[BACKEND]
@@ -494,3 +495,54 @@ def test_bad_calls(Layer, rng):
         words = rf"The {own} implementation .* cannot run: .*use_kernel=.auto. or False"
         with pytest.raises(ValueError, match=words):
             Layer(U, use_kernel=True)(x)
+
+
+@each
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_bad_states_and_masks(Layer, symbolic, rng):
+    """Seen when a model is drawn up, not when it is trained."""
+    layer = Layer(U, num_heads=2, return_state=True)
+    x = data(rng)
+    _, *state = layer(x)
+
+    def refused(words, state=None, mask=None, dtype="float32"):
+        if symbolic:
+            state, mask = keras.tree.map_structure(
+                lambda a: keras.Input(a.shape[1:], dtype=a.dtype) if hasattr(a, "shape") else a,
+                (state, mask),
+            )
+        sequences = keras.Input((T, F), dtype=dtype) if symbolic else x.astype(dtype)
+        with pytest.raises(ValueError, match=words):
+            layer(sequences, initial_state=state, mask=mask)
+
+    state = [array(s) for s in state]
+    names = "h, c, n, m" if Layer is sLSTM else "C, n, m"
+    size = len(state)
+    refused(rf"list of the {size} tensors \({names}\).*Received: 1 tensors", state[:1])
+    refused(rf"list of the {size} tensors .*Received: dict", dict(enumerate(state)))
+    refused("must have shape .*Received: shape", [np.zeros((B, 3, 3), "float32")] * size)
+    refused("must have shape .*Received: a int", [0] * size)
+    refused("must be floating-point. Received: dtype int32", [s.astype("int32") for s in state])
+    refused(r"`mask` must have shape \(batch, time\)", mask=np.ones((B, T + 1), "bool"))
+    refused(r"`mask` must have shape \(batch, time\)", mask=np.ones((B, T, 1), "bool"))
+    refused("`mask` must have shape .*Received: mask a str", mask="all")
+    refused("floating-point sequences. Received: dtype int32", dtype="int32")
+
+
+@each
+def test_a_stateful_layer_takes_no_other_batch(Layer, rng):
+    layer = Layer(U, num_heads=2, stateful=True)
+    layer(data(rng))
+    with pytest.raises(ValueError, match="Received: 2 sequences, after a layer built for 4"):
+        layer(data(rng, 2, T, F))
+
+
+@each
+def test_frozen_from_the_start(Layer, rng):
+    """`trainable=False` reaches the sub-layers, which a model asks."""
+    model = keras.Sequential([keras.Input((T, F)), Layer(U, num_heads=2, trainable=False)])
+    assert not model.trainable_variables
+    model.layers[0].trainable = True
+    assert model.trainable_variables
+    cell = keras.layers.RNN(sLSTMCell(U, trainable=False))
+    assert not keras.Sequential([keras.Input((T, F)), cell]).trainable_variables

@@ -1,6 +1,8 @@
 """What gets installed, what gets imported, and who may import whom."""
 
 import ast
+import inspect
+import operator
 import os
 import pathlib
 import re
@@ -77,6 +79,19 @@ def test_wheel_runs_and_imports_the_active_framework_alone(installed, tmp_path):
     # Keras has imported its own backend before; the package adds none.
     site = installed / "site"
     assert run(code, tmp_path, PYTHONPATH=str(site)).startswith(f"[] False (1, 8) {site}")
+
+
+@once
+@pytest.mark.parametrize(
+    "name", ["layers.sLSTM", "layers.mLSTM", "layers.sLSTMCell", "ops.mlstm", "ops.slstm"]
+)
+def test_types_are_said(name):
+    """py.typed promises them: without, a checker takes every argument and calls under --strict
+    fail."""
+    thing = operator.attrgetter(name)(keras_xlstm)
+    signature = inspect.signature(thing.__init__ if isinstance(thing, type) else thing)
+    said = [p.annotation for n, p in signature.parameters.items() if n != "self"]
+    assert inspect.Signature.empty not in [*said, signature.return_annotation]
 
 
 @once

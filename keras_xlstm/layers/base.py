@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_xlstm._checks import check_flag, check_floating
+
 
 class StateLayer(keras.layers.Layer):
     """Checks of inputs, masks and states.
@@ -15,6 +17,7 @@ class StateLayer(keras.layers.Layer):
     def __init__(self, **kwargs):
         # States stay float32 under mixed precision only if Keras does not cast call arguments.
         super().__init__(autocast=False, **kwargs)
+        check_floating(self)
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
@@ -39,31 +42,34 @@ class StateLayer(keras.layers.Layer):
     def _drawn(self, shape, rate, dtype):
         return keras.random.dropout(ops.ones(shape, dtype), rate, seed=self.seed_generator)
 
-    def _check(self, sequences):
+    def _check(self, sequences, state=None, mask=None, return_state=None):
+        """Refuses what a call cannot honour, symbolic tensors too: before a model is trained."""
         dtype = keras.backend.standardize_dtype(sequences.dtype)
         if "float" not in dtype:
             raise ValueError(
                 f"{type(self).__name__} takes floating-point sequences. Received: dtype {dtype}. "
                 "Embed token ids with keras.layers.Embedding, or cast counts to float32."
             )
+        if isinstance(sequences.shape[1], int) and sequences.shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__} needs at least one time step. Received: sequences of shape "
+                f"{tuple(sequences.shape)}."
+            )
+        if state is not None:
+            self._check_state(state, sequences)
+        if mask is not None:
+            self._check_mask(mask, sequences)
+        if return_state is not None:
+            check_flag("return_state", return_state)
 
     def _check_mask(self, mask, sequences):
-        fits = len(mask.shape) == 2 and all(
-            a == b
-            for a, b in zip(mask.shape, sequences.shape[:2], strict=True)
-            if isinstance(a, int) and isinstance(b, int)
-        )
-        if not fits:
+        if not _fits(mask, sequences.shape[:2]):
             raise ValueError(
-                "`mask` must have shape (batch, time), True for real steps. Received: mask shape "
-                f"{tuple(mask.shape)} for sequences of shape {tuple(sequences.shape)}."
+                "`mask` must have shape (batch, time), True for real steps. Received: mask "
+                f"{_described(mask)} for sequences of shape {tuple(sequences.shape)}."
             )
-        return ops.cast(mask, "bool")
 
-    def _initial_state(self, sequences, state):
-        """The given state, checked; None for a fresh start."""
-        if state is None:
-            return None
+    def _check_state(self, state, sequences):
         names = ", ".join(self.state_names)
         if not isinstance(state, (list, tuple)) or len(state) != len(self.state_names):
             got = (
@@ -78,15 +84,37 @@ class StateLayer(keras.layers.Layer):
             )
         shapes = self._state_shapes(sequences.shape[0])
         for name, value, shape in zip(self.state_names, state, shapes, strict=True):
-            got = tuple(value.shape)
-            fits = len(got) == len(shape) and all(
-                a == b
-                for a, b in zip(got, shape, strict=True)
-                if isinstance(a, int) and isinstance(b, int)
-            )
-            if not fits:
+            if not _fits(value, shape):
                 raise ValueError(
                     f"`initial_state` {name} of {type(self).__name__} must have shape {shape}. "
-                    f"Received: shape {got}. The order is ({names})."
+                    f"Received: {_described(value)}. The order is ({names})."
                 )
-        return [ops.cast(s, self.state_dtype) for s in state]
+            dtype = keras.backend.standardize_dtype(value.dtype)
+            if "float" not in dtype:
+                raise ValueError(
+                    f"`initial_state` {name} of {type(self).__name__} must be floating-point. "
+                    f"Received: dtype {dtype}. Cast it to {self.state_dtype}."
+                )
+
+    def _initial_state(self, state):
+        """In the dtype of states; None for a fresh start."""
+        return None if state is None else [ops.cast(s, self.state_dtype) for s in state]
+
+
+def _fits(value, shape):
+    """Whether a tensor may have this shape, as far as sizes are known."""
+    got = getattr(value, "shape", None)
+    return (
+        got is not None
+        and len(got) == len(shape)
+        and all(
+            a == b
+            for a, b in zip(got, shape, strict=True)
+            if isinstance(a, int) and isinstance(b, int)
+        )
+    )
+
+
+def _described(value):
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" if shape is None else f"shape {tuple(shape)}"

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
-from keras_xlstm._checks import check_flag, load_variables, mask_and_segments
+from keras_xlstm._checks import check_flag, freeze, load_variables, mask_and_segments
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_positive, check_rate, check_use_kernel
 
@@ -95,6 +95,7 @@ class Block(StateLayer):
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         self.dim = self._known_features(sequences_shape)
         self._build(self.dim)
+        freeze(self)
 
     def _initializer(self, initializer, offset):
         """The initialiser for one of several kernels; scaled ones are told the model's width.
@@ -133,11 +134,11 @@ class Block(StateLayer):
         # With several tensor arguments Keras hands the mask of the first over as
         # <its name>_mask.
         mask = sequences_mask if mask is None else mask
-        self._check(sequences)
-        state = self._initial_state(sequences, initial_state)
+        self._check(sequences, initial_state, mask, return_state)
+        state = self._initial_state(initial_state)
         inputs = x = ops.cast(sequences, self.compute_dtype)
         if mask is not None:
-            mask = self._check_mask(mask, sequences)
+            mask = ops.cast(mask, "bool")
             # Whatever padding holds, NaN too, must not reach a weight's gradient.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
         if segment_ids is not None:
@@ -184,6 +185,8 @@ class Block(StateLayer):
         return_state=None,
         sequences_mask=None,
     ):
+        mask = sequences_mask if mask is None else mask
+        self._check(sequences, initial_state, mask, return_state)
         output = keras.KerasTensor(sequences.shape, dtype=self.compute_dtype)
         if not (self.return_state if return_state is None else return_state):
             return output

@@ -105,7 +105,7 @@ class xLSTMLargeBlock(Block):
         self.input_gate_activation = self._check_input_gate(input_gate)
         self.use_bias = check_flag("use_bias", use_bias)
         self.input_gate_bias_initializer = initializers.get(
-            input_gate_bias_initializer or keras.initializers.Constant(-10.0)
+            input_gate_bias_initializer, default=keras.initializers.Constant(-10.0)
         )
         self.forget_gate_bias_initializer = initializers.get(forget_gate_bias_initializer)
 

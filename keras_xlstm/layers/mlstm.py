@@ -1,5 +1,7 @@
 """mLSTM: matrix memory, exponential gating, parallel over time."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -85,34 +87,34 @@ class mLSTM(Recurrent):
 
     def __init__(
         self,
-        units,
-        num_heads=1,
-        key_dim=None,
-        value_dim=None,
-        input_gate="exponential",
-        gate_soft_cap=None,
-        use_output_gate=True,
-        use_head_norm=True,
-        use_bias=False,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        input_gate_bias_initializer=None,
-        forget_gate_bias_initializer="linspace",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        zero_output_for_mask=False,
-        use_kernel="auto",
-        **kwargs,
-    ):
+        units: int,
+        num_heads: int = 1,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        input_gate: str = "exponential",
+        gate_soft_cap: float | None = None,
+        use_output_gate: bool = True,
+        use_head_norm: bool = True,
+        use_bias: bool = False,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        input_gate_bias_initializer: Any = None,
+        forget_gate_bias_initializer: Any = "linspace",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        zero_output_for_mask: bool = False,
+        use_kernel: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             units=units,
             num_heads=num_heads,
@@ -145,7 +147,7 @@ class mLSTM(Recurrent):
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.input_gate_bias_initializer = initializers.get(
-            input_gate_bias_initializer or keras.initializers.RandomNormal(stddev=0.1)
+            input_gate_bias_initializer, default=keras.initializers.RandomNormal(stddev=0.1)
         )
         self.forget_gate_bias_initializer = initializers.get(forget_gate_bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)

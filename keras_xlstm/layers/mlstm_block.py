@@ -106,7 +106,7 @@ class mLSTMBlock(Block):
         self.gate_soft_cap = check_cap("gate_soft_cap", gate_soft_cap)
         self.input_gate_activation = self._check_input_gate(input_gate)
         self.input_gate_bias_initializer = initializers.get(
-            input_gate_bias_initializer or keras.initializers.RandomNormal(stddev=0.1)
+            input_gate_bias_initializer, default=keras.initializers.RandomNormal(stddev=0.1)
         )
         self.forget_gate_bias_initializer = initializers.get(forget_gate_bias_initializer)
 

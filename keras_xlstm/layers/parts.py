@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
+from keras_xlstm._checks import freeze
 from keras_xlstm.backends import apart, by_halves
 
 
@@ -172,6 +173,7 @@ class GatedFeedForward(keras.layers.Layer):
         )  # fmt: skip
         self.up_projection.build(input_shape)
         self.down_projection.build((*input_shape[:-1], self.hidden_dim))
+        freeze(self)
 
     def call(self, inputs):
         many = len(inputs.shape) > 2 and inputs.shape[-2] != 1

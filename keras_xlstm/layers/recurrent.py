@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_flag, load_variables
+from keras_xlstm._checks import check_flag, freeze, load_variables
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
@@ -56,6 +56,7 @@ class Recurrent(StateLayer):
 
     def build(self, sequences_shape, initial_state_shape=None):
         self._build(self._known_features(sequences_shape))
+        freeze(self)
         if not self.stateful:
             return
         if sequences_shape[0] is None:
@@ -73,12 +74,12 @@ class Recurrent(StateLayer):
             for name, shape in zip(self.state_names, shapes, strict=True)
         ]  # fmt: skip
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Empties the carried state of a `stateful` layer."""
         for variable in self.states or ():
             variable.assign(ops.zeros(variable.shape, variable.dtype))
 
-    def reset_states(self):
+    def reset_states(self) -> None:
         """`reset_state`, under the name that keras.layers.LSTM also has."""
         self.reset_state()
 
@@ -101,11 +102,23 @@ class Recurrent(StateLayer):
         return_state=None,
         sequences_mask=None,
     ):
+        mask = sequences_mask if mask is None else mask
+        self._check(sequences, initial_state, mask, return_state)
         output = keras.KerasTensor(self._output_shape(sequences.shape), dtype=self.compute_dtype)
         if not (self.return_state if return_state is None else return_state):
             return output
         shapes = self._state_shapes(output.shape[0])
         return (output, *(keras.KerasTensor(s, dtype=self.state_dtype) for s in shapes))
+
+    def _check(self, sequences, *arguments):
+        super()._check(sequences, *arguments)
+        batch = sequences.shape[0]
+        if self.stateful and isinstance(batch, int) and batch != self.states[0].shape[0]:
+            raise ValueError(
+                "`stateful=True` carries states from a batch to the next of the same size. "
+                f"Received: {batch} sequences, after a layer built for {self.states[0].shape[0]}. "
+                "Leave the short last batch out."
+            )
 
     def compute_mask(self, sequences, mask=None):
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
@@ -126,15 +139,15 @@ class Recurrent(StateLayer):
         # With initial_state there are two tensor arguments, and Keras hands the mask of the first
         # over as <its name>_mask.
         mask = sequences_mask if mask is None else mask
-        self._check(sequences)
+        self._check(sequences, initial_state, mask, return_state)
         if initial_state is None and self.stateful:
             # A copy: torch assigns in place, under the eyes of its autograd.
             state = [ops.copy(variable.value) for variable in self.states]
         else:
-            state = self._initial_state(sequences, initial_state)
+            state = self._initial_state(initial_state)
         x = ops.cast(sequences, self.compute_dtype)
         if mask is not None:
-            mask = self._check_mask(mask, sequences)
+            mask = ops.cast(mask, "bool")
             # Whatever padding holds, NaN too, must not reach a weight's gradient.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
         if self.go_backwards:

@@ -1,5 +1,7 @@
 """sLSTM: scalar memory, exponential gating, memory mixing within heads."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -75,33 +77,33 @@ class sLSTM(Recurrent):
 
     def __init__(
         self,
-        units,
-        num_heads=1,
-        forget_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="zeros",
-        bias_initializer="zeros",
-        forget_bias_initializer="power_law",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        recurrent_gradient_clip=None,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        zero_output_for_mask=False,
-        use_kernel="auto",
-        **kwargs,
-    ):
+        units: int,
+        num_heads: int = 1,
+        forget_activation: str = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "zeros",
+        bias_initializer: Any = "zeros",
+        forget_bias_initializer: Any = "power_law",
+        kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        recurrent_constraint: Any = None,
+        bias_constraint: Any = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_gradient_clip: float | None = None,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        zero_output_for_mask: bool = False,
+        use_kernel: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             units=units,
             num_heads=num_heads,

@@ -1,11 +1,13 @@
 """sLSTMCell: the weights of sLSTM, and one step of it."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_clip, check_flag, load_variables
+from keras_xlstm._checks import check_clip, check_flag, check_floating, freeze, load_variables
 from keras_xlstm.layers.parts import check_heads
 
 _FORGET = ("sigmoid", "exponential")
@@ -55,23 +57,23 @@ class sLSTMCell(keras.layers.Layer):
 
     def __init__(
         self,
-        units,
-        num_heads=1,
-        forget_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="zeros",
-        bias_initializer="zeros",
-        forget_bias_initializer="power_law",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        recurrent_gradient_clip=None,
-        **kwargs,
-    ):
+        units: int,
+        num_heads: int = 1,
+        forget_activation: str = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "zeros",
+        bias_initializer: Any = "zeros",
+        forget_bias_initializer: Any = "power_law",
+        kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        recurrent_constraint: Any = None,
+        bias_constraint: Any = None,
+        recurrent_gradient_clip: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_heads(units, num_heads)
         if forget_activation not in _FORGET:
             raise ValueError(
@@ -79,7 +81,14 @@ class sLSTMCell(keras.layers.Layer):
                 f"Received: forget_activation={forget_activation!r}."
             )
         check_clip(recurrent_gradient_clip)
+        if kwargs.get("activity_regularizer") is not None:
+            raise ValueError(
+                "sLSTMCell cannot honour `activity_regularizer`: a loop over time keeps no losses. "
+                f"Received: activity_regularizer={kwargs['activity_regularizer']!r}. Give it to "
+                "keras.layers.RNN, or to the layer sLSTM."
+            )
         super().__init__(autocast=False, **kwargs)
+        check_floating(self)
         self.units = units
         self.num_heads = num_heads
         self.forget_activation = forget_activation
@@ -128,6 +137,7 @@ class sLSTMCell(keras.layers.Layer):
                 constraint=self.bias_constraint,
                 autocast=False,
             )
+        freeze(self)
 
     def _draw_recurrent(self, shape, dtype=None):
         H, D, _, _ = shape

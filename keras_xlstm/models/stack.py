@@ -270,7 +270,8 @@ class xLSTMStack(StackModel):
         gradient of its scale."""
         if mask is None:
             return sequences
-        mask = self.blocks[0]._check_mask(mask, sequences)
+        self.blocks[0]._check_mask(mask, sequences)
+        mask = ops.cast(mask, "bool")
         return ops.where(mask[:, :, None], sequences, ops.zeros_like(sequences))
 
     def run(self, sequences, state, padding_mask=None, segment_ids=None):
