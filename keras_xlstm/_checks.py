@@ -102,12 +102,13 @@ def expect_shape(name, x, dims, sizes):
     """Checks x's shape against `dims`, filling `sizes` with every size seen for the first time."""
     shape = tuple(x.shape)
     wanted = [sizes.get(d, d) for d in dims]
-    fits = len(shape) == len(dims)
-    if fits:
-        for d, size in zip(dims, shape, strict=True):
-            if isinstance(size, int):  # unknown and symbolic sizes are the framework's to check
-                fits &= size == sizes.setdefault(d, size) if isinstance(d, str) else size == d
-    if not fits:
+
+    def is_fit(d, size):
+        if not isinstance(size, int):  # unknown and symbolic sizes are the framework's to check
+            return True
+        return size == (sizes.setdefault(d, size) if isinstance(d, str) else d)
+
+    if len(shape) != len(dims) or not all(map(is_fit, dims, shape)):
         named = ", ".join(str(d) for d in dims)
         known = ", ".join(str(w) for w in wanted)
         raise ValueError(
