@@ -38,10 +38,10 @@ class Generates:
             seed: integer: the same draws on every backend; None draws anew at every call.
             stop_token: a prompt that gets this token is done, and ends with it.
             jit_compile: how the step is compiled. `"auto"`: JAX, XLA; TensorFlow, a graph; PyTorch,
-                as `model.compile` was told. True: XLA on TensorFlow too; on PyTorch torch.compile
-                makes one block of each kind for all of them, which needs a C++ compiler and up to a
-                minute for each kind and batch size, and on a CUDA device a CUDA graph is recorded
-                at the third token. False: not compiled (TensorFlow: a graph).
+                as `model.compile` was told, and on a CUDA device a CUDA graph is recorded at the
+                third token. True: XLA on TensorFlow too; on PyTorch torch.compile makes one block
+                of each kind for all of them, which needs a C++ compiler and up to a minute for each
+                kind and batch size. False: not compiled (TensorFlow: a graph).
 
         Returns:
             A list of integer arrays: each prompt followed by its continuation.
