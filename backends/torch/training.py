@@ -36,10 +36,10 @@ class RecordedStep:
         self._seen, self._recordings = collections.Counter(), {}
 
     def __call__(self, step, data):
-        device = self._model.optimizer.iterations.value
-        if not recordable(device):
+        weight = self._model.variables[0]._value
+        if not recordable(weight):
             return step(data)
-        data = keras.tree.map_structure(lambda x: _sent(x, device.device), data)
+        data = keras.tree.map_structure(lambda x: _sent(x, weight.device), data)
         recording = None if self._refused else self._recording(step, data)
         if recording is not None:
             return recording.replay(data)
@@ -126,7 +126,7 @@ class _FusedAdam:
 
     def __call__(self, gradients, variables, learning_rate):
         optimizer = self.optimizer
-        step = optimizer.iterations.value.float() + 1
+        step = keras.ops.cast(optimizer.iterations + 1, "float32")
         # Keras corrects the moments' bias in the rate, PyTorch's operator in both moments, which
         # gives epsilon another weight. After endless steps it has no bias to correct.
         corrected = torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
