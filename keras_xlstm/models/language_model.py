@@ -1,5 +1,7 @@
 """xLSTMLanguageModel: token ids to logits, and generation."""
 
+from collections import OrderedDict
+
 import keras
 import numpy as np
 from keras import ops
@@ -84,10 +86,8 @@ class xLSTMLanguageModel(Generates, StackModel):
             "logit_soft_cap": check_cap("logit_soft_cap", logit_soft_cap),
         }
         policy = settings["dtype"]
-        inputs = {
-            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
-            **self.side_inputs(),
-        }
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        inputs = OrderedDict(token_ids=token_ids, **self.side_inputs())
         embed = keras.layers.ReversibleEmbedding if tie_embeddings else keras.layers.Embedding
         embedding = embed(
             vocabulary_size,
@@ -97,7 +97,7 @@ class xLSTMLanguageModel(Generates, StackModel):
             name="embedding",
         )
         embedding.supports_masking = True  # it acts on every step by itself, in both directions
-        x = embedding(inputs["token_ids"])
+        x = embedding(token_ids)
         if embedding_dropout:
             x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
         x = self.stacked(settings, x, inputs["padding_mask"], inputs["segment_ids"])

@@ -1,5 +1,7 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
+from collections import OrderedDict
+
 import keras
 from keras import ops
 
@@ -61,7 +63,11 @@ class StackModel(keras.Model):
     # ------------------------------------------------------------------ calling
 
     def _named(self, inputs):
-        """One tensor, or a dict that leaves inputs out, as the dict of all inputs."""
+        """One tensor, or a dict that leaves inputs out, as the dict of all inputs.
+
+        Ordered, here and in the constructors: Keras sorts the names of a plain dict, and
+        `plot_model` would then draw the sequences into the first of them, the padding mask.
+        """
         if not isinstance(inputs, dict):
             inputs = {self._main: inputs}
         unknown = set(inputs) - {self._main, *self._optional}
@@ -71,12 +77,13 @@ class StackModel(keras.Model):
                 f"wanted, {' and '.join(map(repr, self._optional))}. "
                 f"Received: a dict with {sorted(inputs)}."
             )
-        return {name: inputs.get(name) for name in (self._main, *self._optional)}
+        return OrderedDict((name, inputs.get(name)) for name in (self._main, *self._optional))
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(self._named(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
+        mask = None if mask is None else self._named(mask)
         return super().call(self._named(inputs), training=training, mask=mask)
 
     def compute_mask(self, inputs, mask=None):
@@ -236,7 +243,8 @@ class xLSTMStack(StackModel):
             units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
             slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
         )  # fmt: skip
-        inputs = {"sequences": keras.Input((None, units), name="sequences"), **self.side_inputs()}
+        sequences = keras.Input((None, units), name="sequences")
+        inputs = OrderedDict(sequences=sequences, **self.side_inputs())
         x = self.stacked(settings, *inputs.values())
         super().__init__(inputs=inputs, outputs=x, name=name)
         self.supports_masking = True
@@ -247,7 +255,7 @@ class xLSTMStack(StackModel):
         inputs = self._named(inputs)
         padding_mask = inputs["padding_mask"]
         if padding_mask is None and mask is not None:
-            padding_mask = mask["sequences"]
+            padding_mask = self._named(mask)["sequences"]
         inputs["sequences"] = self._without_padding(inputs["sequences"], padding_mask)
         return super().call(inputs, training=training, mask=mask)
 
