@@ -1,5 +1,8 @@
 """xLSTMStack and xLSTMLanguageModel: shapes, packing, generation, and what users do to models."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -224,6 +227,17 @@ def test_greedy_generation(kind, rng):
     assert list(model.generate(prompts[2:], 3, temperature=0)[0]) == slowly(model, prompts[2], 3)
 
 
+def test_replaced_weights_are_let_go(rng):
+    """What generates does not hold the floating-point weights of a model that was quantized."""
+    model = model_of("large", rng)
+    model.generate([[1, 2]], 2)
+    held = weakref.ref(model.get_layer("head").kernel)
+    model.quantize("int8")
+    model.generate([[1, 2]], 2)
+    gc.collect()
+    assert held() is None
+
+
 def test_stop_token(rng):
     model = model_of("paper", rng)
     prompts = [[3], [5, 4, 3]]
@@ -398,11 +412,18 @@ def test_bad_calls(rng):
         model_of()({"ids": np.zeros((1, 2), int)})
     with pytest.raises(ValueError, match='"1:0" .mLSTM alone. and "7:1".*"2:1"|2:1'):
         configs.xlstm_125m("2:1")
-    for name in ("__call__", "predict", "fit", "evaluate"):
+    on_batch = ("train_on_batch", "test_on_batch", "predict_on_batch")
+    for name in ("__call__", "predict", "fit", "evaluate", *on_batch):
         with pytest.raises(ValueError, match=f"from 0 to {V - 1}.*Received: ids from 1 to {V}"):
             getattr(model_of(), name)(np.array([[1, V]]))
         with pytest.raises(ValueError, match="must be integers. Received: dtype float64"):
             getattr(model_of(), name)({"token_ids": np.array([[1.5, 2]])})
+    with pytest.raises(ValueError, match=f"from 0 to {V - 1}.*Received: ids from 1 to {V}"):
+        model_of().run(np.array([[1, V]]), model_of().get_initial_state(1))
+    segments = {"token_ids": np.array([[1, 2]]), "segment_ids": np.array([[0.0, 0.5]])}
+    for name in ("__call__", "predict"):  # 0.5 is not 0
+        with pytest.raises(ValueError, match="`segment_ids` must be integers.*dtype float"):
+            getattr(model_of(), name)(segments)
     with pytest.raises(ValueError, match="`rank` must be"):
         model_of().enable_lora(0)
 

@@ -154,6 +154,21 @@ class xLSTMLanguageModel(Generates, StackModel):
         self._check_ids(x)
         return super().predict(x, *args, **kwargs)
 
+    def train_on_batch(self, x, *args, **kwargs):
+        """`keras.Model.train_on_batch`; token ids in NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().train_on_batch(x, *args, **kwargs)
+
+    def test_on_batch(self, x, *args, **kwargs):
+        """`keras.Model.test_on_batch`; token ids in NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().test_on_batch(x, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """`keras.Model.predict_on_batch`; token ids in NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().predict_on_batch(x)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """`keras.Model.compute_loss`."""
         if keras.backend.backend() == "torch" and self._tokens_count_alike(
@@ -189,6 +204,7 @@ class xLSTMLanguageModel(Generates, StackModel):
         Returns:
             Features (batch, time, units), for `logits`, and the state.
         """
+        self._check_ids(token_ids)
         x = self.get_layer("embedding")(token_ids)
         return self._run_blocks(x, state, padding_mask, segment_ids)
 

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm._checks import check_segments
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
 from keras_xlstm.layers.parts import check_positive
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
@@ -83,8 +84,11 @@ class StackModel(keras.Model):
         return super().__call__(self._named(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
+        inputs = self._named(inputs)
         mask = None if mask is None else self._named(mask)
-        return super().call(self._named(inputs), training=training, mask=mask)
+        if inputs["segment_ids"] is not None:
+            check_segments(inputs["segment_ids"])  # Keras would round them
+        return super().call(inputs, training=training, mask=mask)
 
     def compute_mask(self, inputs, mask=None):
         return mask.get(self._main) if isinstance(mask, dict) else mask
