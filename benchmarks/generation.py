@@ -71,20 +71,22 @@ def one_more_token(model, context, steps, ways):
     print(f"{context:7,} tokens: peak memory grew by {grown:.1f} MiB in {steps} tokens", flush=True)
 
 
-def long_text(model, count):
-    """A text of `count` tokens by `stream`, then by `generate`: the same, in flat memory."""
-    streamed, start, part = [], time.perf_counter(), max(1, count // 10)
-    for index, token in enumerate(model.stream([[1, 2, 3]], count, seed=0), 1):
+def long_text(model, count, to_stream):
+    """A text of `to_stream` tokens by `stream`, and of `count` by `generate`: in flat memory, the
+    same as far as both go."""
+    streamed, start, part = [], time.perf_counter(), max(1, to_stream // 10)
+    for index, token in enumerate(model.stream([[1, 2, 3]], to_stream, seed=0), 1):
         streamed.append(int(token[0]))
         if index % part == 0:
             seconds, start = time.perf_counter() - start, time.perf_counter()
             print(f"stream: {index:8,} tokens, {seconds:6.1f} s, {resident():7.1f} MiB", flush=True)
     for part in (count // 10, count):
         (text,), seconds = timed(lambda part=part: model.generate([[1, 2, 3]], part, seed=0))
-        same = text[3:].tolist() == streamed[:part]
+        common = min(part, to_stream)
+        same = text[3:][:common].tolist() == streamed[:common]
         print(
             f"generate: {part:6,} tokens, {seconds:6.1f} s, {resident():7.1f} MiB, at most "
-            f"{peak():.1f}; as streamed: {same}",
+            f"{peak():.1f}; the first {common:,} as streamed: {same}",
             flush=True,
         )
 
@@ -99,6 +101,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jit-compile", choices=COMPILED, nargs="+", default=["auto"])
     parser.add_argument("--tokens", type=int, default=0, help="length of one long text")
+    parser.add_argument("--streamed", type=int, help="of it, by stream too; all if left out")
     args = parser.parse_args()
     backend = keras.backend.backend()
     print(
@@ -112,7 +115,7 @@ def main():
     for context in args.contexts:
         one_more_token(model, context, args.steps, args.jit_compile)
     if args.tokens:
-        long_text(model, args.tokens)
+        long_text(model, args.tokens, args.tokens if args.streamed is None else args.streamed)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,12 @@ def states_of(state, shapes, sizes):
     return state
 
 
+def check_segments(segment_ids):
+    dtype = keras.backend.standardize_dtype(segment_ids.dtype)
+    if "int" not in dtype:
+        raise ValueError(f"`segment_ids` must be integers, one per step. Received: dtype {dtype}.")
+
+
 def mask_and_segments(mask, segment_ids, sizes):
     """Both checked; segments as counts from 0 that rise by one at each change between real steps,
     so that an id that comes back later is a segment of its own."""
@@ -158,11 +164,7 @@ def mask_and_segments(mask, segment_ids, sizes):
     if segment_ids is None:
         return mask, None
     segment_ids = _tensor(segment_ids)
-    if "int" not in keras.backend.standardize_dtype(segment_ids.dtype):
-        raise ValueError(
-            "`segment_ids` must be integers, one per step. Received: dtype "
-            f"{keras.backend.standardize_dtype(segment_ids.dtype)}."
-        )
+    check_segments(segment_ids)
     expect_shape("segment_ids", segment_ids, ("B", "T"), sizes)
     before = ops.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
     if mask is not None:

@@ -5,7 +5,6 @@ Three formats: `"xlstm"`, the paper's `xLSTMLMModel` and `xLSTMBlockStack`; `"xl
 """
 
 import pathlib
-import re
 
 import keras
 import numpy as np
@@ -17,12 +16,10 @@ from keras_xlstm._official import (
     HEAD,
     as_array,
     check_format,
-    equal,
-    format_of,
     official_shapes,
     pairs_of,
-    some,
 )
+from keras_xlstm._official_checks import check_model, checked
 from keras_xlstm._official_settings import settings_of
 from keras_xlstm._pretrained import read_config
 from keras_xlstm._safetensors import Safetensors, widened
@@ -37,7 +34,8 @@ _PIECE = 1 << 22  # numbers that are in float32 at once
 
 
 def load_state_dict(model, tensors):
-    """Fills a model with official weights, or leaves it as it is if they do not fit exactly.
+    """Fills a model with official weights, or leaves it as it is if they do not fit exactly or
+    cannot all be read.
 
     The format, and its layouts (sLSTM of the vanilla or the CUDA backend, single or fused
     projections of the Large model), are told from names and shapes.
@@ -45,7 +43,8 @@ def load_state_dict(model, tensors):
     Args:
         model: an `xLSTMLanguageModel`, or an `xLSTMStack` for tensors without embedding and head.
         tensors: a mapping from official names to arrays: NumPy, PyTorch (bfloat16 too), or anything
-            with a shape, a dtype and `__array__`. Each one is read when it is its turn.
+            with a shape, a dtype and `__array__`. Each one is read when it is its turn, and what is
+            in a file still, neither NumPy nor PyTorch, once before that, to see that it can be.
 
     Raises:
         ValueError: if a tensor is unknown, missing, misshapen or not floating point, or the model
@@ -57,25 +56,11 @@ def load_state_dict(model, tensors):
     >>> tensors = keras_xlstm.convert.to_state_dict(model)
     >>> keras_xlstm.convert.load_state_dict(model, tensors)
     """
-    format = format_of(tensors)
-    _check_model(model)
-    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
-        raise ValueError(
-            "`model` must not have LoRA: its updates would be added to the loaded weights. "
-            "Received: a model after enable_lora. Load the weights first, then enable LoRA."
-        )
-    if model.settings["architecture"] != FORMATS[format].architecture:
-        raise ValueError(
-            f'`model` must have architecture="{FORMATS[format].architecture}" for tensors named '
-            f'as in the format "{format}". Received: architecture='
-            f'"{model.settings["architecture"]}". from_state_dict builds the model that fits.'
-        )
-    pairs = pairs_of(model, format, tensors)
-    _check_tensors(model, format, pairs, tensors)
-    for pair in pairs:
-        values = _read(pair, tensors)
-        for ours in pair.ours:
-            getattr(*ours).assign(backends.tensor(values.pop(0)))
+    pairs = checked(model, tensors)
+    for tensor in (tensors[name] for name in tensors):
+        if not isinstance(tensor, np.ndarray) and not hasattr(tensor, "detach"):
+            as_array(tensor)
+    _assign(pairs, tensors)
 
 
 def to_state_dict(model, format="xlstm"):
@@ -103,7 +88,7 @@ def to_state_dict(model, format="xlstm"):
     >>> keras_xlstm.convert.to_state_dict(stack)["post_blocks_norm.weight"].shape
     (64,)
     """
-    _check_model(model)
+    check_model(model)
     check_format(model, format)
     tensors = {}
     for pair in pairs_of(model, format):
@@ -200,8 +185,15 @@ def _filled(tensors, settings, overrides):
     kind = xLSTMLanguageModel if "vocabulary_size" in settings else xLSTMStack
     with undrawn():
         model = kind(**{**settings, **overrides})
-    load_state_dict(model, tensors)
+    _assign(checked(model, tensors), tensors)
     return model
+
+
+def _assign(pairs, tensors):
+    for pair in pairs:
+        values = _read(pair, tensors)
+        for ours in pair.ours:
+            getattr(*ours).assign(backends.tensor(values.pop(0)))
 
 
 def _read(pair, tensors):
@@ -241,58 +233,3 @@ def _weight(layer, attribute):
     weight = getattr(layer, attribute)
     wide = keras.backend.standardize_dtype(weight.dtype) == "float64"
     return ops.convert_to_numpy(weight if wide else ops.cast(weight, "float32"))
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _check_model(model):
-    if not isinstance(model, (xLSTMLanguageModel, xLSTMStack)):
-        raise ValueError(
-            "`model` must be an xLSTMLanguageModel or an xLSTMStack. "
-            f"Received: {type(model).__name__}. Of a larger model, convert the part."
-        )
-    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
-        raise ValueError(
-            "`model` must have floating-point weights. Received: a quantized model. "
-            "Convert it before it is quantized."
-        )
-
-
-def _check_tensors(model, format, pairs, tensors):
-    """Every tensor there and as it should be, before anything is assigned."""
-    expected, wrong = {}, {"missing": [], "unknown": [], "misshapen": [], "not floating point": []}
-    for pair in pairs:
-        shapes = official_shapes(pair)
-        rows = sum(shape[0] for shape in shapes) // len(pair.names)
-        expected |= dict.fromkeys(pair.names, (rows, *shapes[0][1:]))
-    if model.settings.get("tie_embeddings") and HEAD in tensors:
-        expected[HEAD] = expected[FORMATS[format].embedding]
-    wrong["unknown"] = [repr(name) for name in set(tensors) - set(expected)]
-    for name, shape in expected.items():
-        if name not in tensors:
-            wrong["missing"].append(repr(name))
-            continue
-        got, dtype = tuple(np.shape(tensors[name])), _dtype(tensors[name])
-        if got != shape:
-            wrong["misshapen"].append(f"{name!r} of shape {got} in place of {shape}")
-        if not re.search(r"\bb?float(16|32|64)\b", dtype):
-            wrong["not floating point"].append(f"{name!r} of dtype {dtype}")
-    if any(wrong.values()):
-        said = "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names)
-        raise ValueError(
-            f'`tensors` must hold exactly the tensors of the model, as the format "{format}" names '
-            f"them. Received: {said}. from_state_dict builds the model that tensors belong to; "
-            "what it does not know, as biases of norms, this package has no counterpart for."
-        )
-    if HEAD in tensors and model.settings.get("tie_embeddings"):
-        if not equal(tensors, HEAD, FORMATS[format].embedding):
-            raise ValueError(
-                f"{HEAD!r} must equal the embedding for a model with tie_embeddings=True. "
-                "Received: another matrix. Give tie_embeddings=False."
-            )
-
-
-def _dtype(value):
-    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    return getattr(dtype, "name", str(dtype))

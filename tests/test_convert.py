@@ -267,6 +267,23 @@ def test_every_wrong_tensor_is_named_and_nothing_assigned():
         np.testing.assert_array_equal(value, before[name])
 
 
+def test_a_tensor_that_cannot_be_read_leaves_the_model_as_it_was():
+    class Unreadable:
+        shape, dtype = (32,), np.dtype("float32")
+
+        def __array__(self, dtype=None, copy=None):
+            raise OSError("the disk is gone")
+
+    model = small()
+    before = weights(model)
+    tensors = convert.to_state_dict(small(seed=1))
+    tensors["xlstm_block_stack.post_blocks_norm.weight"] = Unreadable()
+    with pytest.raises(OSError, match="the disk is gone"):
+        convert.load_state_dict(model, tensors)
+    for name, value in weights(model).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,6 +61,21 @@ def test_forecasting(tmp_path, here):
     assert (tmp_path / "out/forecast.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("layer", ["lstm", "xlstm"])
+def test_first_forecast(layer, tmp_path, here):
+    # Quiet Sundays, of 60 weeks.
+    hours = np.arange(60 * 7 * 24)
+    waves = np.sin(hours / 24 * 2 * np.pi) * (hours // 24 % 7 > 0)
+    waves += 0.1 * np.random.default_rng(0).normal(size=waves.shape)
+    (tmp_path / "waves.csv").write_text("\n".join(["traffic", *(f"{x:.3f}" for x in waves)]))
+    options = ("--column", 0, "--epochs", 3, "--layer", layer)
+    said = here("first_forecast.py", "--csv", "waves.csv", *options).splitlines()[-2:]
+    assert [line.rsplit(" ", 1)[0] for line in said] == [
+        f"mean squared error of {name}:" for name in ("the day a week before", layer)
+    ]
+    assert float(said[1].split()[-1]) < 0.5
+
+
 ENGINES = {"jax": ["model-parallel"], "torch": ["ddp", "fsdp"], "tensorflow": ["mirrored"]}
 
 
@@ -78,8 +93,11 @@ def test_distributed(engine, tmp_path):
     reason="the data are in a package: pip install --no-deps aeon==1.6.0",
 )
 def test_classification(tmp_path, here):
-    said = here("classification.py", "--epochs", 2, "--bidirectional")
+    said = here("classification.py", "--epochs", 2, "--layer", "bidirectional", "--out", "out")
     assert float(said.split()[-1]) > 2 / 9
+    [row] = (tmp_path / "out/results.csv").read_text().splitlines()
+    assert row.startswith("bidirectional,16009,0,2,")
+    assert (tmp_path / "out/bidirectional.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(

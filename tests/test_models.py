@@ -1,5 +1,8 @@
 """xLSTMStack and xLSTMLanguageModel: shapes, packing, generation, and what users do to models."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -182,6 +185,21 @@ def test_stack_in_a_functional_model(rng, tmp_path):
     assert_close(whole, array(call(stack, sequences)), 1e-5)
 
 
+def test_sequences_come_first(rng):
+    """Where Keras sees one tensor it takes it for the first input: `plot_model` draws it so, and
+    `mask=` is its mask."""
+    mask = np.arange(T)[None] < [[5], [11], [0], [8]]
+    for model, x in (
+        (xLSTMStack(D, 1, num_heads=2), rng.normal(size=(B, T, D)).astype("float32")),
+        (xLSTMLanguageModel(V, D, 1, num_heads=2), tokens(rng)),
+    ):
+        names = [model._main, "padding_mask", "segment_ids"]
+        assert [tensor.name for tensor in model.inputs] == names
+        want = call(model, {model._main: x, "padding_mask": mask})
+        got = call(model, x, mask=keras.ops.convert_to_tensor(mask))
+        assert_close(array(got)[mask], array(want)[mask], 1e-6)
+
+
 # ------------------------------------------------------------------------------------- generation
 
 
@@ -207,6 +225,17 @@ def test_greedy_generation(kind, rng):
     # New weights, the same compiled functions.
     perturbed(model, rng)
     assert list(model.generate(prompts[2:], 3, temperature=0)[0]) == slowly(model, prompts[2], 3)
+
+
+def test_replaced_weights_are_let_go(rng):
+    """What generates does not hold the floating-point weights of a model that was quantized."""
+    model = model_of("large", rng)
+    model.generate([[1, 2]], 2)
+    held = weakref.ref(model.get_layer("head").kernel)
+    model.quantize("int8")
+    model.generate([[1, 2]], 2)
+    gc.collect()
+    assert held() is None
 
 
 def test_stop_token(rng):
@@ -383,11 +412,18 @@ def test_bad_calls(rng):
         model_of()({"ids": np.zeros((1, 2), int)})
     with pytest.raises(ValueError, match='"1:0" .mLSTM alone. and "7:1".*"2:1"|2:1'):
         configs.xlstm_125m("2:1")
-    for name in ("__call__", "predict", "fit", "evaluate"):
+    on_batch = ("train_on_batch", "test_on_batch", "predict_on_batch")
+    for name in ("__call__", "predict", "fit", "evaluate", *on_batch):
         with pytest.raises(ValueError, match=f"from 0 to {V - 1}.*Received: ids from 1 to {V}"):
             getattr(model_of(), name)(np.array([[1, V]]))
         with pytest.raises(ValueError, match="must be integers. Received: dtype float64"):
             getattr(model_of(), name)({"token_ids": np.array([[1.5, 2]])})
+    with pytest.raises(ValueError, match=f"from 0 to {V - 1}.*Received: ids from 1 to {V}"):
+        model_of().run(np.array([[1, V]]), model_of().get_initial_state(1))
+    segments = {"token_ids": np.array([[1, 2]]), "segment_ids": np.array([[0.0, 0.5]])}
+    for name in ("__call__", "predict"):  # 0.5 is not 0
+        with pytest.raises(ValueError, match="`segment_ids` must be integers.*dtype float"):
+            getattr(model_of(), name)(segments)
     with pytest.raises(ValueError, match="`rank` must be"):
         model_of().enable_lora(0)
 

@@ -210,8 +210,11 @@ class Generates:
         if jit_compile == "auto":
             by_region = by_region and self.blocks[0]._region is not None
         key = (greedy, top_k, nucleus, jit_compile, by_region, backends.prefer("auto"))
-        key = (*key, *map(id, variables))
-        kept = self.__dict__.setdefault("_generation", {})
+        ids = [id(variable) for variable in variables]
+        of, kept = self.__dict__.get("_generation", (None, {}))
+        if of != ids:  # what quantize replaced is not held in memory
+            kept = {}
+            self.__dict__["_generation"] = ids, kept
         if key not in kept:
             advance = self._by_region() if by_region else self._plainly
 

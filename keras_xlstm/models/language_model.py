@@ -1,6 +1,8 @@
 """xLSTMLanguageModel: token ids to logits, and generation."""
 
+import functools
 import inspect
+from collections import OrderedDict
 
 import keras
 import numpy as np
@@ -12,6 +14,17 @@ from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_r
 from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 from keras_xlstm.models.stack import StackModel
+
+
+def _checked(method):
+    """A method of `keras.Model` that checks token ids in NumPy arrays first."""
+
+    @functools.wraps(method)
+    def checked(self, x=None, *args, **kwargs):
+        self._check_ids(x)
+        return method(self, x, *args, **kwargs)
+
+    return checked
 
 
 class _Given(keras.losses.Loss):
@@ -93,10 +106,8 @@ class xLSTMLanguageModel(Generates, StackModel):
             "logit_soft_cap": check_cap("logit_soft_cap", logit_soft_cap),
         }
         policy = settings["dtype"]
-        inputs = {
-            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
-            **self.side_inputs(),
-        }
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        inputs = OrderedDict(token_ids=token_ids, **self.side_inputs())
         embed = keras.layers.ReversibleEmbedding if tie_embeddings else keras.layers.Embedding
         embedding = embed(
             vocabulary_size,
@@ -106,7 +117,7 @@ class xLSTMLanguageModel(Generates, StackModel):
             name="embedding",
         )
         embedding.supports_masking = True  # it acts on every step by itself, in both directions
-        x = embedding(inputs["token_ids"])
+        x = embedding(token_ids)
         if embedding_dropout:
             x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
         x = self.stacked(settings, x, inputs["padding_mask"], inputs["segment_ids"])
@@ -197,20 +208,11 @@ class xLSTMLanguageModel(Generates, StackModel):
         self._check_ids(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
-    def fit(self, x=None, *args, **kwargs):
-        """`keras.Model.fit`; token ids in NumPy arrays are checked first."""
-        self._check_ids(x)
-        return super().fit(x, *args, **kwargs)
-
-    def evaluate(self, x=None, *args, **kwargs):
-        """`keras.Model.evaluate`; token ids in NumPy arrays are checked first."""
-        self._check_ids(x)
-        return super().evaluate(x, *args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        """`keras.Model.predict`; token ids in NumPy arrays are checked first."""
-        self._check_ids(x)
-        return super().predict(x, *args, **kwargs)
+    fit, train_on_batch = _checked(keras.Model.fit), _checked(keras.Model.train_on_batch)
+    evaluate, test_on_batch = _checked(keras.Model.evaluate), _checked(keras.Model.test_on_batch)
+    predict, predict_on_batch = (
+        _checked(keras.Model.predict), _checked(keras.Model.predict_on_batch)
+    )  # fmt: skip
 
     # ------------------------------------------------------------------ in parts
 
@@ -225,6 +227,7 @@ class xLSTMLanguageModel(Generates, StackModel):
         Returns:
             Features (batch, time, units), for `logits`, and the state.
         """
+        self._check_ids(token_ids)
         x = self.get_layer("embedding")(token_ids)
         return self._run_blocks(x, state, padding_mask, segment_ids)
 

@@ -1,9 +1,12 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
+from collections import OrderedDict
+
 import keras
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm._checks import check_segments
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
 from keras_xlstm.layers.parts import SoftCap, check_positive, soft_cap
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
@@ -62,7 +65,11 @@ class StackModel(keras.Model):
     # ------------------------------------------------------------------ calling
 
     def _named(self, inputs):
-        """One tensor, or a dict that leaves inputs out, as the dict of all inputs."""
+        """One tensor, or a dict that leaves inputs out, as the dict of all inputs.
+
+        Ordered, here and in the constructors: Keras sorts the names of a plain dict, and
+        `plot_model` would then draw the sequences into the first of them, the padding mask.
+        """
         if not isinstance(inputs, dict):
             inputs = {self._main: inputs}
         unknown = set(inputs) - {self._main, *self._optional}
@@ -72,13 +79,17 @@ class StackModel(keras.Model):
                 f"wanted, {' and '.join(map(repr, self._optional))}. "
                 f"Received: a dict with {sorted(inputs)}."
             )
-        return {name: inputs.get(name) for name in (self._main, *self._optional)}
+        return OrderedDict((name, inputs.get(name)) for name in (self._main, *self._optional))
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(self._named(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
-        return super().call(self._named(inputs), training=training, mask=mask)
+        inputs = self._named(inputs)
+        mask = None if mask is None else self._named(mask)
+        if inputs["segment_ids"] is not None:
+            check_segments(inputs["segment_ids"])  # Keras would round them
+        return super().call(inputs, training=training, mask=mask)
 
     def compute_mask(self, inputs, mask=None):
         return mask.get(self._main) if isinstance(mask, dict) else mask
@@ -250,7 +261,8 @@ class xLSTMStack(StackModel):
             units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
             slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
         )  # fmt: skip
-        inputs = {"sequences": keras.Input((None, units), name="sequences"), **self.side_inputs()}
+        sequences = keras.Input((None, units), name="sequences")
+        inputs = OrderedDict(sequences=sequences, **self.side_inputs())
         x = self.stacked(settings, *inputs.values())
         super().__init__(inputs=inputs, outputs=x, name=name)
         self.supports_masking = True
@@ -261,7 +273,7 @@ class xLSTMStack(StackModel):
         inputs = self._named(inputs)
         padding_mask = inputs["padding_mask"]
         if padding_mask is None and mask is not None:
-            padding_mask = mask["sequences"]
+            padding_mask = self._named(mask)["sequences"]
         inputs["sequences"] = self._without_padding(inputs["sequences"], padding_mask)
         return super().call(inputs, training=training, mask=mask)
 
