@@ -394,6 +394,7 @@ def test_weight_decay(kind, rng):
     ({"architecture": "huge"}, "`architecture` must be"),
     ({"num_heads": 3}, "`num_heads` of mLSTMBlock must divide"),
     ({"dropout": 2.0}, "`dropout` must be a number in"),
+    ({"seed": "x"}, "`seed` must be an integer, or None"),
     ({"mlstm_options": {"taps": 1}}, "taps"),
     ({"units": -1}, "`units` must be a positive integer"),
     ({"vocabulary_size": 0}, "`vocabulary_size` must be a positive integer"),
@@ -426,6 +427,9 @@ def test_bad_calls(rng):
             getattr(model_of(), name)(segments)
     with pytest.raises(ValueError, match="`rank` must be"):
         model_of().enable_lora(0)
+    for name in ("__call__", "predict"):
+        with pytest.raises(ValueError, match="takes floating-point sequences. Received: dtype int"):
+            getattr(xLSTMStack(D, 1, num_heads=2), name)(np.ones((1, 2, D), int))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -51,6 +51,11 @@ def settings_of(
             '`architecture` must be "paper" (mLSTMBlock and sLSTMBlock) or "large" '
             f"(xLSTMLargeBlock). Received: architecture={architecture!r}."
         )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(
+            f"`seed` must be an integer, or None for any. Received: seed={seed!r}. Every block "
+            "takes its own from it, so a SeedGenerator cannot be given."
+        )
     at = slstm_positions(num_blocks, pattern, slstm_at)
     if architecture == "large" and at:
         raise ValueError(

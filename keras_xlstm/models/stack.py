@@ -271,6 +271,7 @@ class xLSTMStack(StackModel):
 
     def call(self, inputs, training=None, mask=None):
         inputs = self._named(inputs)
+        self.blocks[0]._check(inputs["sequences"])  # Keras would make floats of integers
         padding_mask = inputs["padding_mask"]
         if padding_mask is None and mask is not None:
             padding_mask = self._named(mask)["sequences"]
