@@ -7,7 +7,6 @@ python examples/state_tracking.py --task modular --steps 10000 --seeds 3 --rates
 
 import argparse
 import csv
-import functools
 import itertools
 import os
 import pathlib
@@ -29,15 +28,13 @@ import keras
 import numpy as np
 import tensorflow_datasets as tfds
 from keras import layers
-from keras.layers import LSTM
 from keras.optimizers.schedules import CosineDecay
 from matplotlib.figure import Figure
 
 from keras_xlstm.models import xLSTMStack
 
-CLASSES = {"parity": 2, "modular": 5}
-FILLS = (("symbols", 0), ("answers", -1))
-SYMBOLS = {"parity": 2, "modular": 8}  # modular: 0 to 4, then + - *
+TASKS = {"parity": (2, 2), "modular": (8, 5)}  # symbols (modular: 0 to 4, then + - *), answers
+SYMBOLS, CLASSES = TASKS[args.task]
 
 
 def generate(task, length, rng):
@@ -61,7 +58,7 @@ class FormalLanguages(tfds.core.GeneratorBasedBuilder):
     """Strings with the answers along them: 20,000 to train on, longer ones to test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CLASSES]  # noqa: RUF012
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in TASKS]  # noqa: RUF012
 
     def _info(self):
         sequence = tfds.features.Tensor(shape=(None,), dtype=np.int32)
@@ -82,13 +79,13 @@ class FormalLanguages(tfds.core.GeneratorBasedBuilder):
 
 
 def read(split, longest):
-    folder = args.out / "data"
-    builder = FormalLanguages(config=args.task, data_dir=folder, file_format="array_record")
+    builder = FormalLanguages(
+        config=args.task, data_dir=args.out / "data", file_format="array_record"
+    )
     builder.download_and_prepare()
-    source = builder.as_data_source(split)
-    pad = functools.partial(keras.utils.pad_sequences, maxlen=longest, padding="post")
-    x, y = (pad([e[k][:longest] for e in source], value=v) for k, v in FILLS)
-    return x, y
+    source, pad = builder.as_data_source(split), keras.utils.pad_sequences
+    x = pad([e["symbols"][:longest] for e in source], longest, padding="post")
+    return x, pad([e["answers"][:longest] for e in source], longest, padding="post", value=-1)
 
 
 def transformer(x):
@@ -106,7 +103,7 @@ MODELS = {  # 31,500 to 35,800 parameters each; how wide, and what is between em
     "slstm": (44, lambda x: xLSTMStack(44, 2, 2, pattern="0:1", **PLAIN)(x)),
     "mlstm": (36, lambda x: xLSTMStack(36, 2, 2, pattern="1:0")(x)),
     "xlstm": (38, lambda x: xLSTMStack(38, 2, 2, pattern="1:1", **PLAIN)(x)),
-    "lstm": (44, lambda x: keras.Sequential([LSTM(44, **ALL), LSTM(44, **ALL)])(x)),
+    "lstm": (44, lambda x: layers.LSTM(44, **ALL)(layers.LSTM(44, **ALL)(x))),
     "transformer": (36, transformer),
 }
 
@@ -115,8 +112,8 @@ def train(name, seed, rate, x, y):
     keras.utils.set_random_seed(seed)
     width, body = MODELS[name]
     inputs = keras.Input((None,), dtype="int32")
-    h = body(layers.Embedding(SYMBOLS[args.task], width)(inputs))
-    model = keras.Model(inputs, layers.Dense(CLASSES[args.task])(h), name=name)
+    h = body(layers.Embedding(SYMBOLS, width)(inputs))
+    model = keras.Model(inputs, layers.Dense(CLASSES)(h), name=name)
     rate = CosineDecay(0.0, args.steps, warmup_target=rate, warmup_steps=args.steps // 10)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
     model.compile(keras.optimizers.AdamW(rate, 0.1, beta_2=0.99, clipnorm=1.0), loss)
@@ -127,7 +124,7 @@ def train(name, seed, rate, x, y):
 
 def scaled(right):
     """(accuracy - chance) / (1 - chance), leaving out what has no answer."""
-    return (np.nanmean(right) * CLASSES[args.task] - 1) / (CLASSES[args.task] - 1)
+    return (np.nanmean(right) * CLASSES - 1) / (CLASSES - 1)
 
 
 def evaluate(model, x, y):
