@@ -173,7 +173,7 @@ def _needs(backend, what):
     if active != backend:
         raise ValueError(
             f"{what} runs on the {backend} backend. Received: Keras on {active}. "
-            "See README.md, Several devices, for what there is on each."
+            "See docs/devices.md for what there is on each."
         )
 
 

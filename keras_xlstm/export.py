@@ -91,7 +91,7 @@ def export_model(
             raise ValueError(
                 f"The {format} file of whole sequences needs a fixed length on {backend}: "
                 f"{_FIXED_LENGTH[backend, format]}. Give export_model length=, or "
-                "parts=('streaming',), or export the model on another backend (README, Export)."
+                "parts=('streaming',), or export the model on another backend (docs/export.md)."
             )
         _check_loops(model, format)
     if "streaming" in parts:
