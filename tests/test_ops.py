@@ -406,4 +406,7 @@ def test_any_shape_mask_and_segments(data):
     else:
         options["forget_gate"] = draw(st.sampled_from(["sigmoid", "exp"]), "forget_gate")
         options["recurrent_gradient_clip"] = draw(st.sampled_from([None, 0.1]), "clip")
-        sLSTMCase(rng, D=draw(st.integers(1, 6), "D"), **sizes).check("float64", **options)
+        # The gradient of m is a difference of large terms, and may be all but zero: 6e-13 was seen,
+        # right to 5e-18.
+        D = draw(st.integers(1, 6), "D")
+        sLSTMCase(rng, D=D, **sizes).check("float64", least=1e-6, **options)
