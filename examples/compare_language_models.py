@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 
 from keras_xlstm.models import exclude_from_weight_decay, xLSTMLanguageModel
 
+FUSED = "auto" if args.dtype == "float32" else False  # cuDNN under JAX takes no bfloat16
 PARTS_OUT = {
     "no-convolution": {"conv_kernel_size": 0}, "sigmoid-gate": {"input_gate": "sigmoid"},
     "no-input-gate": {},
@@ -100,8 +101,8 @@ def build(name, width):
     x = Positions()(x) if name == "transformer" else x
     for _ in range(args.blocks):
         y = layers.LayerNormalization()(x)
-        if name == "lstm":  # cuDNN's under JAX does not take bfloat16
-            x += layers.LSTM(width, return_sequences=True, use_cudnn=args.dtype == "float32")(y)
+        if name == "lstm":
+            x += layers.LSTM(width, return_sequences=True, use_cudnn=FUSED)(y)
         else:
             x += layers.MultiHeadAttention(4, width // 4)(y, y, use_causal_mask=True)
             y = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
