@@ -136,20 +136,12 @@ def test_associative_recall(tmp_path, here):
 @pytest.mark.skipif(BACKEND != "torch", reason="run on torch alone: one is enough")
 def test_compare_language_models(tmp_path, here):
     (tmp_path / "text").write_text("the cat sat on the mat, and so on and on.\n" * 400)
-    options = (
-        "--models",
-        "1:1",
-        "no-input-gate",
-        "lstm",
-        "transformer",
-        "--blocks",
-        2,
-        "--parameters",
-        60_000,
-    )
+    models = ("1:1", "no-input-gate", "lstm", "transformer")
+    options = ("--models", *models, "--blocks", 2, "--parameters", 60_000)
     options += ("--steps", 8, "--length", 32, "--far", 64, "--text", "text", "--out", "out")
     here("compare_language_models.py", *options)
     rows = (tmp_path / "out/results.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == [*models]
     assert all(0 < float(row.split(",")[7]) < 8 for row in rows)
 
 
