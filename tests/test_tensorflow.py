@@ -134,6 +134,47 @@ def test_fit_on_a_ragged_last_batch(T, rng):
             assert_close(a, b, 1e-4, least=1e-2)
 
 
+def test_fit_straight_from_tensorflow_datasets(tmp_path):
+    """Batches of unknown size, of sequences whose length the features leave open."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `examples` is missing")
+
+    class Walks(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            x = tfds.features.Tensor(shape=(None, 3), dtype=np.float32)
+            y = tfds.features.Tensor(shape=(1,), dtype=np.float32)
+            features = tfds.features.FeaturesDict({"x": x, "y": y})
+            return tfds.core.DatasetInfo(
+                builder=self, features=features, supervised_keys=("x", "y")
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for key in range(10):
+                x = np.random.default_rng(key).normal(size=(9 + key % 4, 3)).astype(np.float32)
+                yield key, {"x": x, "y": x[:1, 0]}
+
+    builder = Walks(data_dir=tmp_path)
+    builder.download_and_prepare()
+    data = builder.as_dataset(split="train", as_supervised=True)
+    data = data.padded_batch(4, padded_shapes=((12, 3), (1,)))
+    assert data.element_spec[0].shape.as_list() == [None, 12, 3]
+    # The same in the same order, as arrays.
+    x, y = (np.concatenate(arrays) for arrays in zip(*data.as_numpy_iterator(), strict=True))
+    arrays = {"x": x, "y": y, "batch_size": 4}
+    losses = []
+    for jit_compile, source in ((False, arrays), (False, {"x": data}), (True, {"x": data})):
+        model = small_model(12)
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
+        history = model.fit(**source, epochs=3, shuffle=False, verbose=0)
+        losses.append(history.history["loss"])
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+
+
 def test_remat(rng):
     """Recomputed in the backward pass, with the same gradient."""
     x, y = rng.normal(size=(4, 12, U)).astype("float32"), rng.normal(size=(4, 12, U))
