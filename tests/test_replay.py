@@ -3,12 +3,10 @@
 Without a GPU a stand-in for the graph runs what was recorded again.
 """
 
-import contextlib
 import shutil
-from types import SimpleNamespace
 
 import pytest
-from tools import BACKEND
+from tools import BACKEND, RefusedGraph, stand_in_for_cuda
 
 if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
@@ -50,10 +48,7 @@ def recordings(monkeypatch):
 
     monkeypatch.setattr(replay.Recording, "_step", recorded)
     if not GPU:
-        monkeypatch.setattr(replay, "recordable", lambda tensor: True)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
-        monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+        stand_in_for_cuda(monkeypatch, replay)
     return made
 
 
@@ -100,10 +95,7 @@ def test_a_recording_per_batch_and_place(rng, recordings):
 
 @pytest.mark.skipif(GPU, reason="a stand-in for a device that cannot record")
 def test_what_cannot_be_recorded_runs_as_it_is(rng, recordings, monkeypatch, caplog):
-    def refuse(*arguments, **options):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "graph", RefusedGraph)
     model = model_of("large", rng)
     with caplog.at_level("INFO", "keras_xlstm"):
         assert generated(model, "auto") == generated(model, False)

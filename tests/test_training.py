@@ -3,12 +3,9 @@
 Without a GPU a stand-in for the graph runs the step again, and nothing is compiled.
 """
 
-import contextlib
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from tools import BACKEND
+from tools import BACKEND, RefusedGraph, stand_in_for_cuda
 
 if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
@@ -60,11 +57,8 @@ def recordings(monkeypatch):
     monkeypatch.setattr(training.Recording, "_step", recorded)
     if not GPU:
         monkeypatch.setattr(torch, "compile", lambda function: function)
-        monkeypatch.setattr(training, "recordable", lambda tensor: True)
+        stand_in_for_cuda(monkeypatch, training)
         monkeypatch.setattr(training, "_sent", lambda x, device: x)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
-        monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
     return made
 
 
@@ -136,13 +130,12 @@ def test_a_stack(recordings, rng):
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(recordings, monkeypatch, caplog):
-    def refuse(*arguments, **options):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "graph", RefusedGraph)
     want, model = model_of(jit_compile=False), model_of()
+    stream = torch.cuda.current_stream()
     with caplog.at_level("INFO", "keras_xlstm"):
         losses = [fitted(m)["loss"] for m in (want, model)]
+    assert torch.cuda.current_stream() == stream
     np.testing.assert_allclose(*losses, rtol=1e-4)
     same(want, model)
     assert caplog.text.count("no CUDA graph could be made. operation not permitted") == 1
@@ -150,18 +143,25 @@ def test_what_cannot_be_recorded_runs_as_it_is(recordings, monkeypatch, caplog):
 
 @pytest.mark.parametrize("case", ["dropout", "accumulation", "scaled"])
 def test_what_decides_on_the_host(case, recordings, caplog):
-    """On a GPU it is not recorded."""
     losses = []
     for jit_compile in (False, True):
         steps = 2 if case == "accumulation" else None
         optimizer = keras.optimizers.Adam(0.01, gradient_accumulation_steps=steps)
         if case == "scaled":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        model = model_of(optimizer, jit_compile, dropout=0.1 if case == "dropout" else 0.0)
+        model = model_of(optimizer, jit_compile, dropout=0.1 * (case == "dropout"), seed=1)
         with caplog.at_level("INFO", "keras_xlstm"):
             losses.append(fitted(model)["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    assert caplog.text.count("no CUDA graph could be made") == GPU
+    assert not recordings
+    assert caplog.text.count("no CUDA graph could be made. The ") == 1
+
+
+def test_dropout_without_a_seed_is_drawn_in_every_replay(recordings):
+    model = model_of(keras.optimizers.SGD(0.0), dropout=0.5)
+    losses = fitted(model, epochs=6, batch_size=11)["loss"]
+    assert len(recordings) == 1
+    assert len(set(losses)) == 6
 
 
 def test_nothing_comes_from_the_host(recordings, monkeypatch):

@@ -1,11 +1,13 @@
 """What the tests share: gradients on the active backend, inputs, comparisons."""
 
+import contextlib
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -138,3 +140,31 @@ def run_blocks(page):
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
     return namespace
+
+
+def stand_in_for_cuda(monkeypatch, module):
+    """Lets `module` of backends/torch make CUDA graphs without a GPU, which record nothing."""
+    import torch
+
+    stream = [SimpleNamespace(cuda_stream=0)]
+    monkeypatch.setattr(module, "recordable", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", stream.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=len(stream)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+
+
+class RefusedGraph:
+    """As torch.cuda.graph where a step waits for the device: fails at its end, on its own stream."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __enter__(self):
+        import torch
+
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+    def __exit__(self, *error):
+        raise RuntimeError("operation not permitted when stream is capturing")

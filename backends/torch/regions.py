@@ -21,6 +21,11 @@ def compiled(function):
     return run
 
 
+def by_kind(blocks):
+    """{kind of block: `region` of one of them}"""
+    return {kind: region(block) for kind, block in {type(b): b for b in blocks}.items()}
+
+
 def region(template):
     """`template._run` compiled, as a function of a block like it and the same arguments."""
 

@@ -3,6 +3,7 @@ would take longer to launch them than they run.
 """
 
 import collections
+import contextlib
 import logging
 import threading
 import weakref
@@ -19,6 +20,18 @@ _log = logging.getLogger("keras_xlstm")
 
 def recordable(tensor):
     return tensor.device.type == "cuda"
+
+
+@contextlib.contextmanager
+def recorded(graph):
+    """What runs inside is not run, but recorded as this CUDA graph."""
+    stream = torch.cuda.current_stream()
+    try:
+        # Only this thread must keep from what cannot be recorded.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch.cuda.set_stream(stream)  # PyTorch stays on another one where a recording fails
 
 
 class Replayed:
@@ -87,8 +100,7 @@ class Recording:
         self._tensors = [x.clone() for x in tensors]
         self._holder = lambda: None
         self._graph = torch.cuda.CUDAGraph()
-        # Only this thread must keep from what cannot be recorded.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with recorded(self._graph):
             self._step(function)
 
     def _step(self, function):

@@ -10,7 +10,7 @@ import logging
 
 import keras
 import torch
-from keras_xlstm.backends.torch.replay import NumbersAsKernels, recordable
+from keras_xlstm.backends.torch.replay import NumbersAsKernels, recordable, recorded
 
 _BEFORE = 2  # steps of some shapes that run as they are: kernels are compiled and tuned by them
 _KEPT = 2  # recordings of one model: each holds the memory of a step
@@ -22,18 +22,21 @@ class RecordedStep:
 
     Steps on batches of some shapes run as they are twice, then are recorded, and from then on the
     recording runs, for as long as all variables stay where they are in memory. What cannot be
-    recorded runs as it is, after a line in the log: dropout, whose masks Keras draws from numbers
-    that the host must know, and optimizers that decide on the host (the loss scale of float16,
-    gradients accumulated over steps).
+    recorded runs as it is, after a line in the log: dropout with a seed, whose masks Keras draws
+    from numbers that the host must know (without one PyTorch draws anew in every replay), and
+    optimizers that decide on the host.
     """
 
     def __init__(self, model):
-        self._model = model
+        self._model, self._refused = model, False
         self._forget(None)
 
     def _forget(self, place):
-        self._place, self._refused = place, False
-        self._seen, self._recordings = collections.Counter(), {}
+        self._place, self._seen, self._recordings = place, collections.Counter(), {}
+
+    def _refuse(self, reason):
+        self._refused = True
+        _log.info("Training runs one kernel at a time: no CUDA graph could be made. %s", reason)
 
     def __call__(self, step, data):
         weight = self._model.variables[0]._value
@@ -43,8 +46,17 @@ class RecordedStep:
         recording = None if self._refused else self._recording(step, data)
         if recording is not None:
             return recording.replay(data)
+        draws = self._draws()
         with NumbersAsKernels():
-            return step(data)
+            logs = step(data)
+        if self._draws() != draws and not self._refused:
+            self._refuse("The model draws from a seed, as dropout with one does.")
+        return logs
+
+    def _draws(self):
+        """What changes with every draw of a layer's."""
+        seeds = (v for v in self._model.variables if v.path.endswith("seed_generator_state"))
+        return [seed._value._version for seed in seeds]
 
     def _recording(self, step, data):
         """The one for this batch, made if need be; None where there is none yet, or cannot be."""
@@ -57,11 +69,15 @@ class RecordedStep:
         self._seen[key] += 1
         if self._seen[key] <= _BEFORE or len(self._recordings) == _KEPT:
             return None
+        optimizer = self._model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return self._refuse("The optimizer decides on the host whether its loss scale fits.")
+        if optimizer.gradient_accumulation_steps:
+            return self._refuse("The optimizer decides on the host whether a step is an update.")
         try:
             self._recordings[key] = Recording(self._model, step, data)
         except RuntimeError as error:
-            self._refused = True
-            _log.info("Training runs one kernel at a time: no CUDA graph could be made. %s", error)
+            self._refuse(error)
         return self._recordings.get(key)
 
     def _where(self):
@@ -78,8 +94,7 @@ class Recording:
         self._data = keras.tree.map_structure(lambda x: None if x is None else x.clone(), data)
         model.zero_grad()  # the last step's are not kept beside this one's
         self._graph = torch.cuda.CUDAGraph()
-        # Only this thread must keep from what cannot be recorded.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with recorded(self._graph):
             self._step(step)
 
     def _step(self, step):

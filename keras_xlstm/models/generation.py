@@ -240,8 +240,7 @@ class Generates:
 
     def _by_region(self):
         """`run` of a single step, with one block of each kind compiled for all of them."""
-        kinds = {type(block): block for block in self.blocks}
-        regions = {kind: backends.regions.region(block) for kind, block in kinds.items()}
+        regions = backends.regions.by_kind(self.blocks)
 
         def run(token_ids, state):
             x, new = self.get_layer("embedding")(token_ids), []

@@ -106,19 +106,17 @@ class StackModel(keras.Model):
 
     def compile(self, *args, **kwargs):
         """`keras.Model.compile`. On torch, `jit_compile=True` compiles one block of each kind for
-        all of them, in place of the whole training step: seconds, not minutes. On a CUDA device
-        the step is then recorded as one CUDA graph, which keeps the memory of a step for itself."""
+        all of them, not the whole training step: seconds, not minutes. On a CUDA device the
+        step is then recorded as a CUDA graph, which keeps the memory of a step for itself and,
+        as any compiled step, leaves out what Python does beside the tensors."""
         super().compile(*args, **kwargs)
-        by_region = bool(backends.regions is not None and self.jit_compile)
         self._recorded = None
-        if by_region:
+        if by_region := bool(backends.regions is not None and self.jit_compile):
             self.jit_compile = False
             self._recorded = backends.training.RecordedStep(self)
             backends.training.fuse(self.optimizer)
-        regions = {}
+        regions = backends.regions.by_kind(self.blocks) if by_region else {}
         for block in self.blocks:
-            if by_region and type(block) not in regions:
-                regions[type(block)] = backends.regions.region(block)
             block._region = regions.get(type(block))
         for layer in self.layers:
             if isinstance(layer, SoftCap):
