@@ -1,7 +1,7 @@
 """The mLSTM's Triton kernels on one NVIDIA GPU beside their peers, in bfloat16; and, with
 gpu_slstm.py and gpu_model.py, all of PyTorch's figures in RESULTS.md.
 
-    python benchmarks/gpu_torch.py [--only errors,mlstm,step,slstm,model]
+    python benchmarks/gpu_torch.py [--only errors,mlstm,step,slstm,model] [--peers limit_chunk]
 
 Peers: `mlstm_kernels` (pip install "keras-xlstm[benchmark]") and PyTorch's causal attention through
 cuDNN. Each family runs in a process of its own, because some peers' compilers abort; a first pass
@@ -66,6 +66,16 @@ def function(family):
     return lambda *a: kernel(*a, chunk_size=chunk_size), True
 
 
+def replayed(run):
+    """The same as a CUDA graph, without the host's time."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def measure(family, warm):
     """[shape index, "forward" or "both", ms] a line, for one family in this process."""
     import torch
@@ -87,8 +97,13 @@ def measure(family, warm):
         def both(tensors=tensors, leaves=leaves, gradient=gradient):
             torch.autograd.grad(f(*tensors), leaves, gradient)
 
-        for name, run in (("forward", forward), ("both", both)):
+        small = B * H * T * (K + V) < 1 << 26  # then an eager call takes the host's time
+        runs = [("forward", forward), ("both", both)]
+        runs += [(f"{name} replayed", run) for name, run in runs if small]
+        for name, run in runs:
             try:
+                if name.endswith("replayed"):
+                    run = replayed(run)
                 run()
                 if not warm:
                     print(json.dumps([n, name, bench(run)]), flush=True)
@@ -207,19 +222,23 @@ def cell(value, ours):
     return f"{value:.3f} ({value / ours:.2f}x)" if isinstance(ours, float) else f"{value:.3f}"
 
 
-def table(bandwidth):
-    results = {family: figures(run_family(family)) for family in FAMILIES}
+def table(bandwidth, families):
+    results = {family: figures(run_family(family)) for family in families}
     for family, found in results.items():
         if "died" in found:
             print(f"{family}: the process died ({found['died']})")
     print("\nms; in brackets how many times ours is faster\n")
-    print("| B heads T d_qk/d_v | | ours | floor | " + " | ".join(FAMILIES[1:]) + " |")
-    print("|---|---|---|---|" + "---|" * len(FAMILIES[1:]))
+    print("| B heads T d_qk/d_v | | ours | floor | " + " | ".join(families[1:]) + " |")
+    print("|---|---|---|---|" + "---|" * len(families[1:]))
     for n, (B, H, T, K, V) in enumerate(SHAPES):
-        for name, words, tensors in (("forward", "fw", 2), ("both", "fw+bw", 6)):
+        rows = [("forward", "fw", 2), ("both", "fw+bw", 6)]
+        rows += [(f"{name} replayed", f"{words}, as a CUDA graph", c) for name, words, c in rows]
+        for name, words, tensors in rows:
             ours = results["ours"].get((n, name))
+            if ours is None and name.endswith("replayed"):
+                continue
             floor = B * H * T * (K + V) * 2 * tensors / bandwidth / 1e9
-            peers = [cell(results[p].get((n, name)), ours) for p in FAMILIES[1:]]
+            peers = [cell(results[p].get((n, name)), ours) for p in families[1:]]
             share = f"{floor:.2f}" + (f" ({floor / ours:.0%})" if isinstance(ours, float) else "")
             row = [f"{B} {H} {T} {K}/{V}", words, cell(ours, None), share, *peers]
             print("| " + " | ".join(row) + " |", flush=True)
@@ -250,6 +269,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--only", default="errors,mlstm,step,slstm,model", help="parts, with commas"
     )
+    parser.add_argument("--peers", default=",".join(FAMILIES[1:]), help="of the mLSTM, with commas")
     parser.add_argument("--family", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
@@ -258,7 +278,8 @@ if __name__ == "__main__":
         (measure_steps if arguments.steps else measure)(arguments.family, arguments.warm)
         sys.exit()
     parts = arguments.only.split(",")
-    warming = [run_family(f, warm=True) for f in FAMILIES] if "mlstm" in parts else []
+    families = ["ours", *arguments.peers.split(",")]
+    warming = [run_family(f, warm=True) for f in families] if "mlstm" in parts else []
     if "step" in parts:
         warming += [run_family(f, warm=True, steps=True) for f in ("ours", "theirs")]
     if "errors" in parts:
@@ -267,7 +288,7 @@ if __name__ == "__main__":
         process.communicate()
     bandwidth = environment()
     if "mlstm" in parts:
-        table(bandwidth)
+        table(bandwidth, families)
     if "step" in parts:
         step_table(bandwidth)
     for part in ("slstm", "model"):  # each has a file of its own

@@ -146,11 +146,13 @@ def stand_in_for_cuda(monkeypatch, module):
     """Lets `module` of backends/torch make CUDA graphs without a GPU, which record nothing."""
     import torch
 
-    stream = [SimpleNamespace(cuda_stream=0)]
+    stream = [SimpleNamespace(cuda_stream=0, device_index=0)]
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
     monkeypatch.setattr(module, "recordable", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", stream.append)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=len(stream)))
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
     monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
 
