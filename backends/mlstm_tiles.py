@@ -10,7 +10,7 @@ _HOPPER = 232_448  # bytes of shared memory
 # a slice BS of the border product, stages, warps; by role and sizes as powers of two.
 _ATTEND = {
     ("h", 64, 128): (64, 32, 64, 3, 4),
-    ("h", 128, 256): (64, 32, 64, 3, 4),
+    ("h", 128, 256): (64, 32, 32, 3, 4),
     ("h", 256, 512): (128, 32, 64, 3, 8),
     ("dq", 128, 64): (64, 32, 64, 3, 4),
     ("dq", 256, 128): (64, 32, 64, 3, 4),

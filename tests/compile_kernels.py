@@ -69,11 +69,30 @@ class Compiler:
         compiled = triton.compile(source, target=self.target, options=options)
         # Sums in the order in which programs happen to arrive would differ from run to run.
         assert "atomic" not in compiled.asm["ttir"], kernel
+        for buffers in in_flight(compiled.asm["ttgir"]):
+            assert len(set(buffers)) <= 1, (kernel, role, buffers)
         used = resources(compiled) if self.target.backend == "cuda" else {}
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
         file = kernel.fn.__module__.rpartition("_")[2]
         name = f"{file}.{kernel.fn.__name__} {role} {flags}"
         self.seen[name] = {"SHARED": compiled.metadata.shared, **used}
+
+
+def in_flight(ttgir):
+    """Of each product that still reads shared memory while the next tiles are fetched (on Hopper):
+    how many buffers each operand has. One with fewer is overwritten too early, as Triton 3.6 and
+    3.9 do with an operand that something else reads, too."""
+    counts, of, operands = {}, {}, None
+    for line in ttgir.splitlines():
+        name = line.split(" = ")[0].strip()
+        if alloc := re.search(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x", line):
+            counts[name] = int(alloc[1])
+        elif slot := re.search(r"memdesc_index (%\w+)", line):
+            of[name] = slot[1]
+        elif dot := re.search(r"warp_group_dot (%\w+), (%\w+)", line):
+            operands = [counts[of[o]] for o in dot.groups() if of.get(o) in counts]
+        elif re.search(r"warp_group_dot_wait .*pendings = [1-9]", line):
+            yield operands
 
 
 def resources(compiled):

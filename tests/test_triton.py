@@ -101,6 +101,7 @@ STAGES = {
 COMPILED = [
     ("mlstm", "90:128/256:bfloat16"), ("mlstm", "90:256/512:bfloat16"),
     ("mlstm", "90:64/128:float16"), ("mlstm", "80:128/256:bfloat16"),
+    ("mlstm", "90:128/128:bfloat16"),
     ("mlstm", "80:24/40:float32"), ("mlstm", "100:128/256:bfloat16"),
     ("mlstm", "gfx942:64/128:bfloat16"),
     ("whole", "90:64:bfloat16"), ("whole", "80:128:bfloat16"),

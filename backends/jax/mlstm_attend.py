@@ -44,27 +44,32 @@ def attend(role, s, arrays, segment_ids, tiles):
         if segment_ids is not None:
             segment = given["segment_ids"][b, c, rows]
 
-        def over_border(j, carry):
-            acc, r, *ahead = carry
+        def over_border(j, acc):
             cs = pl.ds(j * BS, BS)
-            xs = x[b, steps, head, cs]  # [L, BS]
+            xs = x[b, steps, head, cs].astype(dtype)  # [L, BS]
             if turned:
-                acc += product(xs.astype(dtype), S[bh, c, cz, cs], (1, 1))
-            else:
-                acc += product(xs.astype(dtype), S[bh, c, cs, cz], (1, 0))
-            if role == "h":
-                r += jnp.sum(xs.astype(jnp.float32) * n[bh, c, cs][None, :], 1)
-            elif role == "dq":  # h of the next slice is on its way
-                r += jnp.sum(xs.astype(jnp.float32) * ahead[0].astype(jnp.float32), 1)
-                following = jnp.minimum(j + 1, DX // BS - 1)
-                ahead = [given["h"][b, steps, head, pl.ds(following * BS, BS)]]
-            return acc, r, *ahead
+                return acc + product(xs, S[bh, c, cz, cs], (1, 1))
+            return acc + product(xs, S[bh, c, cs, cz], (1, 0))
 
-        carry = jnp.zeros((L, BZ), jnp.float32), jnp.zeros((L,), jnp.float32)
-        if role == "dq":
-            carry += (given["h"][b, steps, head, pl.ds(0, BS)],)
-        acc, r, *_ = loop(0, DX // BS, over_border, carry)
-        acc *= w[:, None]
+        acc = loop(0, DX // BS, over_border, jnp.zeros((L, BZ), jnp.float32)) * w[:, None]
+        held = x[b, steps, head, pl.ds(0, BX)] if NX == 1 else None
+
+        def bound(j, r):
+            """Of "h" x . n, of "dq" x . h."""
+            cs = pl.ds(j * step, step)
+            xs = x[b, steps, head, cs] if held is None else held
+            if role == "h":
+                other = n[bh, c, cs][None, :]
+            else:
+                other = given["h"][b, steps, head, cs].astype(jnp.float32)
+            return r + jnp.sum(xs.astype(jnp.float32) * other, 1)
+
+        # Not in the loop above: Triton, pipelining, keeps a buffer too few of what both a product
+        # on Hopper and something else read, and overwrites xs while the product still reads it.
+        r = jnp.zeros((L,), jnp.float32)
+        if role in ("h", "dq"):
+            step = BS if held is None else BX
+            r = loop(0, DX // step, bound, r) if held is None else bound(jnp.int32(0), r)
         if role == "h":
             r *= w
         elif role == "dq":
@@ -72,8 +77,6 @@ def attend(role, s, arrays, segment_ids, tiles):
             given["rho"][bh, c, rows] = rho
         if turned:
             acc += (w * rho if role == "dq" else w)[:, None] * n[bh, c, cz][None, :]
-
-        held = x[b, steps, head, pl.ds(0, BX)] if NX == 1 else None
 
         def within(j, carry):
             acc, r = carry

@@ -105,9 +105,6 @@ def attend(
     acc = tl.zeros((L, BZ), tl.float32)
     r = tl.zeros((L,), tl.float32)
     dtype = s_p.dtype.element_ty
-    if ROLE == "dq":
-        h_p += o_row * DX
-        h = _load(h_p, rows, tl.arange(0, BS), H * DX, here, DX, EVEN, DX % BS == 0)
     for start in tl.range(0, DX, BS, num_stages=ST):
         cs = start + tl.arange(0, BS)
         xs = _load(x_p, rows, cs, H * DX, here, DX, EVEN, DX % BS == 0)  # [L, BS]
@@ -116,12 +113,24 @@ def attend(
         else:
             S = _load(s_p, cs, cz, DZ, DX, DZ, DX % BS == 0, FULL_Z)
         acc = tl.dot(xs.to(dtype), S, acc, input_precision=PREC)
-        if ROLE == "h":
-            n = tl.load(n_p + (bh * NS + c) * DX + cs, mask=cs < DX, other=0.0)
-            r += tl.sum(xs.to(tl.float32) * n[None, :], 1)
-        elif ROLE == "dq":  # h of the next slice is on its way: not part of the product's pipeline
-            r += tl.sum(xs.to(tl.float32) * h.to(tl.float32), 1)
-            h = _load(h_p, rows, cs + BS, H * DX, here, DX, EVEN, False)
+    if NX == 1:
+        x = _load(x_p, rows, cx, H * DX, here, DX, EVEN, FULL_X)  # [L, BX]
+    if ROLE == "h" or ROLE == "dq":
+        # Not in the loop above: Triton (3.6, 3.9) keeps a buffer too few of what both a product
+        # on Hopper and something else read, and overwrites xs while the product still reads it.
+        STEP: tl.constexpr = BX if NX == 1 else BS
+        for start in tl.range(0, DX, STEP, num_stages=1):
+            cs = start + tl.arange(0, STEP)
+            if NX == 1:
+                xs = x
+            else:
+                xs = _load(x_p, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
+            if ROLE == "h":
+                n = tl.load(n_p + (bh * NS + c) * DX + cs, mask=cs < DX, other=0.0)
+                r += tl.sum(xs.to(tl.float32) * n[None, :], 1)
+            else:
+                h = _load(h_p + o_row * DX, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
+                r += tl.sum(xs.to(tl.float32) * h.to(tl.float32), 1)
     if ROLE == "dq":
         rho_row = -tl.load(sign_p + o_vec + rows) * r
         tl.store(rho_p + o_vec + rows, rho_row)
@@ -132,8 +141,6 @@ def attend(
         acc += (w * rho_row if ROLE == "dq" else w)[:, None] * n[None, :]
 
     # Within the chunk.
-    if NX == 1:
-        x = _load(x_p, rows, cx, H * DX, here, DX, EVEN, FULL_X)  # [L, BX]
     start = first if REVERSE else 0
     end = here if REVERSE else tl.minimum(first + L, here)
     for j in tl.range(start, end, LN, num_stages=ST):

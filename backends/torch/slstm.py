@@ -224,13 +224,14 @@ def _backward(
     splits = max(1, min(2 * plan.processors // programs, B * T // 256))
     rows = -(-B * T // (splits * tile["L"])) * tile["L"]
     dR = x.new_empty(splits, H, D, 4, D, dtype=torch.float32)
-    dbias = None if bias is None else x.new_empty(splits, 4, H, D, dtype=torch.float32)
     launch(
         _kernels().kernel_gradient, splits * programs, h, dx, first, reset, recurrent_scale, dR,
-        dbias, B, T, H, rows, D=D, PREC=precision(x.dtype), num_warps=4, **tile,
+        B, T, H, rows, D=D, PREC=precision(x.dtype), num_warps=4, **tile,
     )  # fmt: skip
     dR = dR.sum(0).to(recurrent_kernel.dtype)
-    dbias = x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
+    dbias = x.new_empty(0)
+    if bias is not None:
+        dbias = dx.sum((0, 1), dtype=torch.float32).to(bias.dtype)
     return [dx, dR, dbias, *d_first]
 
 

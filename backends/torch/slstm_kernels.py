@@ -157,11 +157,12 @@ def _limited(dh, scale_p, o_scale, at, starts, clip, CLIP: tl.constexpr):
 
 @_kernel
 def kernel_gradient(
-    h_p, dx_p, first_p, reset_p, scale_p, dR_p, dbias_p, B, T, H, rows,
+    h_p, dx_p, first_p, reset_p, scale_p, dR_p, B, T, H, rows,
     D: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """A tile (BK of h, BN of a gate) of the recurrent kernel's gradient, summed over `rows` of
-    the B T steps; and the bias'. dR (splits, H, D, 4, D), dbias (splits, 4, H, D)."""
+    the B T steps. dR (splits, H, D, 4, D). The bias' is summed elsewhere: of what a product reads
+    in a pipelined loop and something else, too, Triton (3.6, 3.9) keeps a buffer too few."""
     tiles_k: tl.constexpr = (D + BK - 1) // BK
     tiles_n: tl.constexpr = (D + BN - 1) // BN
     pid = tl.program_id(0)
@@ -173,7 +174,6 @@ def kernel_gradient(
     HD = H * D
     dtype: tl.constexpr = h_p.dtype.element_ty
     acc = tl.zeros((BK, BN), tl.float32)
-    total = tl.zeros((BN,), tl.float32)
     # Offsets within a block of rows are short: pointers would fill the registers.
     block = tl.arange(0, L)
     o_dg = block[:, None] * 4 * HD + u[None, :]
@@ -199,9 +199,5 @@ def kernel_gradient(
         if scale_p is not None:
             h *= tl.load(scale_p + o_state, mask=at, other=0.0)
         acc = tl.dot(h.to(dtype), dg, acc, input_precision=PREC)
-        if tile_k == 0:
-            total += tl.sum(dg.to(tl.float32), 0)
     o_R = ((split * H + head) * D + k[:, None]) * 4 * D + gate * D + u[None, :]
     tl.store(dR_p + o_R, acc, mask=(k < D)[:, None] & (u < D)[None, :])
-    if dbias_p is not None and tile_k == 0:
-        tl.store(dbias_p + (split * 4 + gate) * HD + head * D + u, total, mask=u < D)
