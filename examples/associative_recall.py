@@ -28,6 +28,7 @@ parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/assoc
 args = parser.parse_args()
 os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "jax")
 
+import common
 import keras
 import numpy as np
 from keras import layers
@@ -68,25 +69,14 @@ def stack(pattern):
     return lambda x: xLSTMStack(x.shape[-1], 2, 2, pattern=pattern)(x)
 
 
-def lstm(x):
-    x = layers.LSTM(x.shape[-1], return_sequences=True)(x)
-    return layers.LSTM(x.shape[-1], return_sequences=True)(x)
-
-
 def transformer(x):
-    width = x.shape[-1]
-    x += layers.Embedding(args.length, width)(keras.ops.arange(args.length))
-    for _ in range(2):
-        y = layers.LayerNormalization()(x)
-        x += layers.MultiHeadAttention(2, width // 2)(y, y, use_causal_mask=True)
-        y = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
-        x += layers.Dense(width)(y)
-    return layers.LayerNormalization()(x)
+    x += layers.Embedding(args.length, x.shape[-1])(keras.ops.arange(args.length))
+    return common.transformer(x, blocks=2, heads=2)
 
 
 MODELS = {  # and how wide beside --width, for parameters about equal
     "mlstm": (1, stack("1:0")), "xlstm": (1, stack("1:1")), "slstm": (1.25, stack("0:1")),
-    "lstm": (1.25, lstm), "transformer": (1, transformer),
+    "lstm": (1.25, common.lstm), "transformer": (1, transformer),
 }  # fmt: skip
 
 

@@ -12,14 +12,12 @@ source code of Python's own standard library. The engine decides on the Keras ba
 
 import argparse
 import os
-import pathlib
+import sys
 import tempfile
 import time
 
-ENGINES = {
-    "data-parallel": "jax", "model-parallel": "jax", "ddp": "torch", "fsdp": "torch",
-    "mirrored": "tensorflow",
-}  # fmt: skip
+ENGINES = dict.fromkeys(("data-parallel", "model-parallel"), "jax")
+ENGINES |= {"ddp": "torch", "fsdp": "torch", "mirrored": "tensorflow"}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--engine", choices=ENGINES, required=True)
 parser.add_argument("--devices", type=int, default=2)
@@ -35,20 +33,22 @@ os.environ["KERAS_BACKEND"] = ENGINES[args.engine]
 flags = os.environ.get("XLA_FLAGS", "")  # of JAX; this one is about the CPU alone
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
 
+import common
 import keras
 import numpy as np
 
 from keras_xlstm.distribution import ModelParallel, fully_shard
 from keras_xlstm.models import xLSTMLanguageModel
 
+if ENGINES[args.engine] == "torch":
+    import torch
 
-def read_batches():
-    """(steps, batch, length + 1) bytes."""
-    paths = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))
-    text = np.frombuffer(b"".join(path.read_bytes() for path in paths), "uint8").astype("int32")
-    shape = (args.steps, args.batch_size, 1)
-    start = np.random.default_rng(0).integers(0, len(text) - args.length - 1, shape)
-    return text[start + np.arange(args.length + 1)]
+
+def read(part=0, parts=1):
+    """Bytes (rows, length), and those that follow them; of every batch one of its parts."""
+    text = np.frombuffer(common.read_text(None, None)[0], np.uint8)
+    starts = np.random.default_rng(0).random(args.steps * args.batch_size)[part::parts]
+    return common.windows(text, starts * (len(text) - args.length - 1), args.length)
 
 
 def language_model():
@@ -62,31 +62,28 @@ def compiled(model, **options):
     return model
 
 
-def fit(model, batches, show=True):
+def fit(model, x, y):
     """An epoch; returns its loss."""
-    rows = batches.reshape(-1, args.length + 1)
-    options = {"batch_size": batches.shape[1], "shuffle": False, "verbose": int(show)}
-    return model.fit(rows[:, :-1], rows[:, 1:], **options).history["loss"][0]
+    return model.fit(x, y, len(x) // args.steps, shuffle=False).history["loss"][0]
 
 
-def train(epoch, show=True):
+def train(epoch):
     """Calls `epoch()`, which returns a loss, again and again."""
     for n in range(args.epochs):
-        start = time.perf_counter()
-        loss = epoch()
+        start, loss = time.perf_counter(), epoch()
+        if ENGINES[args.engine] == "torch":  # where it is the loss of a process: to their mean
+            loss = keras.ops.convert_to_tensor(loss) / args.devices
+            torch.distributed.all_reduce(loss)
         speed = args.steps * args.batch_size * args.length / (time.perf_counter() - start)
-        if show:
-            print(f"epoch {n + 1}: loss {loss:.4f}, {speed:,.0f} tokens/s", flush=True)
+        print(f"epoch {n + 1}: loss {loss:.4f}, {speed:,.0f} tokens/s", flush=True)
 
 
 def on_jax():
-    from keras.distribution import DataParallel, DeviceMesh, list_devices
-
-    devices = list_devices()[: args.devices]
-    distribution = DataParallel(devices=devices)
+    devices = keras.distribution.list_devices()[: args.devices]
+    distribution = keras.distribution.DataParallel(devices=devices)
     if args.engine == "model-parallel":  # a pair of devices has the model, and a part of the batch
-        mesh = DeviceMesh((args.devices // 2, 2), ("batch", "model"), devices)
-        distribution = ModelParallel(mesh)
+        shape, names = (args.devices // 2, 2), ("batch", "model")
+        distribution = ModelParallel(keras.distribution.DeviceMesh(shape, names, devices))
     keras.distribution.set_distribution(distribution)
     return compiled(language_model())
 
@@ -103,63 +100,50 @@ def on_tensorflow():
 
 
 def on_torch(rank, store):
-    """One of the processes; the first one speaks."""
-    import torch
-
-    on_gpu, first = torch.cuda.is_available(), rank == 0
-    if on_gpu:
+    """One of the processes; the first one speaks, and writes the model."""
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(max(1, os.cpu_count() // args.devices))
+    if on_gpu := torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, os.cpu_count() // args.devices))
     options = {"init_method": f"file://{store}", "rank": rank, "world_size": args.devices}
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", **options)
-    batches = np.split(read_batches(), args.devices, axis=1)[rank]
-    model = language_model()
-
-    def mean(loss):
-        loss = keras.ops.convert_to_tensor(loss)
-        torch.distributed.all_reduce(loss)
-        return loss.item() / args.devices
-
+    model, data = language_model(), read(rank, args.devices)
     if args.engine == "ddp":
         layer = keras.layers.TorchModuleWrapper(torch.nn.parallel.DistributedDataParallel(model))
         trained = compiled(keras.Sequential([layer]))
-        train(lambda: mean(fit(trained, batches, first)), first)
+        train(lambda: fit(trained, *data))
     else:
         module = fully_shard(model)
         optimizer = torch.optim.AdamW(module.parameters(), 4e-3)
-        train(lambda: mean(loop(module, optimizer, batches, first)), first)
+        train(lambda: loop(module, optimizer, *data))
         module.gather()
-    if first:
+    if rank == 0:
         model.save(args.out)
     torch.distributed.destroy_process_group()
 
 
-def loop(module, optimizer, batches, show):
+def loop(module, optimizer, *data):
     """An epoch as PyTorch does it, which FSDP2 needs; returns its loss."""
-    import torch
-
-    total, bar = 0.0, keras.utils.Progbar(len(batches), verbose=int(show))
-    for batch in keras.ops.convert_to_tensor(batches).long():
+    x, y = (keras.ops.convert_to_tensor(a).long().chunk(args.steps) for a in data)
+    losses, bar = [], keras.utils.Progbar(args.steps)
+    for inputs, targets in zip(x, y, strict=True):
         optimizer.zero_grad()
-        logits = module(batch[:, :-1]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(module(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
-        total += loss.item()
-        bar.add(1, [("loss", loss.item())])
-    return total / len(batches)
+        losses.append(loss.item())
+        bar.add(1, [("loss", losses[-1])])
+    return sum(losses) / len(losses)
 
 
 if __name__ == "__main__":
     if ENGINES[args.engine] == "torch":
-        import torch
-
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(on_torch, (f"{folder}/store",), args.devices)
     else:
         model = on_jax() if ENGINES[args.engine] == "jax" else on_tensorflow()
-        batches = read_batches()
-        train(lambda: fit(model, batches))
+        data = read()
+        train(lambda: fit(model, *data))
         model.save(args.out)
     print(f"wrote {args.out}")

@@ -24,6 +24,7 @@ parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/state
 args = parser.parse_args()
 os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "jax")
 
+import common
 import keras
 import numpy as np
 import tensorflow_datasets as tfds
@@ -54,7 +55,7 @@ def generate(task, length, rng):
     return symbols, answers
 
 
-class FormalLanguages(tfds.core.GeneratorBasedBuilder):
+class Languages(tfds.core.GeneratorBasedBuilder):
     """Strings with the answers along them: 20,000 to train on, longer ones to test."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -79,32 +80,20 @@ class FormalLanguages(tfds.core.GeneratorBasedBuilder):
 
 
 def read(split, longest):
-    builder = FormalLanguages(
-        config=args.task, data_dir=args.out / "data", file_format="array_record"
-    )
+    builder = Languages(config=args.task, data_dir=args.out / "data", file_format="array_record")
     builder.download_and_prepare()
     source, pad = builder.as_data_source(split), keras.utils.pad_sequences
     x = pad([e["symbols"][:longest] for e in source], longest, padding="post")
     return x, pad([e["answers"][:longest] for e in source], longest, padding="post", value=-1)
 
 
-def transformer(x):
-    for _ in range(2):  # the causal mask tells it the order, at any length
-        y = layers.LayerNormalization()(x)
-        x += layers.MultiHeadAttention(2, x.shape[-1] // 2)(y, y, use_causal_mask=True)
-        y = layers.Dense(4 * x.shape[-1], activation="gelu")(layers.LayerNormalization()(x))
-        x += layers.Dense(x.shape[-1])(y)
-    return layers.LayerNormalization()(x)
-
-
-ALL = {"return_sequences": True}
 PLAIN = {"slstm_options": {"conv_kernel_size": 0}}  # as the paper has it here
 MODELS = {  # 31,500 to 35,800 parameters each; how wide, and what is between embedding and answers
     "slstm": (44, lambda x: xLSTMStack(44, 2, 2, pattern="0:1", **PLAIN)(x)),
     "mlstm": (36, lambda x: xLSTMStack(36, 2, 2, pattern="1:0")(x)),
     "xlstm": (38, lambda x: xLSTMStack(38, 2, 2, pattern="1:1", **PLAIN)(x)),
-    "lstm": (44, lambda x: layers.LSTM(44, **ALL)(layers.LSTM(44, **ALL)(x))),
-    "transformer": (36, transformer),
+    "lstm": (44, common.lstm),
+    "transformer": (36, lambda x: common.transformer(x, blocks=2, heads=2)),
 }
 
 
@@ -128,11 +117,9 @@ def scaled(right):
 
 
 def evaluate(model, x, y):
-    """Scaled accuracy of the last answers; whether each answer is right (NaN: there is none)."""
-    found = model.predict(x, batch_size=50, verbose=0).argmax(-1)
-    right = np.where(y < 0, np.nan, found == y)
-    last = y.shape[1] - 1 - (y[:, ::-1] >= 0).argmax(1)
-    return scaled(right[np.arange(len(y)), last]), right
+    """Whether each answer is right (NaN: there is none); scaled accuracy of the last answers."""
+    right = np.where(y < 0, np.nan, model.predict(x, batch_size=50, verbose=0).argmax(-1) == y)
+    return right, scaled([row[row >= 0][-1] for row in right])
 
 
 args.out.mkdir(parents=True, exist_ok=True)
@@ -144,13 +131,13 @@ for name, rate in itertools.product(args.models or MODELS, args.rates):
     for seed in range(args.seeds):
         print(f"{name}, learning rate {rate}, seed {seed}", flush=True)
         start, model = time.time(), train(name, seed, rate, *data["train"])
-        test, _ = evaluate(model, *data["test"])
-        long, right = evaluate(model, *data["long"])
+        _, test = evaluate(model, *data["test"])
+        right, long = evaluate(model, *data["long"])
         curves.append([scaled(right[:, a:b]) for a, b in itertools.pairwise(edges)])
         print(f"scaled accuracy: {test:.3f} at 40 to 256, {long:.3f} at {args.long}")
         row = [args.task, name, model.count_params(), rate, seed, round(test, 4), round(long, 4)]
+        row += [args.steps, keras.backend.backend(), round(time.time() - start)]
         with open(args.out / "results.csv", "a", newline="") as file:
-            row += [args.steps, keras.backend.backend(), round(time.time() - start)]
             csv.writer(file).writerow(row)
     axis.plot(edges[1:], np.mean(curves, 0), marker=".", label=f"{name}, rate {rate}")
 axis.axvline(40, color="gray", linestyle=":")

@@ -1,5 +1,7 @@
 """Each example runs, at a size of seconds, on the backend of this run."""
 
+import csv
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -12,6 +14,7 @@ import pytest
 from tools import BACKEND
 
 ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 _ONNX = {"jax": "jax2onnx", "tensorflow": "tf2onnx", "torch": "onnxscript"}
 
 
@@ -19,7 +22,7 @@ def run(name, *arguments, cwd):
     """Its standard output, from a process of its own."""
     env = {**os.environ, "KERAS_BACKEND": BACKEND}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -33,14 +36,17 @@ def here(tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         monkeypatch.setenv("KERAS_BACKEND", BACKEND)
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for a script
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capfd.readouterr().out
 
     return run
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the same on every backend: run on torch")
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "common.py"}), ids=lambda p: p.stem
+)
 def test_help(path, tmp_path):
     assert "--" in run(path.name, "--help", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -137,12 +143,56 @@ def test_associative_recall(tmp_path, here):
 def test_compare_language_models(tmp_path, here):
     (tmp_path / "text").write_text("the cat sat on the mat, and so on and on.\n" * 400)
     models = ("1:1", "no-input-gate", "lstm", "transformer")
-    options = ("--models", *models, "--blocks", 2, "--parameters", 60_000)
-    options += ("--steps", 8, "--length", 32, "--far", 64, "--text", "text", "--out", "out")
+    options = ("--models", *models, "--blocks", 2, "--parameters", 60_000, "--steps", 8)
+    options += ("--length", 32, "--far", 64, "--windows", 9, "--text", "text", "--out", "out")
     here("compare_language_models.py", *options)
-    rows = (tmp_path / "out/results.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == [*models]
-    assert all(0 < float(row.split(",")[7]) < 8 for row in rows)
+    said = here("compare_language_models.py", *options[:2], "--rates", 1e-2, 3e-3, *options[5:])
+    with open(tmp_path / "out/results.csv") as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows] == [*models, "1:1", "1:1"]
+    assert all(0 < float(bits) < 9 for row in rows for bits in row[6:])
+    assert said.count(", 1 seeds;") == 5  # with those of the run before; one is there twice
+    assert (tmp_path / "out/position.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("common")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
+class TestTexts:
+    def test_a_tenth_is_held_out(self, common, tmp_path):
+        (tmp_path / "a").write_bytes(bytes(range(100)))
+        assert common.read_text(str(tmp_path / "a"), None)[1] == bytes(range(90, 100))
+        for n in range(11):
+            (tmp_path / f"{n:02}.txt").write_bytes(b"%d" % n)
+        train, held_out = common.read_text(str(tmp_path), None)
+        assert train.split() == [b"%d" % n for n in range(11) if n % 10]
+        assert held_out.split() == [b"0", b"10"]
+
+    def test_what_is_missing_is_named(self, common, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tensorflow", None)
+        with pytest.raises(SystemExit, match="pip install tensorflow .*--text a file"):
+            common.read_text("tfds:tiny_shakespeare", None)
+
+    def test_every_byte_belongs_to_a_piece(self, common):
+        pytest.importorskip("tokenizers")
+        train, held_out = ("Straße, naïve\n\n cafés 🙂 " * 99).encode(), "Öl 🙃\xff".encode()
+        *texts, sizes = common.tokenized(train, held_out, 300)
+        assert [sizes[ids].sum() for ids in texts] == [len(train), len(held_out)]
+        assert len(texts[0]) < len(train) / 4
+        *texts, sizes = common.tokenized(train, held_out, 256)
+        assert [sizes[ids].sum() for ids in texts] == [len(train), len(held_out)]
+
+    def test_the_tokenizer_is_trained_on_the_training_text_alone(self, common):
+        pytest.importorskip("tokenizers")
+        text = b"the cat sat. " * 99
+        ids, _, sizes = common.tokenized(text, b"mat mat mat " * 99, 300)
+        others, _, other_sizes = common.tokenized(text, b"dog dog dog " * 99, 300)
+        np.testing.assert_array_equal(ids, others)
+        np.testing.assert_array_equal(sizes, other_sizes)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
