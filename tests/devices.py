@@ -4,6 +4,7 @@ Prints the losses of every way that the backend has, as JSON, and leaves models 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -65,7 +66,8 @@ def on_jax():
     model.save(FOLDER / "model.keras")
     model.save_weights(FOLDER / "model.weights.h5")
     yield "large, model", over(cut, **LARGE)[1]
-    yield "paper, model, kernels", over(cut, "pallas", **PAPER)[1]
+    if importlib.util.find_spec("jax.experimental.pallas.triton"):
+        yield "paper, model, kernels", over(cut, "pallas", **PAPER)[1]
 
 
 def on_tensorflow():

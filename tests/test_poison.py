@@ -11,13 +11,13 @@ import pytest
 from keras import ops
 from test_blocks import B, D, T, built
 from test_ops import both, make_mask, make_segments, mLSTMCase
-from tools import BACKEND, array, assert_close, tensor, vjp
+from tools import BACKEND, HAS_PALLAS, array, assert_close, tensor, vjp
 
 from keras_xlstm import layers, models
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OWN = {"jax": "pallas", "tensorflow": "xla", "torch": "triton"}[BACKEND]
-IMPLEMENTATIONS = ["native", OWN]
+IMPLEMENTATIONS = ["native", OWN] if OWN != "pallas" or HAS_PALLAS else ["native"]
 if BACKEND == "torch":
     import torch
 
