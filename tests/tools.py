@@ -15,7 +15,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 BACKEND = keras.backend.backend()
-# JAX before about 0.5 has no way to the kernels.
+# JAX 0.4.30 has no way to the kernels.
 HAS_PALLAS = BACKEND == "jax" and importlib.util.find_spec("jax.experimental.pallas.triton")
 # Relative RMS error against the float64 oracle, by dtype of the inputs.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
