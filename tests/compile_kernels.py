@@ -70,7 +70,7 @@ class Compiler:
         # Sums in the order in which programs happen to arrive would differ from run to run.
         assert "atomic" not in compiled.asm["ttir"], kernel
         for buffers in in_flight(compiled.asm["ttgir"]):
-            assert len(set(buffers)) <= 1, (kernel, role, buffers)
+            assert set(buffers) <= {compiled.metadata.num_stages}, (kernel, role, buffers)
         used = resources(compiled) if self.target.backend == "cuda" else {}
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
         file = kernel.fn.__module__.rpartition("_")[2]
@@ -80,8 +80,8 @@ class Compiler:
 
 def in_flight(ttgir):
     """Of each product that still reads shared memory while the next tiles are fetched (on Hopper):
-    how many buffers each operand has. One with fewer is overwritten too early, as Triton 3.6 and
-    3.9 do with an operand that something else reads, too."""
+    how many buffers each operand has. One with fewer than the loop has stages is overwritten too
+    early, as Triton 3.6 and 3.9 do with an operand that something else reads, too."""
     counts, of, operands = {}, {}, None
     for line in ttgir.splitlines():
         name = line.split(" = ")[0].strip()

@@ -4,7 +4,6 @@ Prints the losses of every way that the backend has, as JSON, and leaves models 
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ if BACKEND == "jax" and __name__ == "__main__":
 
 import keras
 import numpy as np
+from tools import HAS_PALLAS
 
 import keras_xlstm
 from keras_xlstm.models import xLSTMLanguageModel
@@ -66,7 +66,7 @@ def on_jax():
     model.save(FOLDER / "model.keras")
     model.save_weights(FOLDER / "model.weights.h5")
     yield "large, model", over(cut, **LARGE)[1]
-    if importlib.util.find_spec("jax.experimental.pallas.triton"):
+    if HAS_PALLAS:
         yield "paper, model, kernels", over(cut, "pallas", **PAPER)[1]
 
 

@@ -150,7 +150,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(recordings, monkeypatch, caplog):
     np.testing.assert_allclose(*losses, rtol=1e-4)
     same(want, model)
     assert caplog.text.count("no CUDA graph could be made. ") == 1
-    # PyTorch's generator is not as if in a recording still, nor is its memory.
+    # PyTorch's generator is not as if in a recording still.
     ones = torch.ones(8, device=want.weights[0].value.device)
     assert torch.nn.functional.dropout(ones).shape == (8,)
 

@@ -53,6 +53,7 @@ def attend(role, s, arrays, segment_ids, tiles):
 
         acc = loop(0, DX // BS, over_border, jnp.zeros((L, BZ), jnp.float32)) * w[:, None]
         held = x[b, steps, head, pl.ds(0, BX)] if NX == 1 else None
+        step = BS if held is None else BX
 
         def bound(j, r):
             """Of "h" x . n, of "dq" x . h."""
@@ -68,7 +69,6 @@ def attend(role, s, arrays, segment_ids, tiles):
         # on Hopper and something else read, and overwrites xs while the product still reads it.
         r = jnp.zeros((L,), jnp.float32)
         if role in ("h", "dq"):
-            step = BS if held is None else BX
             r = loop(0, DX // step, bound, r) if held is None else bound(jnp.int32(0), r)
         if role == "h":
             r *= w
