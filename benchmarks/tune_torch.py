@@ -8,6 +8,7 @@ tuner has to reach below the public names; nothing else here does.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import subprocess
@@ -44,91 +45,94 @@ def candidates(stage, K, V, chunk):
 
 
 class Job:
-    """One call's tensors, and a function per stage that launches it with given tiles."""
+    """One call's tensors, and a function per stage that launches it alone with given tiles."""
 
     def __init__(self, B, T, H, K, V, chunk):
         import torch
-        from keras_xlstm.backends.torch import mlstm
+        from keras_xlstm.backends.torch import mlstm_launches, operators
 
         torch.manual_seed(0)
 
         def random(*shape):
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-        self.mlstm = mlstm
-        self.q, self.k = random(B, T, H, K), random(B, T, H, K)
-        self.v, self.dh = random(B, T, H, V), random(B, T, H, V)
-        self.i, self.f = random(B, T, H), random(B, T, H) + 3
-        self.sizes = mlstm._Sizes(self.q, self.v, chunk, None)
-        self.buffers = mlstm._outputs(self.q, self.v, chunk, True)
-        self.other = torch.randn(3, *self.buffers[4].shape[1:], device="cuda") * 0.01
-        s = self.sizes
-        self.dS = random(s.BH, s.NC, K, V) * 0.1
-        self.dn = torch.randn(s.BH, s.NC, K, device="cuda")
-        self.inner = torch.empty(s.BH, s.NC, 4096, device="cuda")
-        self.chunk = chunk
+        self.launches, self.chunk = mlstm_launches, chunk
+        self.buffers, self.bytes = {}, torch.uint8
+        q, k, v, dh = random(B, T, H, K), random(B, T, H, K), random(B, T, H, V), random(B, T, H, V)
+        i, f, h = random(B, T, H), random(B, T, H) + 3, torch.empty_like(v)
+        last = [torch.empty(B, H, *s, device="cuda") for s in ((K, V), (K,), ())]
+        # What calls write is kept from one to the next, so that a stage alone finds its inputs.
+        operators.Parts.new = self.buffer
+        self.forward = (q, k, v, i, f, None, None, None, None), (h, *last), 1e-6
+        kept = self.buffer(mlstm_launches.kept(q, v, chunk), q)
+        given = dh, None, None, q, k, v, i, f, None, h, kept
+        self.backward = given, [torch.empty_like(t) for t in (q, k, v, i, f, *last[:2])]
+
+    def buffer(self, parts, like):
+        key = parts.size, len(parts.parts)
+        if key not in self.buffers:
+            self.buffers[key] = like.new_zeros(parts.size, dtype=self.bytes)
+        return self.buffers[key]
 
     def run_all(self):
-        arguments = (self.q, self.k, self.v, self.i, self.f, None, None, None, None)
-        self.buffers = self.mlstm._forward(*arguments, False, 1e-6, self.chunk, True)
+        self.launches.Forward(self.forward[0], False, self.chunk)(None, *self.forward)
+        self.launches.Backward(self.backward[0], False, self.chunk)(None, *self.backward)
 
-    def launch(self, stage, tiles):
-        q, k, v, dh, s = self.q, self.k, self.v, self.dh, self.sizes
-        h, C, n, _, vectors, chunks, m, through, S, N = self.buffers
-        u, u_rest, row, row_rest, sign = vectors
-        rho, *_ = other = self.other
-        rows, cols, common = (row, row_rest), (u, u_rest), (None, m, chunks)
-        reverse = (None, None, rho, *common, cols, rows)
-        self.mlstm.tiles.attend = lambda *_: tiles
-        if stage == "h":
-            s.attend(
-                "h", q, k, v, S, N, h, None, None, None, sign, None, *common, rows, cols, other
-            )
-            return h
-        if stage == "dq":
-            s.attend("dq", dh, v, k, S, N, dq := torch_like(q), q, rho, h, sign, rho, *common,
-                     rows, cols)  # fmt: skip
-            return dq
-        if stage == "dk":
-            s.attend("dk", v, dh, q, self.dS, self.dn, dk := torch_like(k), k, rho, *reverse)
-            return dk
-        if stage == "dv":
-            s.attend("dv", k, q, dh, self.dS, self.dn, dv := torch_like(v), None, None, *reverse)
-            return dv
-        s.state_tiles = tiles
-        s.parts = -(-s.K // tiles["BX"]) * -(-s.V // tiles["BZ"])
-        s.serial = True
-        common = (None, chunks, m, through)
-        if stage == "states":
-            s.states(False, k, v, u, u_rest, None, *common, S, N, (None, None), (C, n))
-            return S
-        last = (torch_like(C), torch_like(n))
-        new = (self.dS, self.dn, (None, None), last, (S, N), self.inner)
-        s.states(True, q, dh, row, row_rest, rho, *common, *new)
-        return self.dS
+    def stage(self, stage, tiles, alone=None):
+        """A function that launches it and returns what it writes; `alone` in place of the call."""
+        back = stage in ("dq", "dk", "dv", "reverse")
+        arguments = self.backward if back else self.forward
+        table, self.launches.tiles = self.launches.tiles, _Tiles(stage, tiles)
+        kind = self.launches.Backward if back else self.launches.Forward
+        plan = kind(arguments[0], False, self.chunk)
+        self.launches.tiles = table
+        name = "first" if stage in ("states", "reverse") else stage
+        for launch in plan.launches:
+            if launch is not getattr(plan, name):
+                launch.known, launch.values = (lambda *arguments, stream: None), []
+            elif alone:
+                launch._first = functools.partial(alone, launch)
+        place = {"h": 0, "dq": 0, "dk": 1, "dv": 2}.get(stage)
+        written = self.buffer(plan.own if back else plan.kept, arguments[0][0])
+        written = written if place is None else arguments[1][place]
+
+        def run():
+            plan(None, *arguments)
+            return written
+
+        return run
 
 
-def torch_like(x):
-    import torch
+class _Tiles:
+    """Stands in for the table: `tiles` for a stage, the table's for others."""
 
-    return torch.empty_like(x)
+    def __init__(self, stage, tiles):
+        from keras_xlstm.backends import mlstm_tiles
+
+        self.table, self.stage, self.tiles = mlstm_tiles, stage, tiles
+
+    def attend(self, role, *sizes):
+        return self.tiles if role == self.stage else self.table.attend(role, *sizes)
+
+    def states(self, *sizes):
+        own = self.stage in ("states", "reverse")
+        return self.tiles if own else self.table.states(*sizes)
 
 
 def compile_share(share, arguments):
     """Compiles every PROCESSES-th candidate into Triton's cache, on a small batch."""
     job = Job(1, 2 * arguments.chunk, arguments.heads, arguments.K, arguments.V, arguments.chunk)
 
-    def warm(kernel, programs, *args, **constants):
-        kernel.warmup(*args, grid=(programs,), **constants)
+    def warm(launch, stream, args):
+        launch.kernel.warmup(*args, grid=(launch.programs,), **launch.constants)
 
-    job.mlstm.launch = warm
     everything = [
         (stage, tiles)
         for stage in arguments.stages.split(",")
         for tiles in candidates(stage, arguments.K, arguments.V, arguments.chunk)
     ]
     for stage, tiles in everything[share::PROCESSES]:
-        job.launch(stage, tiles)
+        job.stage(stage, tiles, alone=warm)()
 
 
 def main(arguments):
@@ -150,10 +154,7 @@ def main(arguments):
         times = []
         for tiles in candidates(stage, arguments.K, arguments.V, arguments.chunk):
             try:
-
-                def run(stage=stage, tiles=tiles):
-                    return job.launch(stage, tiles)
-
+                run = job.stage(stage, tiles)
                 first = run().clone()
                 same = all(torch.equal(run(), first) for _ in range(5))
                 ms = do_bench(run, warmup=3, rep=10, return_mode="median")

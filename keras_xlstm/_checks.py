@@ -100,17 +100,15 @@ def gate_dtype(gate):
 
 def expect_shape(name, x, dims, sizes):
     """Checks x's shape against `dims`, filling `sizes` with every size seen for the first time."""
-    shape = tuple(x.shape)
-    wanted = [sizes.get(d, d) for d in dims]
-
-    def is_fit(d, size):
-        if not isinstance(size, int):  # unknown and symbolic sizes are the framework's to check
-            return True
-        return size == (sizes.setdefault(d, size) if isinstance(d, str) else d)
-
-    if len(shape) != len(dims) or not all(map(is_fit, dims, shape)):
+    # Plain and without closures: a small call on a GPU waits for this.
+    shape, before = tuple(x.shape), dict(sizes)
+    fits = len(shape) == len(dims)
+    for d, size in zip(dims, shape, strict=False):
+        if isinstance(size, int):  # unknown and symbolic sizes are the framework's to check
+            fits = fits and size == (sizes.setdefault(d, size) if isinstance(d, str) else d)
+    if not fits:
         named = ", ".join(str(d) for d in dims)
-        known = ", ".join(str(w) for w in wanted)
+        known = ", ".join(str(before.get(d, d)) for d in dims)
         raise ValueError(
             f"`{name}` must have shape ({named}), here ({known}). Received: shape {shape}."
         )
@@ -120,12 +118,14 @@ def expect_shape(name, x, dims, sizes):
 
 
 def same_dtype(**tensors):
+    first, *others = (x.dtype for x in tensors.values())
+    if all(dtype == first for dtype in others):
+        return
     dtypes = {name: keras.backend.standardize_dtype(x.dtype) for name, x in tensors.items()}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(
-            f"{', '.join(tensors)} must have one dtype. Received: {dtypes}. "
-            "Cast them to the dtype that you want the result in."
-        )
+    raise ValueError(
+        f"{', '.join(tensors)} must have one dtype. Received: {dtypes}. "
+        "Cast them to the dtype that you want the result in."
+    )
 
 
 def states_of(state, shapes, sizes):

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import triton
-from keras_xlstm.backends.torch import machine, mlstm, slstm
+from keras_xlstm.backends.torch import machine, mlstm, operators, slstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -56,12 +56,13 @@ def signature(kernel, args, kwargs):
 
 
 class Compiler:
-    """Stands in for `launch`: compiles, and keeps what the kernel needs."""
+    """Compiles in place of a launch, and keeps what the kernel needs."""
 
     def __init__(self, target):
         self.target, self.seen = target, {}
 
-    def __call__(self, kernel, programs, *args, **kwargs):
+    def launch(self, launch, stream, *args):
+        kernel, kwargs = launch.kernel, dict(launch.constants)
         options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         kinds, constants, divisible = signature(kernel, args, kwargs)
         role = kwargs.get("ROLE", "reverse" if kwargs.get("REVERSE") else "")
@@ -147,7 +148,8 @@ def compile_all(arch, sizes, dtype):
     sizes, dtype = [int(n) for n in sizes.split("/")], getattr(torch, dtype)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    mlstm.launch = slstm.launch = launched = Compiler(target)
+    launched = Compiler(target)
+    operators.Launch.__call__ = lambda self, *arguments: launched.launch(self, *arguments)
     machine.shared_memory = machine.all_shared_memory = lambda device: MEMORY[arch]
     (compile_mlstm if len(sizes) == 2 else compile_slstm)(*sizes, dtype)
     return launched.seen

@@ -42,8 +42,8 @@ def attend(
     row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
     T, H, NC, scale, eps,
     ROLE: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
-    BS: tl.constexpr, L: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr, NS: tl.constexpr,
-    SEG: tl.constexpr, EVEN: tl.constexpr, PREC: tl.constexpr, ST: tl.constexpr,
+    BS: tl.constexpr, L: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr, SEG: tl.constexpr,
+    EVEN: tl.constexpr, PREC: tl.constexpr, ST: tl.constexpr,
 ):  # fmt: skip
     """See the head of this file. "h" also writes the row exponents and signs that the other roles
     read, "dq" rho; "dq" and "dk" write dot = own . out for the gates, own being q or k."""
@@ -101,7 +101,8 @@ def attend(
     if not EVEN:
         w = tl.where(rows < here, w, 0.0)
     # Over the border.
-    s_p += (bh * NS + c) * DX * DZ
+    slot = bh * (NC if REVERSE else NC + 1) + c
+    s_p += slot * DX * DZ
     acc = tl.zeros((L, BZ), tl.float32)
     r = tl.zeros((L,), tl.float32)
     dtype = s_p.dtype.element_ty
@@ -126,7 +127,7 @@ def attend(
             else:
                 xs = _load(x_p, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
             if ROLE == "h":
-                n = tl.load(n_p + (bh * NS + c) * DX + cs, mask=cs < DX, other=0.0)
+                n = tl.load(n_p + slot * DX + cs, mask=cs < DX, other=0.0)
                 r += tl.sum(xs.to(tl.float32) * n[None, :], 1)
             else:
                 h = _load(h_p + o_row * DX, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
@@ -137,7 +138,7 @@ def attend(
     acc *= w[:, None]
     r *= w
     if TURNED:
-        n = tl.load(n_p + (bh * NS + c) * DZ + cz, mask=cz < DZ, other=0.0)
+        n = tl.load(n_p + slot * DZ + cz, mask=cz < DZ, other=0.0)
         acc += (w * rho_row if ROLE == "dq" else w)[:, None] * n[None, :]
 
     # Within the chunk.

@@ -90,7 +90,7 @@ def states(
     x_p, z_p, w_p, wr_p, rho_p, seg_p, chunk_p, m_p, through_p, s_p, n_p,
     s0_p, n0_p, s_last_p, n_last_p, fs_p, fn_p, inner_p, T, H, NC, scale,
     DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, L: tl.constexpr,
-    LC: tl.constexpr, NS: tl.constexpr, SERIAL: tl.constexpr, REVERSE: tl.constexpr,
+    LC: tl.constexpr, SERIAL: tl.constexpr, REVERSE: tl.constexpr,
     HAS_STATE: tl.constexpr, SEG: tl.constexpr, EVEN: tl.constexpr, PREC: tl.constexpr,
     ST: tl.constexpr,
 ):  # fmt: skip
@@ -115,6 +115,7 @@ def states(
     if SERIAL:
         c = NC - 1 if REVERSE else 0
     bh = (pid if SERIAL else pid // NC).to(tl.int64)
+    slots = bh * (NC if REVERSE else NC + 1)
     o_x = ((bh // H) * T * H + bh % H) * DX
     o_z = ((bh // H) * T * H + bh % H) * DZ
     cx, cz = jx * BX + tl.arange(0, BX), jz * BZ + tl.arange(0, BZ)
@@ -146,9 +147,9 @@ def states(
         if SERIAL:
             c = NC - 1 - t // STEPS if REVERSE else t // STEPS
             if t % STEPS == 0:
-                slot = bh * NS + c
+                slot = slots + c
                 if REVERSE:
-                    leaving = bh * (NS + 1) + c + 1
+                    leaving = bh * (NC + 1) + c + 1
                     F = tl.load(fs_p + leaving * DX * DZ + o_s, mask=inside, other=0.0)
                     # Axis by axis, Triton 3.6 would not compile it for Blackwell.
                     product = tl.sum(F.to(tl.float32) * S)
@@ -191,12 +192,12 @@ def states(
         if jz == 0:
             tl.store(n_last_p + bh * DX + cx, tl.sum(n, 0) * after, mask=cx < DX)
         if not REVERSE:
-            slot = bh * NS + NC
+            slot = slots + NC
             tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
             if jz == 0:
                 tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
     else:
-        slot = bh * NS + c
+        slot = slots + c
         tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
         if jz == 0:
             tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)

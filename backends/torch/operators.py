@@ -1,5 +1,8 @@
 """Functions as PyTorch operators, and launches of Triton kernels."""
 
+import inspect
+import math
+
 import torch
 
 _LIBRARY = torch.library.Library("keras_xlstm", "FRAGMENT")
@@ -52,6 +55,9 @@ class _Operator:
             def forward(*inputs):
                 return tuple(function(*inputs))
 
+            # PyTorch asks for it at every call, and finding it takes longer than a kernel.
+            forward.__func__.__signature__ = inspect.signature(forward.__func__)
+
             @staticmethod
             def setup_context(ctx, inputs, output):
                 setup_context(ctx, inputs, output)
@@ -87,38 +93,97 @@ def exporting():
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def launch(kernel, programs, *arguments, **constants):
-    """kernel[(programs,)](*arguments, **constants), on the device of the first argument."""
-    device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, programs, device, arguments, constants)
-    else:
-        _launch(kernel, programs, device, arguments, constants)
+class Launch:
+    """A kernel with its programs and constants, called with a stream and its other arguments.
 
+    The first call finds the compiled kernel, for which Triton looks at every argument: for some
+    thirty that takes longer than a small kernel runs. Further calls must be alike in dtypes and in
+    alignment to 16 bytes, and may give addresses in place of tensors. Triton's whole numbers are
+    not specialised (see the kernels).
+    """
 
-_COMPILED = {}
+    def __init__(self, kernel, programs, **constants):
+        self.kernel, self.programs, self.constants = kernel, programs, constants
+        self.known = None
 
+    def __call__(self, stream, *arguments):
+        if self.known:
+            self.known(*arguments, *self.values, stream=stream)
+        else:
+            self._first(stream, arguments)
 
-def _launch(kernel, programs, device, arguments, constants):
-    # Triton looks at every argument to find the compiled kernel: for some thirty that takes longer
-    # than a small kernel runs. Its whole numbers are not specialised (see the kernels), so that
-    # dtypes and alignments tell.
-    key = kernel.fn, device, *constants.items(), *map(_kind, arguments)
-    found = _COMPILED.get(key)
-    if found is None:
-        compiled = kernel[programs,](*arguments, **constants)
+    def _first(self, stream, arguments):
+        compiled = self.kernel[self.programs,](*arguments, **self.constants)
         if hasattr(compiled, "result"):  # it may be compiled in the background
             compiled = compiled.result()
-        if device.type == "cuda":  # not where it is interpreted
-            names = [p.name for p in kernel.params[len(arguments) :]]
-            _COMPILED[key] = compiled, [constants[name] for name in names]
-    else:
-        compiled, values = found
-        compiled[programs, 1, 1](*arguments, *values)
+        if compiled is not None:  # it is not interpreted
+            names = [p.name for p in self.kernel.params[len(arguments) :]]
+            self.values = [self.constants[name] for name in names]
+            self.known = compiled[self.programs, 1, 1]
 
 
-def _kind(argument):
+class Parts:
+    """Tensors side by side in one allocation: each shape, or a pair of shape and dtype."""
+
+    def __init__(self, *parts):
+        self.parts, self.offsets, self.size = [], [], 0
+        for part in parts:
+            shape, dtype = part if isinstance(part[0], tuple) else (part, torch.float32)
+            self.parts.append((shape, dtype, math.prod(shape) * dtype.itemsize))
+            self.offsets.append(self.size)
+            self.size += -(-self.parts[-1][-1] // 128) * 128  # aligned, as allocations are
+
+    def new(self, like):
+        return like.new_empty(self.size, dtype=torch.uint8)
+
+    def of(self, buffer, known):
+        """The tensors; their addresses, where kernels are `known`."""
+        if known:
+            start = buffer.data_ptr()
+            return [start + offset for offset in self.offsets]
+        return [
+            buffer[offset : offset + size].view(dtype).view(shape)
+            for offset, (shape, dtype, size) in zip(self.offsets, self.parts, strict=True)
+        ]
+
+
+_KNOWN = {}
+
+
+def known(kind, tensors, *options):
+    """`kind(tensors, *options)`, once for all tensors alike."""
+    shapes = [None if t is None else t.shape for t in tensors]
+    return _once((kind, options, *shapes, *map(_alike, tensors)), kind, tensors, *options)
+
+
+def launch(kernel, programs, *arguments, **constants):
+    """kernel[(programs,)](*arguments, **constants), on the device of the first argument."""
+    key = kernel.fn, programs, *constants.items(), *map(_alike, arguments)
+    found = _once(key, Launch, kernel, programs, **constants)
+    on_stream(arguments[0].device, found, *arguments)
+
+
+def _once(key, kind, *arguments, **options):
+    found = _KNOWN.get(key)
+    if found is None:
+        if len(_KNOWN) >= 1000:  # as many lengths as there are may come
+            _KNOWN.clear()
+        found = _KNOWN[key] = kind(*arguments, **options)
+    return found
+
+
+def _alike(argument):
+    """What kernels are compiled for."""
     if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16
+        return argument.dtype, argument.device, argument.data_ptr() % 16
     return None if argument is None else type(argument)
+
+
+def on_stream(device, function, *arguments):
+    """`function(stream, *arguments)` on that device and its current stream; None on a CPU."""
+    if device.type != "cuda":
+        return function(None, *arguments)
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return on_stream(device, function, *arguments)
+    return function(torch.cuda.current_stream(device).cuda_stream, *arguments)

@@ -1,0 +1,178 @@
+"""The mLSTM's launches on PyTorch tensors, forward and backward.
+
+What calls with tensors alike have in common (sizes, tiles, compiled kernels) is worked out once, as
+a small sequence's kernels run for less time than Python takes to ask for them.
+"""
+
+import torch
+from keras_xlstm.backends import mlstm_tiles as tiles
+from keras_xlstm.backends.mlstm_tiles import power
+from keras_xlstm.backends.torch import machine
+from keras_xlstm.backends.torch.machine import name, precision
+from keras_xlstm.backends.torch.mlstm_attend import attend
+from keras_xlstm.backends.torch.mlstm_gates import chunks, gate_gradients, gates
+from keras_xlstm.backends.torch.mlstm_kernels import borders, states
+from keras_xlstm.backends.torch.operators import Launch, Parts
+
+_BLOCK = 1024  # elements of a state that one program of `borders` carries
+
+
+class _Launches:
+    """Sizes and tiles of both passes."""
+
+    def __init__(self, q, v, segment_ids, sigmoid, chunk):
+        self.B, self.T, self.H, self.K = q.shape
+        self.V, self.BH, self.NC = v.shape[-1], self.B * self.H, -(-self.T // chunk)
+        self.chunk, self.dtype = chunk, name(q.dtype)
+        self.shared_memory = machine.shared_memory(q.device)
+        self.sizes = self.T, self.H, self.NC, self.K**-0.5
+        self.common = {
+            "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
+            "PREC": precision(q.dtype),
+        }  # fmt: skip
+        # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
+        self.gates_common = {
+            "LC": chunk, "LEAST": -float(min(1e5, 2**24 // chunk)), "SIGMOID": sigmoid,
+            "SEG": segment_ids is not None, "num_warps": 4,
+        }  # fmt: skip
+        self.state_tiles = tiles.states(self.K, self.V, self.dtype, chunk, self.shared_memory)
+        self.parts = -(-self.K // self.state_tiles["BX"]) * -(-self.V // self.state_tiles["BZ"])
+        # Serial programs read and write least, but there must be enough of them.
+        self.serial = 10 * self.BH * self.parts >= 9 * machine.processors(q.device)
+        self.programs = self.BH * self.parts * (1 if self.serial else self.NC)
+        if not self.serial:
+            self.parts = -(-self.K * self.V // _BLOCK) + -(-self.K // _BLOCK)
+        self.launches = []
+
+    def launch(self, kernel, programs, **constants):
+        self.launches.append(launch := Launch(kernel, programs, **constants))
+        return launch
+
+    def states(self, reverse, has_state):
+        """`states`, and `borders` or None."""
+        first = self.launch(
+            states, self.programs, DX=self.K, DZ=self.V, SERIAL=self.serial, REVERSE=reverse,
+            HAS_STATE=has_state, **self.common, **self.state_tiles,
+        )  # fmt: skip
+        if self.serial:
+            return first, None
+        return first, self.launch(
+            borders, self.BH * self.parts, KV=self.K * self.V, K=self.K, BLOCK=_BLOCK,
+            HAS_STATE=has_state, REVERSE=reverse, ST=3, num_warps=4,
+        )  # fmt: skip
+
+    def attend(self, role, DX, DZ):
+        own = tiles.attend(role, DX, DZ, self.dtype, self.chunk, self.shared_memory)
+        rows = self.chunk // own["L"]
+        programs = self.BH * self.NC * rows * -(-DZ // own["BZ"])
+        return self.launch(attend, programs, ROLE=role, DX=DX, DZ=DZ, **self.common, **own)
+
+    @property
+    def known(self):
+        """Whether the kernels are compiled, so that addresses serve as well as tensors."""
+        return all(launch.known for launch in self.launches)
+
+
+def state_dtype(dtype):
+    """Of the states at the borders; float16's range would not do."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def kept(q, v, chunk):
+    """What the backward pass needs: five vectors (row exponents and signs, columns), chunk sums, m
+    at the borders, decays, states and normalisers at the borders."""
+    B, T, H, K = q.shape
+    BH, NC = B * H, -(-T // chunk)
+    return Parts(
+        *[(BH, NC * chunk)] * 5, (BH, NC, 4), (BH, NC + 1), (BH, NC),
+        ((BH, NC + 1, K, v.shape[-1]), state_dtype(q.dtype)), (BH, NC + 1, K),
+    )  # fmt: skip
+
+
+class Forward(_Launches):
+    """(q, k, v, i, f, C, n, m, segment_ids), results (h, C, n, m), eps -> what `kept` describes."""
+
+    def __init__(self, given, sigmoid, chunk):
+        q, _, v, _, _, C, _, m, segment_ids = given
+        super().__init__(q, v, segment_ids, sigmoid, chunk)
+        self.kept, self.own = kept(q, v, chunk), Parts(*[(self.BH, self.NC * chunk)] * 3)
+        self.gates = self.launch(gates, self.BH * self.NC, **self.gates_common)
+        self.chunks = self.launch(
+            chunks, self.BH, HAS_STATE=m is not None, N=128, num_warps=4
+        )  # fmt: skip
+        self.first, self.second = self.states(False, C is not None)
+        self.h = self.attend("h", self.K, self.V)
+
+    def __call__(self, stream, given, results, eps):
+        known, like = self.known, given[0]
+        kept, own = self.kept.new(like), self.own.new(like)
+        if known:
+            given, results = addresses(given), addresses(results)
+        q, k, v, i, f, C, n, m, seg = given
+        h, C_last, n_last, m_last = results
+        u, u_rest, row, row_rest, sign, sums, at, through, S, N = self.kept.of(kept, known)
+        b, b_rest, peak = self.own.of(own, known)
+        T, H, NC, scale = self.sizes
+        self.gates(stream, i, f, seg, u, u_rest, b, b_rest, peak, sums, T, H, NC)
+        self.chunks(stream, sums, m, at, through, m_last, NC)
+        last, none = (C_last, n_last), (None, None, None)
+        self.first(
+            stream, k, v, u, u_rest, None, seg, sums, at, through, S, N, C, n, *last, *none,
+            *self.sizes,
+        )  # fmt: skip
+        if self.second:
+            self.second(stream, S, N, C, n, through, at, *last, *none, NC, scale)
+        self.h(
+            stream, q, k, v, S, N, h, *none, sign, None, seg, at, sums, row, row_rest, u, u_rest,
+            b, b_rest, peak, *self.sizes, eps,
+        )  # fmt: skip
+        return kept
+
+
+class Backward(_Launches):
+    """(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), results (dq, dk, dv, di, df, dC, dn)."""
+
+    def __init__(self, given, sigmoid, chunk):
+        _, dC, _, q, _, v, _, _, segment_ids, _, _ = given
+        super().__init__(q, v, segment_ids, sigmoid, chunk)
+        BH, NC, K, V = self.BH, self.NC, self.K, self.V
+        self.kept = kept(q, v, chunk)
+        self.own = Parts(
+            *[(BH, NC * chunk)] * 3, ((BH, NC, K, V), state_dtype(q.dtype)), (BH, NC, K),
+            (BH, NC, self.parts),
+        )  # fmt: skip
+        self.dq, self.dk = self.attend("dq", V, K), self.attend("dk", V, K)
+        self.dv = self.attend("dv", K, V)
+        self.first, self.second = self.states(True, dC is not None)
+        self.gate_gradients = self.launch(
+            gate_gradients, BH * NC, PARTS=self.parts, P=power(self.parts), **self.gates_common
+        )
+
+    def __call__(self, stream, given, results):
+        known, kept, own = self.known, given[-1], self.own.new(given[0])
+        if known:
+            given, results = addresses(given), addresses(results)
+        dh, dC, dn, q, k, v, i, f, seg, h, _ = given
+        dq, dk, dv, di, df, *d_first = results
+        u, u_rest, row, row_rest, sign, sums, at, through, S, N = self.kept.of(kept, known)
+        rho, q_dot, k_dot, dS, dN, inner = self.own.of(own, known)
+        T, H, NC, scale = self.sizes
+        rows, cols, none = (row, row_rest), (u, u_rest), (None, None, None)
+        rest = *none, *self.sizes, 0.0
+        self.dq(
+            stream, dh, v, k, S, N, dq, q, q_dot, h, sign, rho, seg, at, sums, *rows, *cols, *rest
+        )
+        self.first(
+            stream, q, dh, *rows, rho, seg, sums, at, through, dS, dN, dC, dn, *d_first, S, N,
+            inner, *self.sizes,
+        )  # fmt: skip
+        if self.second:
+            self.second(stream, dS, dN, dC, dn, through, at, *d_first, S, N, inner, NC, scale)
+        turned = None, None, rho, seg, at, sums, *cols, *rows, *rest
+        self.dk(stream, v, dh, q, dS, dN, dk, k, k_dot, *turned)
+        self.dv(stream, k, q, dh, dS, dN, dv, None, None, *turned)
+        self.gate_gradients(stream, i, f, seg, q_dot, k_dot, inner, di, df, T, H, NC)
+
+
+def addresses(tensors):
+    return [None if t is None else t.data_ptr() for t in tensors]
