@@ -152,7 +152,8 @@ def plot(found, path):
     for column, (axis, label) in enumerate(zip(axes, labels, strict=False), start=1):
         for op, rows in found.items():
             axis.plot([row[0] for row in rows], [row[column] for row in rows], label=op)
-        axis.set(xlabel="tokens", ylabel=label, ylim=(0, None))
+        highest = max(row[column] for rows in found.values() for row in rows)
+        axis.set(xlabel="tokens", ylabel=label, ylim=(0, 1.1 * highest))
     axes[0].legend()
     axes[-1].set_axis_off()
     axes[0].figure.savefig(path, dpi=150)

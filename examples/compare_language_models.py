@@ -120,8 +120,8 @@ def draw():
                 label = f"{name}, {int(parameters):,}, rate {rate}"
                 runs.setdefault((name, label), {})[seed] = [float(x) for x in found]
     for (name, label), seeds in runs.items():
-        (near, far, *curve), spread = (f([*seeds.values()], 0) for f in (np.mean, np.std))
-        label += f": {near:.3f} ± {spread[0]:.3f}, {len(seeds)} seeds"
+        (near, far, *curve), (spread, *_) = (f([*seeds.values()], 0) for f in (np.mean, np.std))
+        label += f": {near:.3f}" + f" ± {spread:.3f}" * (len(seeds) > 1) + f", seeds: {len(seeds)}"
         print(f"{label}; {far:.3f} over {args.far}")
         best[name] = min(best.get(name, (0,)), (-len(seeds), near, label, curve))
     axis = Figure(figsize=(7, 5), layout="constrained").subplots()
