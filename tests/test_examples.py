@@ -151,7 +151,7 @@ def test_compare_language_models(tmp_path, here):
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == [*models, "1:1", "1:1"]
     assert all(0 < float(bits) < 9 for row in rows for bits in row[6:])
-    assert said.count(", 1 seeds;") == 5  # with those of the run before; one is there twice
+    assert said.count(", seeds: 1;") == 5  # with those of the run before; one is there twice
     assert (tmp_path / "out/position.png").read_bytes().startswith(b"\x89PNG")
 
 
