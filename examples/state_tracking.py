@@ -37,6 +37,7 @@ from keras_xlstm.models import xLSTMStack
 
 TASKS = {"parity": (2, 2, 20_000), "modular": (8, 5, 100_000)}  # symbols, answers, strings
 SYMBOLS, CLASSES, STRINGS = TASKS[args.task]
+STRINGS = min(STRINGS, args.steps * args.batch)
 
 
 def generate(task, length, rng):
@@ -81,7 +82,8 @@ class Languages(tfds.core.GeneratorBasedBuilder):
 
 
 def read(split, longest):
-    builder = Languages(config=args.task, data_dir=args.out / "data", file_format="array_record")
+    folder = args.out / "data" / str(STRINGS)
+    builder = Languages(config=args.task, data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
     source, pad = builder.as_data_source(split), keras.utils.pad_sequences
     x = pad([e["symbols"][:longest] for e in source], longest, padding="post")
@@ -89,9 +91,8 @@ def read(split, longest):
 
 
 bias = "power_law" if args.forget_bias is None else keras.initializers.Constant(args.forget_bias)
-# Without the convolution, as the paper has it here.
 PLAIN = {"slstm_options": {"conv_kernel_size": 0, "forget_gate_bias_initializer": bias}}
-MODELS = {  # 31,500 to 35,800 parameters each; how wide, and what is between embedding and answers
+MODELS = {  # 31,500 to 35,800 parameters each; sLSTMs without the convolution, as in the paper
     "slstm": (44, lambda x: xLSTMStack(44, 2, 2, pattern="0:1", **PLAIN)(x)),
     "mlstm": (36, lambda x: xLSTMStack(36, 2, 2, pattern="1:0")(x)),
     "xlstm": (38, lambda x: xLSTMStack(38, 2, 2, pattern="1:1", **PLAIN)(x)),
@@ -123,7 +124,6 @@ def evaluate(model, x, y):
     return right, scaled([row[row >= 0][-1] for row in right])
 
 
-args.out.mkdir(parents=True, exist_ok=True)
 data = {split: read(split, n) for split, n in (("train", 40), ("test", 256), ("long", args.long))}
 axis = Figure(figsize=(7, 4), layout="constrained").subplots()
 edges = np.unique(np.geomspace(2, args.long, 20).astype(int) // 2 * 2)

@@ -132,11 +132,11 @@ def test_state_tracking(tmp_path, here):
     assert (tmp_path / "out/modular.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="run on jax alone: one is enough")
+@pytest.mark.skipif(BACKEND != "torch", reason="run on torch alone: one is enough")
 def test_associative_recall(tmp_path, here):
-    options = ("--models", "mlstm", "--pairs", 2, 4, "--steps", 10, "--length", 16, "--out", "out")
-    assert here("associative_recall.py", *options).count("accuracy") == 2
-    assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 2
+    options = ("--models", "mlstm", "transformer", "--pairs", 2, 4, "--steps", 10, "--length", 16)
+    assert here("associative_recall.py", *options, "--out", "out").count("accuracy") == 4
+    assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 4
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="run on torch alone: one is enough")
