@@ -62,7 +62,7 @@ class Job:
         i, f, h = random(B, T, H), random(B, T, H) + 3, torch.empty_like(v)
         last = [torch.empty(B, H, *s, device="cuda") for s in ((K, V), (K,), ())]
         # What calls write is kept from one to the next, so that a stage alone finds its inputs.
-        operators.Parts.new = self.buffer
+        operators.Parts.new = lambda parts, like: self.buffer(parts, like)
         self.forward = (q, k, v, i, f, None, None, None, None), (h, *last), 1e-6
         kept = self.buffer(mlstm_launches.kept(q, v, chunk), q)
         given = dh, None, None, q, k, v, i, f, None, h, kept

@@ -122,10 +122,11 @@ def same_dtype(**tensors):
     if all(dtype == first for dtype in others):
         return
     dtypes = {name: keras.backend.standardize_dtype(x.dtype) for name, x in tensors.items()}
-    raise ValueError(
-        f"{', '.join(tensors)} must have one dtype. Received: {dtypes}. "
-        "Cast them to the dtype that you want the result in."
-    )
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(
+            f"{', '.join(tensors)} must have one dtype. Received: {dtypes}. "
+            "Cast them to the dtype that you want the result in."
+        )
 
 
 def states_of(state, shapes, sizes):
