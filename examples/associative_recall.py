@@ -26,6 +26,8 @@ parser.add_argument("--seeds", type=int, default=1)
 parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates, swept")
 parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/associative_recall"))
 args = parser.parse_args()
+if 3 * max(args.pairs) > args.length or max(args.pairs) >= args.vocabulary // 2:
+    parser.error("--pairs must be at most a third of --length, and less than half of --vocabulary")
 os.environ["KERAS_BACKEND"] = args.backend or os.environ.get("KERAS_BACKEND", "jax")
 
 import common
@@ -38,10 +40,22 @@ from matplotlib.figure import Figure
 from keras_xlstm.models import xLSTMStack
 
 
+def distinct(low, high, shape, rng):
+    """Numbers all different within each row: what came up before in its row is drawn again."""
+    found = rng.integers(low, high, shape)
+    while True:
+        order = found.argsort(1, kind="stable")
+        same, again = np.diff(np.take_along_axis(found, order, 1)) == 0, np.zeros(shape, bool)
+        np.put_along_axis(again, order[:, 1:], same, 1)
+        if not again.any():
+            return found
+        found[again] = rng.integers(low, high, again.sum())
+
+
 def generate(count, pairs, rng):
     """Strings, the places where a key is asked for, and the values to answer with."""
     half, length = args.vocabulary // 2, args.length
-    keys = rng.permuted(np.tile(np.arange(1, half), (count, 1)), axis=1)[:, :pairs]
+    keys = distinct(1, half, (count, pairs), rng)
     values = rng.integers(half, args.vocabulary, (count, pairs))
     x = np.zeros((count, length), "int32")
     x[:, 0 : 2 * pairs : 2], x[:, 1 : 2 * pairs : 2] = keys, values

@@ -241,6 +241,7 @@ def test_bad_arguments_write_nothing(models, tmp_path):
     if "litert" in FORMATS:
         with pytest.raises(ValueError, match="loop of peer"):
             export.export_model(models["peer"], folder, "litert", "sequence", length=LENGTH)
+    need(FORMATS[-1])
     fixed = keras.Sequential([keras.Input((5, 3)), mLSTM(4)])
     with pytest.raises(ValueError, match="has the length 5"):
         export.export_model(fixed, folder, FORMATS[-1], length=6)
