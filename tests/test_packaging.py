@@ -8,10 +8,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
+from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tools import BACKEND, made
 
 import keras_xlstm
@@ -20,11 +24,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 FRAMEWORKS = {"torch", "jax", "tensorflow"}
 
 
-def run(code, cwd, **env):
+def run(code, cwd, python=sys.executable, **env):
     env = {**os.environ, "KERAS_BACKEND": BACKEND, **env}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    result = subprocess.run([python, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]
 
@@ -68,17 +70,48 @@ def test_wheel_holds_the_package_and_nothing_else(installed):
     assert sorted(line.split()[1].split(">")[0] for line in core) == ["keras", "numpy"]
 
 
-def test_wheel_runs_and_imports_the_active_framework_alone(installed, tmp_path):
+@pytest.fixture(scope="module")
+def bare(installed, tmp_path_factory):
+    """A new environment with the wheel, Keras, the backend, what these require, and nothing else:
+    what is installed here is linked there, so that no network is needed."""
+    folder, waiting, seen = tmp_path_factory.mktemp("bare"), ["keras", "numpy", BACKEND], set()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = pathlib.Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        if name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(name)
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            assert name == "tensorflow"  # its CPU build has another name
+            waiting.append("tensorflow-cpu")
+            continue
+        waiting += found.requires or []
+        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(found.locate_file(top))
+    for part in (installed / "site").iterdir():
+        (site / part.name).symlink_to(part)
+    return folder / "bin" / "python", site
+
+
+def test_wheel_runs_and_imports_the_active_framework_alone(bare, tmp_path):
+    python, site = bare
     code = (
-        "import sys, keras, numpy; before = set(sys.modules); import keras_xlstm\n"
+        "import importlib.util, sys\n"
+        "assert not any(map(importlib.util.find_spec, ('pytest', 'matplotlib', 'onnx')))\n"
+        "import keras, numpy; before = set(sys.modules); import keras_xlstm\n"
         "new = set(sys.modules) - before\n"
         "h = keras_xlstm.layers.mLSTM(8)(numpy.zeros((1, 5, 3), 'float32'))\n"
         "print(sorted({m.split('.')[0] for m in new} & {'torch', 'jax', 'tensorflow', 'triton'}),\n"
         "      'jax.experimental.pallas' in new, tuple(h.shape), keras_xlstm.__file__)"
     )
     # Keras has imported its own backend before; the package adds none.
-    site = installed / "site"
-    assert run(code, tmp_path, PYTHONPATH=str(site)).startswith(f"[] False (1, 8) {site}")
+    said = run(code, tmp_path, python, PYTHONPATH="")
+    assert said.startswith(f"[] False (1, 8) {site}")
 
 
 @once
