@@ -18,14 +18,15 @@ from keras_xlstm.backends.parts import (
 )
 
 
-def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True):
-    """C, n, m: None for a fresh start. `keep`: whether a backward pass may come."""
+def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True, plain=False):
+    """C, n, m: None for a fresh start. `keep`: whether a backward pass may come; `plain`: the
+    framework differentiates this."""
     inputs = (q, k, v, i, log_f, segment_ids)
     scale = q.shape[-1] ** -0.5
     initial = None if C is None else (C, n)
     C, n, m = empty_memory(k, v, i) if C is None else (C, n, carried(m, holds_something(C, n)))
     rest_in = ops.exp(m - ops.round(m))
-    weights = _LogWeights(inputs, chunk_size)
+    weights = _LogWeights(inputs, chunk_size, framework.constant if plain else _as_it_is)
     m_in, m = weights.carry(m)
     weights.settle(m_in, m)
 
@@ -113,6 +114,10 @@ def backward(residuals, gradients, eps, chunk_size):
     return *gradients, dC, dn, dm, None
 
 
+def _as_it_is(x):
+    return x
+
+
 class _LogWeights:
     """The log weights of all chunks, as sums of whole numbers and small rests.
 
@@ -122,8 +127,10 @@ class _LogWeights:
     exp(b_i + u_j) at step i.
     """
 
-    def __init__(self, inputs, L):
+    def __init__(self, inputs, L, reference=_as_it_is):
+        """`reference` takes every m, which cancels out of what it stands in."""
         *_, i, log_f, ids = inputs
+        self.reference = reference
         i, log_f = _chunks(i, L), _chunks(log_f, L)  # (N, B, H, L)
         f_whole, i_whole = ops.round(log_f), ops.round(i)
         self.b = _running(ops.add, f_whole, 0.0)
@@ -153,7 +160,7 @@ class _LogWeights:
             return (framework.maximum(m + total, peak),), (m,)
 
         (m,), (m_in,) = framework.scan(step, (m,), (self.total + self.total_rest, peak))
-        return m_in, m
+        return self.reference(m_in), self.reference(m)
 
     def settle(self, m_in, m):
         """Fixes every reference: a row's m is the largest log weight that it sees, rounded."""
@@ -162,7 +169,7 @@ class _LogWeights:
             before = ops.where(self.continues, before, NEVER)
         m_in, m_out = ops.round(m_in), ops.round(ops.concatenate([m_in[1:], m[None]], axis=0))
         own = _running(framework.maximum, self.u + self.u_rest, NEVER, self.ids)
-        row_m = (self.b + self.b_rest) + framework.maximum(own, before)
+        row_m = self.reference((self.b + self.b_rest) + framework.maximum(own, before))
         whole = ops.round(row_m)
         self.row_b = self.b - whole
         self.row_eps = ops.exp(row_m - whole)  # eps stands beside weights relative to m itself

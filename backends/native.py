@@ -74,9 +74,9 @@ def _per_step(flags):
 
 def slstm_forward(
     x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale,
-    forget_gate, recurrent_gradient_clip, keep=True,
+    forget_gate, recurrent_gradient_clip, keep=True, plain=False,
 ):  # fmt: skip
-    """`keep`: whether a backward pass may come."""
+    """`keep`: whether a backward pass may come; `plain`: the framework differentiates this."""
     _, _, _, H, D = x.shape
     B = ops.shape(x)[0]
     x = x if bias is None else x + bias
@@ -86,7 +86,8 @@ def slstm_forward(
     m = carried(m, n != 0)
     initial = (h, c, n, m)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
-    alone = x.shape[0] == 1  # one step, differentiated by the framework
+    alone = x.shape[0] == 1
+    plain = plain or alone
     scale = None if recurrent_scale is None else ops.transpose(recurrent_scale, (1, 0, 2))
 
     def step(carry, xs):
@@ -100,7 +101,7 @@ def slstm_forward(
         g = x + ops.reshape(recurrent, (H, B, 4, D))
         i, log_f, _, z, o = _gates(g, forget_gate)
         new_m = framework.maximum(log_f + m, i)  # eq. 15
-        if alone:
+        if plain:
             new_m = framework.constant(new_m)
         i = ops.exp(i - new_m)  # eq. 16
         f = ops.exp((m - new_m) + log_f)  # eq. 17
@@ -109,7 +110,7 @@ def slstm_forward(
         new_h = o * (new_c / new_n)  # eq. 10
         new = (new_h, new_c, new_n, new_m)
         if hold is not None:
-            if alone:  # the state's true value is (c, n) exp(m): where held, m hears of it too
+            if plain:  # the state's true value is (c, n) exp(m): where held, m hears of it too
                 m = framework.constant(carry[-1])
                 change = ops.exp(carry[-1] - m)
                 carry = (carry[0], change * c, change * n, m)

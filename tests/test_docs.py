@@ -9,6 +9,8 @@ import sys
 import pytest
 from tools import BACKEND, run_blocks
 
+from keras_xlstm import export
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
@@ -20,6 +22,8 @@ def test_most_pages_have_code():
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_page(page, tmp_path, monkeypatch):
+    if page.stem == "export":
+        pytest.importorskip(export._CONVERTER[BACKEND], reason=f"the extra export-{BACKEND}")
     monkeypatch.chdir(tmp_path)
     run_blocks(page)
 

@@ -103,6 +103,60 @@ def test_second_derivatives_are_refused(op, rng):
         torch.autograd.grad(gradient.sum(), x)
 
 
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_transforms(op, T, rng):
+    """torch.func and forward mode, which look through the operators: an opaque one would leave
+    tangents out without a word."""
+    B, H, D = 3, 2, 4
+    if op == "mlstm":
+        shapes = [(B, T, H, D)] * 3 + [(B, T, H)] * 2 + [(B, H, D, D), (B, H, D), (B, H)]
+        options = {"chunk_size": 4}
+    else:
+        shapes, options = [(B, T, 4, H, D), (H, D, 4, D), (4, H, D)] + [(B, H, D)] * 4, {}
+    inputs = [torch.tensor(rng.normal(size=s)) for s in shapes]
+    count = 5 if op == "mlstm" else 3
+    if op == "slstm":
+        inputs[5].abs_()  # n
+    weights = torch.tensor(rng.normal(size=(B, T, H, D)))
+    mask = torch.tensor(rng.random((B, T)) < 0.7)
+    call = getattr(keras_xlstm.ops, op)
+
+    def loss(*inputs, mask=mask):
+        rest = {"initial_state": inputs[count:], "mask": mask, "return_state": True}
+        h, state = call(*inputs[:count], **rest, **options)
+        return (h * weights).sum() + sum(s.square().sum() for s in state[:2])
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    every = tuple(range(len(inputs)))
+    got = torch.func.grad(loss, every)(*inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    tangents = tuple(torch.tensor(rng.normal(size=x.shape)) for x in inputs)
+    slope = sum((a * b).sum() for a, b in zip(want, tangents, strict=True))
+    _, got = torch.func.jvp(loss, tuple(inputs), tangents)
+    torch.testing.assert_close(got, slope)
+    with torch.autograd.forward_ad.dual_level():
+        duals = map(torch.autograd.forward_ad.make_dual, inputs, tangents)
+        got = torch.autograd.forward_ad.unpack_dual(loss(*duals)).tangent
+    torch.testing.assert_close(got, slope)
+    several = [torch.stack([x, x + t]) for x, t in zip(inputs, tangents, strict=True)]
+    got = torch.func.vmap(torch.func.grad(loss))(*several)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1], torch.func.grad(loss)(*(x[1] for x in several)))
+
+
+def test_transforms_do_not_clip(rng):
+    x, R, *_ = arguments(rng)
+
+    def loss(x):
+        return keras_xlstm.ops.slstm(x, R, recurrent_gradient_clip=1.0).sum()
+
+    with pytest.raises(ValueError, match="works under PyTorch's autograd; torch.func"):
+        torch.func.grad(loss)(x)
+
+
 def test_inference_keeps_no_history(rng):
     """Without gradients the loop holds two steps of c, n and m, and no gates."""
     inputs = [None if a is None else a.detach() for a in arguments(rng, T=50)]

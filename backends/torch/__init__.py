@@ -3,6 +3,7 @@
 import keras
 import torch
 from keras_xlstm.backends.torch import replay
+from keras_xlstm.backends.torch.operators import transforms
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
@@ -35,7 +36,13 @@ def scan(step, init, xs, reverse=False):
     columns = [x.contiguous().unbind(0) for x in xs]
     length = len(columns[0])
     carry, outputs = init, None
-    for t in reversed(range(length)) if reverse else range(length):
+    places = reversed(range(length)) if reverse else range(length)
+    if transforms(*init):  # which look at every write into a part of a tensor as one of the whole
+        rows = {}
+        for t in places:
+            carry, rows[t] = step(carry, tuple(column[t] for column in columns))
+        return carry, tuple(map(torch.stack, zip(*(rows[t] for t in range(length)), strict=True)))
+    for t in places:
         carry, ys = step(carry, tuple(column[t] for column in columns))
         if outputs is None:
             outputs = tuple(y.new_empty(length, *y.shape) for y in ys)
@@ -96,7 +103,10 @@ def differentiable(forward, backward, tensors, **options):
     `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
 
     `tensors` may hold None. There is no second derivative: asking for one is PyTorch's error.
+    PyTorch's transforms (torch.func, forward mode) differentiate what `forward` does themselves.
     """
+    if transforms(*tensors):
+        return forward(*tensors, **options, keep=False, plain=True)[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return forward(*tensors, **options, keep=False)[0]
     return _Differentiable.apply(forward, backward, options, *tensors)

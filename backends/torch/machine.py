@@ -6,7 +6,7 @@ import importlib.util
 import os
 
 import torch
-from keras_xlstm.backends.torch.operators import exporting
+from keras_xlstm.backends.torch.operators import exporting, transforms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,6 +43,8 @@ def unsupported(x):
         return "it needs tensors with values"
     if exporting():
         return "an exported program holds PyTorch's own operators alone"
+    if transforms(x) - {"Grad"}:
+        return "torch.func.vmap and forward-mode derivatives see PyTorch's own operators alone"
     if x.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {name(x.dtype)}"
     if x.dtype != torch.float32 and interpreted():

@@ -4,6 +4,7 @@ import inspect
 import math
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("keras_xlstm", "FRAGMENT")
 
@@ -91,6 +92,17 @@ def no_second_derivative(operator, name):
 def exporting():
     # As a constant: PyTorch 2.11 takes torch.compile for an export where it traces this.
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def transforms(*tensors):
+    """Which of PyTorch's transforms ("Grad", "Vmap", "Jvp") look at what is computed. They see
+    through PyTorch's own operators; others may drop a tangent without a word."""
+    if torch.compiler.is_compiling():
+        return set()
+    found = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        found.add("Jvp")
+    return found
 
 
 class Launch:

@@ -8,7 +8,7 @@ Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a
 import torch
 from keras_xlstm.backends import native
 from keras_xlstm.backends.parts import NEVER, carried, reported
-from keras_xlstm.backends.torch.operators import exporting
+from keras_xlstm.backends.torch.operators import exporting, transforms
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,9 +21,16 @@ def native_slstm(
 ):  # fmt: skip
     """As `native.slstm`."""
     arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
-    if exporting() or (x.shape[1] == 1 and recurrent_gradient_clip is None):
-        # An exported file must run without this package: only PyTorch's own operators. And one
-        # step alone needs no loop.
+    transformed = transforms(x, recurrent_kernel, bias, *state)
+    if transformed and recurrent_gradient_clip is not None:
+        raise ValueError(
+            "recurrent_gradient_clip works under PyTorch's autograd; torch.func and forward mode "
+            "make derivatives of their own, without it. Leave it out. Received: "
+            f"recurrent_gradient_clip={recurrent_gradient_clip}."
+        )
+    if exporting() or transformed or (x.shape[1] == 1 and recurrent_gradient_clip is None):
+        # An exported file must run without this package, and PyTorch's transforms know its own
+        # operators alone. And one step alone needs no loop.
         return native.slstm(
             *arguments, forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip
         )
