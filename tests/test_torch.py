@@ -147,6 +147,34 @@ def test_transforms(op, T, rng):
     torch.testing.assert_close(got[1], torch.func.grad(loss)(*(x[1] for x in several)))
 
 
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_second_derivatives_by_transforms(op, rng):
+    """Against differences of first ones."""
+    B, T, H, D = 2, 9, 2, 4
+    if op == "mlstm":
+        shapes, options = [(B, T, H, D)] * 3 + [(B, T, H)] * 2, {"chunk_size": 4, "eps": 0.0}
+    else:
+        shapes, options = [(B, T, 4, H, D), (H, D, 4, D), (4, H, D)], {}
+    inputs, along = (
+        [torch.tensor(factor * rng.normal(size=s)) for s in shapes] for factor in (1.0, 1e-5)
+    )
+
+    def loss(*inputs):
+        return getattr(keras_xlstm.ops, op)(*inputs, **options).square().sum()
+
+    first = torch.func.grad(loss, tuple(range(len(inputs))))
+    _, got = torch.func.jvp(first, tuple(inputs), tuple(along))
+    nested = torch.func.grad(
+        lambda *x: sum((a * b).sum() for a, b in zip(first(*x), along, strict=True)),
+        tuple(range(len(inputs))),
+    )(*inputs)
+    ends = [first(*(x + sign * d for x, d in zip(inputs, along, strict=True))) for sign in (1, -1)]
+    for a, b, above, below in zip(got, nested, *ends, strict=True):
+        want = (above - below) / 2
+        torch.testing.assert_close(a, want, rtol=1e-5, atol=1e-7 * want.abs().max().item())
+        torch.testing.assert_close(b, a)
+
+
 def test_transforms_do_not_clip(rng):
     x, R, *_ = arguments(rng)
 

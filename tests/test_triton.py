@@ -382,6 +382,23 @@ def test_gradients_under_torch_compile(rng):
 
 
 @runs
+def test_transforms(rng):
+    inputs = [x.detach() for x in _small(rng)[:5]]
+
+    def loss(*a):
+        return keras_xlstm.ops.mlstm(*a, implementation="triton").square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for a, b in zip(torch.func.grad(loss, (0, 1, 2, 3, 4))(*inputs), want, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="PyTorch's own operators alone"):
+        torch.func.vmap(loss)(*(x[None] for x in inputs))
+    with pytest.raises(ValueError, match="PyTorch's own operators alone"):
+        torch.func.jvp(loss, tuple(inputs), tuple(inputs))
+
+
+@runs
 def test_two_processes():
     command = [sys.executable, str(HERE / "two_processes.py")]
     done = subprocess.run(command, capture_output=True, text=True)
