@@ -141,6 +141,12 @@ def test_transforms(op, T, rng):
         duals = map(torch.autograd.forward_ad.make_dual, inputs, tangents)
         got = torch.autograd.forward_ad.unpack_dual(loss(*duals)).tangent
     torch.testing.assert_close(got, slope)
+    for place, (a, b) in enumerate(zip(want, tangents, strict=True)):  # one argument alone
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            duals = list(inputs)
+            duals[place] = torch.autograd.forward_ad.make_dual(inputs[place], b)
+            got = torch.autograd.forward_ad.unpack_dual(loss(*duals)).tangent
+        torch.testing.assert_close(got, (a * b).sum())
     several = [torch.stack([x, x + t]) for x, t in zip(inputs, tangents, strict=True)]
     got = torch.func.vmap(torch.func.grad(loss))(*several)
     torch.testing.assert_close(got[0], want[0])

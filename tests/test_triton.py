@@ -83,14 +83,15 @@ def assert_same_in_a_cuda_graph(run):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-# Bytes of stack that a thread may spill, where some do: what was seen with Triton 3.6, 3.7.1 and
-# 3.9 and was still the fastest tile there. Elsewhere none.
+# Bytes of stack that a thread may spill, where some do: what was seen with Triton 3.6 and 3.9 and
+# was still the fastest tile there. Elsewhere none.
 SPILLS = {
     ("90", "128/256"): 384, ("90", "256/512"): 768, ("80", "24/40"): 128, ("80", "128/256"): 448,
     ("100", "128/256"): 448, ("90", "192"): 128, ("90", "768"): 400, ("90", "1024"): 832,
-    ("86", "1024"): 256, ("100", "192"): 416, ("80", "128"): 192,
-    ("80", "300"): 224,
+    ("86", "1024"): 256, ("100", "192"): 192, ("80", "128"): 192,
 }  # fmt: skip
+if version("triton").startswith("3.7."):  # not what the tiles were chosen with
+    SPILLS |= {("100", "192"): 416, ("80", "300"): 224}
 STAGES = {
     "mlstm": {
         "gates.gates", "gates.chunks", "kernels.states", "attend.attend", "step.step"
@@ -396,6 +397,15 @@ def test_transforms(rng):
         torch.func.vmap(loss)(*(x[None] for x in inputs))
     with pytest.raises(ValueError, match="PyTorch's own operators alone"):
         torch.func.jvp(loss, tuple(inputs), tuple(inputs))
+    for place, slope in enumerate(want):  # left to the native form, whichever has a tangent
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            duals = list(inputs)
+            duals[place] = torch.autograd.forward_ad.make_dual(inputs[place], inputs[place])
+            got = torch.autograd.forward_ad.unpack_dual(
+                keras_xlstm.ops.mlstm(*duals).square().sum()
+            )
+        expected = (slope * inputs[place]).sum()
+        torch.testing.assert_close(got.tangent, expected, rtol=1e-3, atol=1e-3)
 
 
 @runs

@@ -37,7 +37,7 @@ def scan(step, init, xs, reverse=False):
     length = len(columns[0])
     carry, outputs = init, None
     places = reversed(range(length)) if reverse else range(length)
-    if transforms(*init):  # which look at every write into a part of a tensor as one of the whole
+    if transforms():  # which look at every write into a part of a tensor as one of the whole
         rows = {}
         for t in places:
             carry, rows[t] = step(carry, tuple(column[t] for column in columns))
@@ -105,7 +105,7 @@ def differentiable(forward, backward, tensors, **options):
     `tensors` may hold None. There is no second derivative: asking for one is PyTorch's error.
     PyTorch's transforms (torch.func, forward mode) differentiate what `forward` does themselves.
     """
-    if transforms(*tensors):
+    if transforms():
         return forward(*tensors, **options, keep=False, plain=True)[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return forward(*tensors, **options, keep=False)[0]

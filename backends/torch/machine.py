@@ -43,7 +43,7 @@ def unsupported(x):
         return "it needs tensors with values"
     if exporting():
         return "an exported program holds PyTorch's own operators alone"
-    if transforms(x) - {"Grad"}:
+    if transforms() - {"Grad"}:
         return "torch.func.vmap and forward-mode derivatives see PyTorch's own operators alone"
     if x.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {name(x.dtype)}"

@@ -94,15 +94,17 @@ def exporting():
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def transforms(*tensors):
-    """Which of PyTorch's transforms ("Grad", "Vmap", "Jvp") look at what is computed. They see
-    through PyTorch's own operators; others may drop a tangent without a word."""
+def transforms():
+    """Which of PyTorch's transforms ("Grad", "Vmap", "Jvp") are at work. They see through PyTorch's
+    own operators; others may drop a tangent without a word.
+
+    Forward mode is one wherever a level of it is open: any argument may carry a tangent, the
+    weights as well as the inputs.
+    """
     if torch.compiler.is_compiling():
         return set()
     found = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        found.add("Jvp")
-    return found
+    return found | {"Jvp"} if forward_ad._current_level >= 0 else found
 
 
 class Launch:

@@ -21,7 +21,7 @@ def native_slstm(
 ):  # fmt: skip
     """As `native.slstm`."""
     arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
-    transformed = transforms(x, recurrent_kernel, bias, *state)
+    transformed = transforms()
     if transformed and recurrent_gradient_clip is not None:
         raise ValueError(
             "recurrent_gradient_clip works under PyTorch's autograd; torch.func and forward mode "
