@@ -27,6 +27,8 @@ __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 compiled, by_halves = framework.compiled, framework.by_halves
 apart = getattr(framework, "apart", lambda x: x)
+# Marks a function that tf.function must trace as it stands.
+as_written = getattr(framework, "as_written", lambda function: function)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None

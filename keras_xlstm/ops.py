@@ -24,6 +24,7 @@ __all__ = ["mlstm", "slstm"]
 _SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
+@backends.as_written
 def mlstm(
     q: Any,
     k: Any,
@@ -121,6 +122,7 @@ def mlstm(
     return (h, state) if return_state else h
 
 
+@backends.as_written
 def slstm(
     x: Any,
     recurrent_kernel: Any,

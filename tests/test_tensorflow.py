@@ -52,6 +52,24 @@ def test_inside_a_compiled_function_and_eagerly(case, rng):
     case(rng, T=9).check(compiled=False, **XLA)
 
 
+@pytest.mark.parametrize(("op", "inputs"), [(ops.mlstm, mlstm_inputs), (ops.slstm, slstm_inputs)])
+def test_inside_a_function_of_the_user(op, inputs, rng, caplog):
+    """tf.function with its defaults: AutoGraph does not complain of our code."""
+    given = {name: tensor(value) for name, value in inputs(rng).items()}
+
+    @tf.function
+    def function():
+        return op(**given)
+
+    tf.get_logger().addHandler(caplog.handler)
+    try:
+        got = function()
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert_close(got, array(op(**given)), TOLERANCE["float32"])
+    assert "AutoGraph" not in caplog.text
+
+
 @both
 def test_extreme_gates(case):
     with backends.use("xla"):

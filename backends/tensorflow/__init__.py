@@ -9,6 +9,8 @@ import tensorflow as tf
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
 total, swapaxes, exp = tf.reduce_sum, keras.ops.swapaxes, tf.exp
+# AutoGraph cannot rewrite all of our Python, and says so in a warning.
+as_written = tf.autograph.experimental.do_not_convert
 by_halves = False  # as on JAX
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = False  # whole steps are compiled
