@@ -1,19 +1,21 @@
 """What XLA does for the layers on TensorFlow and a CPU, every ratio within one run.
 
-    python benchmarks/tensorflow_xla.py                   # all parts, about 7 minutes on 2 cores
+    python benchmarks/tensorflow_xla.py                   # all parts, about 10 minutes on 2 cores
     python benchmarks/tensorflow_xla.py --only lengths --plot lengths.png
 
 Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
-compiled, and on JAX), `fit` (a step beside keras.layers.LSTM), `compile` (a model of 12 blocks:
-the first step, then another batch size, then another length) and `lengths` (time and peak memory
-of the mLSTM over T, a process for every point). Each backend has a process of its own. JAX's
-figures are of another process than TensorFlow's, straight after it.
+compiled, and on JAX), `turns` (the last two again, in processes that take turns), `fit` (a step
+beside keras.layers.LSTM), `compile` (a model of 12 blocks: the first step, then another batch
+size, then another length) and `lengths` (time and peak memory of the mLSTM over T, a process for
+every point). Each backend has a process of its own; in `ops` JAX's comes straight after
+TensorFlow's.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -74,6 +76,38 @@ def ops_part():
     for shape in SHAPES:
         for name, ms in medians(passes(*shape), 5, of=min).items():
             print(f"mLSTM B T d_qk d_v {shape}, {H} heads, {name:14} {ms:8.1f} ms", flush=True)
+
+
+def turn():
+    """Prints, for every shape, the median and the least of several runs of the fastest way."""
+    for shape in SHAPES:
+        ((_, run),) = passes(*shape, only="all compiled").items()
+        run()
+        times = []
+        for _ in range(40 if shape[1] < 1024 else 10):
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e3)
+        print(statistics.median(times), min(times), flush=True)
+
+
+def turns_part(rounds=6):
+    """TensorFlow and JAX, processes in turn: one after the other a noisy machine favours either."""
+    found = {"tensorflow": [], "jax": []}
+    for _ in range(rounds):
+        for backend, runs in found.items():
+            lines = child("turn", backend).splitlines()
+            runs.append([[float(x) for x in line.split()] for line in lines])
+    for j, shape in enumerate(SHAPES):
+        ours, jax = (
+            [statistics.mean(run[j][k] for run in runs) for k in (0, 1)] for runs in found.values()
+        )
+        print(
+            f"mLSTM B T d_qk d_v {shape}, {H} heads, {rounds} processes each in turn, mean of "
+            f"medians (minima): all compiled {ours[0]:.1f} ({ours[1]:.1f}) ms, jax {jax[0]:.1f} "
+            f"({jax[1]:.1f}), ratio {ours[0] / jax[0]:.2f} ({ours[1] / jax[1]:.2f})",
+            flush=True,
+        )
 
 
 def fit_part():
@@ -207,14 +241,14 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("ops", "fit", "compile", "lengths")
+    parts = ("ops", "turns", "fit", "compile", "lengths")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--plot", help="where to draw the part `lengths`, a .png")
     parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
         part, *rest = args.here
-        {"ops": ops_part, "fit": fit_part}.get(part, lambda: None)()
+        {"ops": ops_part, "fit": fit_part, "turn": turn}.get(part, lambda: None)()
         if part == "point":
             length_point(int(rest[0]), rest[1])
         if part == "compile":
@@ -224,7 +258,9 @@ def main():
     names = ("keras", "tensorflow-cpu", "jax", "numpy")
     print(", ".join(f"{name} {version(name)}" for name in names), flush=True)
     for part in args.only or parts:
-        if part == "lengths":
+        if part == "turns":
+            turns_part()
+        elif part == "lengths":
             lengths_part(args.plot)
         elif part == "compile":
             for way in (("auto", "jit"), ("auto", "graph"), ("native", "graph")):
