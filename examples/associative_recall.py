@@ -23,7 +23,7 @@ parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--steps", type=int, default=400)
 parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--seeds", type=int, default=1)
-parser.add_argument("--rates", type=float, nargs="+", default=[5e-3], help="learning rates, swept")
+parser.add_argument("--rates", type=float, nargs="+", default=[1e-2], help="learning rates, swept")
 parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/associative_recall"))
 args = parser.parse_args()
 if 3 * max(args.pairs) > args.length or max(args.pairs) >= args.vocabulary // 2:
