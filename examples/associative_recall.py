@@ -133,6 +133,7 @@ for name, rate in itertools.product(args.models or MODELS, args.rates):
     axis.plot(args.pairs, curve, marker="o", label=label)
 axis.set(xscale="log", xticks=args.pairs, xticklabels=args.pairs, ylim=(0, 1.05))
 axis.set(xlabel=f"pairs in {args.length} symbols, {args.vocabulary} kinds", ylabel="accuracy")
+axis.minorticks_off()
 axis.legend()
 axis.figure.savefig(args.out / f"recall_{args.vocabulary}_{args.length}.png", dpi=150)
 print(f"wrote results.csv and the plot to {args.out}")
