@@ -33,6 +33,8 @@ as_written = getattr(framework, "as_written", lambda function: function)
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None
 training = importlib.import_module(f"{__name__}.torch.training") if framework.by_region else None
+# Makes an optimizer's update fewer operators, where that is worth it without `training`.
+fuse = getattr(framework, "fuse", lambda optimizer: None)
 
 # Which backend each kernel language belongs to, and which ops it has.
 _KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}

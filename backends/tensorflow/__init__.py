@@ -5,6 +5,7 @@ import contextvars
 
 import keras
 import tensorflow as tf
+from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max

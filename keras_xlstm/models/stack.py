@@ -108,8 +108,10 @@ class StackModel(keras.Model):
         """`keras.Model.compile`. On torch, `jit_compile=True` compiles one block of each kind for
         all of them, not the whole training step: seconds, not minutes. On a CUDA device the
         step is then recorded as a CUDA graph, which keeps the memory of a step for itself and,
-        as any compiled step, leaves out what Python does beside the tensors."""
+        as any compiled step, leaves out what Python does beside the tensors. On TensorFlow, Adam
+        and AdamW update each weight by TensorFlow's own operator."""
         super().compile(*args, **kwargs)
+        backends.fuse(self.optimizer)
         self._recorded = None
         if by_region := bool(backends.regions is not None and self.jit_compile):
             self.jit_compile = False
