@@ -18,6 +18,8 @@ class _FusedAdam:
         self.optimizer, self.otherwise = optimizer, optimizer._backend_update_step
 
     def __call__(self, gradients, variables, learning_rate):
+        # Keras's own squares a repeated token's gradients apart; on JAX and torch it does not.
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
         # The operator takes beta_2 in the weight's dtype, and in bfloat16 it is 1.
         exact = all(variable.dtype in ("float32", "float64") for variable in variables)
         if not exact or tf.distribute.has_strategy():  # a strategy has a copy for every replica
@@ -36,6 +38,6 @@ class _FusedAdam:
                 as_kind[dtype] = {k: keras.ops.cast(x, dtype) for k, x in numbers.items()}
             moments = optimizer._momentums[index], optimizer._velocities[index]
             value, m, v = (getattr(x, "value", x).handle for x in (variable, *moments))
-            gradient = keras.ops.cast(tf.convert_to_tensor(gradient), dtype)
+            gradient = keras.ops.cast(gradient, dtype)
             tf.raw_ops.ResourceApplyAdam(var=value, m=m, v=v, grad=gradient, **as_kind[dtype])
         return None
