@@ -105,11 +105,9 @@ class StackModel(keras.Model):
     # ------------------------------------------------------------------ training
 
     def compile(self, *args, **kwargs):
-        """`keras.Model.compile`. On torch, `jit_compile=True` compiles one block of each kind for
-        all of them, not the whole training step: seconds, not minutes. On a CUDA device the
-        step is then recorded as a CUDA graph, which keeps the memory of a step for itself and,
-        as any compiled step, leaves out what Python does beside the tensors. On TensorFlow, Adam
-        and AdamW update each weight by TensorFlow's own operator."""
+        """`keras.Model.compile`. On torch, `jit_compile=True` compiles a block of each kind for all
+        and, on a CUDA device, records the step as a CUDA graph: a step's memory stays its own, and
+        Python beside the tensors is left out. On TensorFlow, Adam's update is one operator."""
         super().compile(*args, **kwargs)
         backends.fuse(self.optimizer)
         self._recorded = None
