@@ -6,7 +6,8 @@
 Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
 compiled, and on JAX), `turns` (the last two again, in processes that take turns), `fit` (a step
 beside keras.layers.LSTM), `compile` (a model of 12 blocks: the first step, then another batch
-size, then another length) and `lengths` (time and peak memory of the mLSTM over T, a process for
+size, then another length), `cache` (that first step in two processes that share the compilers' own
+caches on disk, also on JAX) and `lengths` (time and peak memory of the mLSTM over T, a process for
 every point). Each backend has a process of its own; in `ops` JAX's comes straight after
 TensorFlow's.
 """
@@ -18,6 +19,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 
@@ -137,7 +139,7 @@ def fit_part():
             print(f"jit_compile={jit_compile!s:5} {name:12} {step}", flush=True)
 
 
-def compile_part(way):
+def compile_part(way, only_first):
     """A step's first call minus its second, in wall and in processor seconds."""
     import keras
     import numpy as np
@@ -163,12 +165,25 @@ def compile_part(way):
                 spent.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         wall, processor = (a - b for a, b in zip(*spent, strict=True))
         print(
-            f"12 blocks, {implementation or 'auto'}, jit_compile={jit_compile}, {what}: "
+            f"{keras.backend.backend()}, 12 blocks, {implementation or 'auto'}, "
+            f"jit_compile={jit_compile}, {what}: "
             f"{wall:.1f} s ({processor:.1f} s of processor time)",
             flush=True,
         )
-        if implementation == "native":  # to compare one figure with
+        if only_first:
             break
+
+
+def cache_part():
+    for backend in ("tensorflow", "jax"):
+        with tempfile.TemporaryDirectory() as folder:
+            env = {
+                "TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={folder} "
+                "--tf_xla_persistent_cache_device_types=CPU",
+                "JAX_COMPILATION_CACHE_DIR": folder,
+            }
+            for _ in range(3):
+                child("compile", backend, "auto", "jit", "first", capture=False, **env)
 
 
 def length_point(T, way):
@@ -226,9 +241,9 @@ def draw(points, path):
     plt.savefig(path, dpi=150)
 
 
-def child(part, backend, *arguments, capture=True):
+def child(part, backend, *arguments, capture=True, **env):
     """Runs a part of this script in a process of its own."""
-    env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", **env}
     root = str(pathlib.Path(__file__).parent.parent)
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, "--here", part, *arguments]
@@ -241,7 +256,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("ops", "turns", "fit", "compile", "lengths")
+    parts = ("ops", "turns", "fit", "compile", "cache", "lengths")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--plot", help="where to draw the part `lengths`, a .png")
     parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
@@ -252,7 +267,8 @@ def main():
         if part == "point":
             length_point(int(rest[0]), rest[1])
         if part == "compile":
-            compile_part((rest[0] if rest[0] != "auto" else None, rest[1] == "jit"))
+            way = (rest[0] if rest[0] != "auto" else None, rest[1] == "jit")
+            compile_part(way, only_first="first" in rest)
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
     names = ("keras", "tensorflow-cpu", "jax", "numpy")
@@ -262,8 +278,10 @@ def main():
             turns_part()
         elif part == "lengths":
             lengths_part(args.plot)
+        elif part == "cache":
+            cache_part()
         elif part == "compile":
-            for way in (("auto", "jit"), ("auto", "graph"), ("native", "graph")):
+            for way in (("auto", "jit"), ("auto", "graph"), ("native", "graph", "first")):
                 child("compile", "tensorflow", *way, capture=False)
         else:
             child(part, "tensorflow", capture=False)

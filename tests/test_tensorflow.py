@@ -1,6 +1,10 @@
 """The native forms compiled by XLA on TensorFlow: against the float64 oracle, and where layers
 meet them: fit, tf.data, unknown sizes, files."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ if BACKEND != "tensorflow":
 import tensorflow as tf
 
 from keras_xlstm import backends, layers, models, ops
+from keras_xlstm.backends import tensorflow as framework
 
 both = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 XLA = {"implementation": "xla"}
@@ -286,3 +291,35 @@ def test_other_optimizers_are_left_alone(name):
     optimizer = kinds[name]() if name in kinds else keras.optimizers.Adam(amsgrad=True)
     models.xLSTMLanguageModel(12, units=8, num_blocks=1).compile(optimizer, "mse")
     assert "_backend_update_step" not in vars(optimizer)
+
+
+def test_a_loop_has_one_bound():
+    """A graph may hold two in either order: to XLA's cache on disk these are different programs."""
+
+    def add(x):
+        return framework.scan(lambda carry, x: ((carry[0] + x[0],), ()), (x[0],), (x,))[0]
+
+    graph = tf.function(add).get_concrete_function(tf.ones((5, 2))).graph.as_graph_def()
+    (condition,) = (f for f in graph.library.function if "while_cond" in f.signature.name)
+    assert [node.op for node in condition.node_def].count("Less") == 1
+
+
+FIT = """
+import numpy as np
+from keras_xlstm.models import xLSTMStack
+model = xLSTMStack(units=4, num_blocks=2, pattern="1:1")
+model.compile("adam", "mse", jit_compile=True)
+model.fit(np.ones((2, 80, 4)), np.ones((2, 80, 4)), verbose=0)
+"""
+
+
+def test_xla_finds_again_what_it_compiled(tmp_path):
+    """TensorFlow's cache on disk knows a program by a hash of all of it."""
+    flags = "--tf_xla_persistent_cache_device_types=CPU --tf_xla_persistent_cache_directory="
+    env = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_XLA_FLAGS": f"{flags}{tmp_path}"}
+    found = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", FIT], env=env, check=True, capture_output=True)
+        found.append({path.name for path in tmp_path.iterdir()})
+    assert found[0]
+    assert found[0] == found[1]

@@ -61,7 +61,7 @@ def scan(step, init, xs, reverse=False):
         return index + 1, carry, outputs
 
     _, carry, outputs = tf.while_loop(
-        lambda index, *_: index < length,
+        lambda *_: True,  # two bounds would come in any order, and miss XLA's persistent cache
         body,
         (tf.constant(0), tuple(init), outputs),
         maximum_iterations=length,
