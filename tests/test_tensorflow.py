@@ -19,7 +19,6 @@ if BACKEND != "tensorflow":
 import tensorflow as tf
 
 from keras_xlstm import backends, layers, models, ops
-from keras_xlstm.backends import tensorflow as framework
 
 both = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 XLA = {"implementation": "xla"}
@@ -297,7 +296,7 @@ def test_a_loop_has_one_bound():
     """A graph may hold two in either order: to XLA's cache on disk these are different programs."""
 
     def add(x):
-        return framework.scan(lambda carry, x: ((carry[0] + x[0],), ()), (x[0],), (x,))[0]
+        return backends.tensorflow.scan(lambda carry, x: ((carry[0] + x[0],), ()), (x[0],), (x,))[0]
 
     graph = tf.function(add).get_concrete_function(tf.ones((5, 2))).graph.as_graph_def()
     (condition,) = (f for f in graph.library.function if "while_cond" in f.signature.name)
