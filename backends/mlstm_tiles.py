@@ -22,16 +22,22 @@ _ATTEND = {
     ("dv", 128, 256): (64, 64, 64, 2, 4),
     ("dv", 256, 512): (128, 32, 64, 3, 8),
 }
+# Of Triton alone, which can bound the registers of a thread, the last here: a third program then
+# runs on a processor. Without the bound the same tiles are slower than those above.
+_TRITON = {
+    ("dq", 256, 128): (64, 16, 64, 3, 4, 168),
+    ("dk", 256, 128): (64, 16, 64, 3, 4, 168),
+    ("dv", 128, 256): (64, 32, 32, 3, 4, None),
+    ("dk", 512, 256): (128, 16, 64, 3, 8, None),
+}
 # Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
 _ATTEND_ANY = (
     (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
     (32, 16, 16, 1, 4), (16, 16, 16, 1, 4),
 )  # fmt: skip
-# Of `states`: BX, BZ, steps L, stages, warps. The first two are as fast as each other; each is used
-# where it was tested on a GPU, the first under Triton, the second under Pallas.
+# Of `states`: BX, BZ, steps L, stages, warps.
 _STATES = (
-    (128, 256, 64, 3, 8), (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4),
-    (32, 32, 16, 1, 4),
+    (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), (32, 32, 16, 1, 4),
 )  # fmt: skip
 
 
@@ -50,8 +56,9 @@ def unsupported(K, V, chunk_size):
 
 
 @functools.cache
-def attend(role, DX, DZ, dtype, chunk, shared_memory):
-    """Of `attend` in a role, as its constants; `shared_memory` in bytes."""
+def attend(role, DX, DZ, dtype, chunk, shared_memory, triton=False):
+    """Of `attend` in a role, as its constants; `shared_memory` in bytes; `triton`: for
+    Triton itself, not Pallas."""
     size = _SIZES[dtype]
     state_size = 2 if dtype == "bfloat16" else 4  # of what enters the second product
     BX, BZ = min(power(DX), 512 // size), power(DZ)
@@ -67,27 +74,29 @@ def attend(role, DX, DZ, dtype, chunk, shared_memory):
         return max(within, border) + 8192 <= shared_memory and L * BZ <= warps * 32 * 128
 
     known = (role, power(DX), power(DZ)) if dtype == "bfloat16" else None
-    if known in _ATTEND and shared_memory >= _HOPPER:
+    registers = None
+    if triton and known in _TRITON and shared_memory >= _HOPPER:
+        L, LN, BS, stages, warps, registers = _TRITON[known]
+    elif known in _ATTEND and shared_memory >= _HOPPER:
         L, LN, BS, stages, warps = _ATTEND[known]
     else:
         any_size = (tiles for tiles in _ATTEND_ANY if fits(*tiles))
         L, LN, BS, stages, warps = next(any_size, _ATTEND_ANY[-1])
     L = min(L, chunk)
     LN, BS = min(LN, L), min(BS, BX)
-    return {
+    found = {
         "L": L, "LN": LN, "BX": BX, "BZ": BZ, "BS": BS, "ST": stages, "num_warps": warps,
         "num_stages": stages,
     }  # fmt: skip
+    return found | {"maxnreg": registers} if registers else found
 
 
 @functools.cache
-def states(DX, DZ, dtype, chunk, shared_memory, widest=256):
-    """Of `states`, likewise; `widest` bounds the values of a tile."""
+def states(DX, DZ, dtype, chunk, shared_memory):
+    """Of `states`, likewise."""
     size = _SIZES[dtype]
     wide = 1 if dtype == "bfloat16" else 2
     for BX, BZ, L, stages, warps in _STATES:
-        if BZ > widest:
-            continue
         BX, BZ, L = min(BX, power(DX)), min(BZ, power(DZ)), min(L, chunk)
         needed = max((stages + wide - 1) * size * L * (BX + BZ), 2 * wide * BX * BZ)
         if needed + 4096 <= shared_memory and BX * BZ <= warps * 32 * 128 // wide:
@@ -99,3 +108,18 @@ def chunk_steps(T, K, V, dtype):
     """Steps of a chunk. Longer ones write fewer states and compute more pairs."""
     best = 256 if dtype != "float32" and K * V > 8192 else 128
     return min(best, power(T))
+
+
+def step(heads, K, V):
+    """Values of a program of a single step in Triton, all keys of which it holds, and warps."""
+    size, warps = 4096, 4  # of a program's state; few heads want many programs
+    if heads * V >= 64 * 1024:
+        size, warps = (8192, 4) if heads * V < 160 * 1024 else (16384, 8)
+    return min(max(size // power(K), 16), power(V)), warps
+
+
+def pallas_step(heads, K, V):
+    """Keys and values of a tile of a single step in Pallas, which loads two ahead, and warps."""
+    many = isinstance(heads, int) and heads * V >= 160 * 1024  # it may be a symbol
+    BK, BV, warps = (128, 64, 16) if many and K >= 256 else (32, 64, 4)
+    return min(BK, K), min(BV, V), warps

@@ -28,7 +28,7 @@ _TYPES = {
     torch.int8: "*i8",
 }  # fmt: skip
 
-_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
+_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid", "maxnreg")
 
 
 def signature(kernel, args, kwargs):

@@ -14,6 +14,7 @@ if not HAS_PALLAS:
 
 import jax
 import jax.numpy as jnp
+from keras_xlstm.backends import mlstm_tiles as tiles
 from keras_xlstm.backends.jax import machine
 from keras_xlstm.backends.jax import mlstm as kernels
 
@@ -248,8 +249,19 @@ def test_what_cannot_run_says_so(rng, monkeypatch):
             call(layer, np.zeros((2, 5, 3), "float32"))
 
 
-@pytest.mark.parametrize("options", [{}, {"input_gate": "sigmoid"}, {"eps": 0.0}], ids=str)
-def test_steps_are_the_sequence(options, rng):
+def test_tiles_of_a_step():
+    """By how many heads there are: more programs, or larger ones."""
+    assert tiles.pallas_step(8, 256, 512) == (32, 64, 4)
+    assert tiles.pallas_step(512, 256, 512) == (128, 64, 16)
+    assert tiles.pallas_step(10**6, 128, 512) == (32, 64, 4)
+    assert tiles.pallas_step(8, 16, 16) == (16, 16, 4)
+
+
+@pytest.mark.parametrize(("options", "own"), [
+    ({}, (16, 64, 4)), ({"input_gate": "sigmoid"}, (32, 32, 4)), ({"eps": 0.0}, (64, 64, 16)),
+], ids=str)  # fmt: skip
+def test_steps_are_the_sequence(options, own, rng, monkeypatch):
+    monkeypatch.setattr(tiles, "pallas_step", lambda *sizes: own)
     case = mLSTMCase(rng, T=5, K=64, V=128)
     case.inputs["i"][:, 3] -= 1e4
     inputs = [tensor(case.inputs[n]) for n in case.names]

@@ -21,6 +21,7 @@ if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs on torch, with triton", allow_module_level=True)
 
 import torch
+from keras_xlstm.backends import mlstm_tiles as tiles
 from keras_xlstm.backends.torch import machine
 from keras_xlstm.backends.torch import mlstm as kernels
 from test_ops import MASKS, make_mask, make_segments, mLSTMCase
@@ -86,7 +87,8 @@ def assert_same_in_a_cuda_graph(run):
 # Bytes of stack that a thread may spill, where some do: what was seen with Triton 3.6 and 3.9 and
 # was still the fastest tile there. Elsewhere none.
 SPILLS = {
-    ("90", "128/256"): 384, ("90", "256/512"): 768, ("80", "24/40"): 128, ("80", "128/256"): 448,
+    ("90", "128/256"): 384, ("90", "256/512"): 768, ("90", "128/128"): 192,
+    ("80", "24/40"): 128, ("80", "128/256"): 448,
     ("100", "128/256"): 448, ("90", "192"): 128, ("90", "768"): 400, ("90", "1024"): 832,
     ("86", "1024"): 256, ("100", "192"): 192, ("80", "128"): 192,
 }  # fmt: skip
@@ -228,9 +230,19 @@ def test_nothing_reaches_past_a_mask(rng):
         np.testing.assert_array_equal(array(a), array(b))
 
 
+def test_tiles_of_a_step():
+    """By how many heads there are: more programs, or larger ones."""
+    assert [tiles.step(heads, 256, 512) for heads in (8, 128, 512)] == [(16, 4), (32, 4), (64, 8)]
+    assert [tiles.step(heads, 512, 1000) for heads in (8, 10**6)] == [(16, 4), (32, 8)]
+    assert [tiles.step(8, *sizes) for sizes in ((5, 7), (16, 1024))] == [(16, 4), (256, 4)]
+
+
 @runs
-@pytest.mark.parametrize("options", [{}, {"input_gate": "sigmoid"}, {"eps": 0.0}], ids=str)
-def test_steps_are_the_sequence(options, rng):
+@pytest.mark.parametrize(("options", "own"), [
+    ({}, (16, 4)), ({"input_gate": "sigmoid"}, (32, 4)), ({"eps": 0.0}, (64, 8)),
+], ids=str)  # fmt: skip
+def test_steps_are_the_sequence(options, own, rng, monkeypatch):
+    monkeypatch.setattr(tiles, "step", lambda *sizes: own)
     T = 20 if GPU else 6
     case = mLSTMCase(rng, T=T, K=70, V=40)
     case.inputs["i"][:, 3] -= 1e4

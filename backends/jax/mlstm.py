@@ -186,7 +186,7 @@ def _from_border(row, row_rest, before, segments):
 
 def _states(s, x, z, w, through, rho, first, forward, processors):
     memory = machine.shared_memory()
-    own = tiles.states(x.shape[-1], z.shape[-1], s.dtype, s.LC, memory, widest=128)
+    own = tiles.states(x.shape[-1], z.shape[-1], s.dtype, s.LC, memory)
     parts = x.shape[-1] // own["BX"] * (z.shape[-1] // own["BZ"])
     # Serial programs read and write least, but there must be enough of them.
     serial = not isinstance(s.BH, int) or 10 * s.BH * parts >= 9 * processors
@@ -208,7 +208,9 @@ def _step(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, processors, interpre
     q, k, v, i, f = (x[:, 0] for x in (q, k, v, i, f))
     i, log_f = i.astype(jnp.float32), jax.nn.log_sigmoid(f.astype(jnp.float32))
     i = jax.nn.log_sigmoid(i) if sigmoid else i
-    got = _kernels().step(q, k, v, i, log_f, C, n, m, eps, q.shape[-1] ** -0.5, interpret)
+    B, H, K, V = C.shape
+    own = tiles.pallas_step(B * H, K, V)
+    got = _kernels().step(q, k, v, i, log_f, C, n, m, eps, K**-0.5, own, interpret)
     return got["h"][:, None], got["C_out"], got["n_out"], got["m_out"]
 
 

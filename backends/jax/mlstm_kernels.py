@@ -201,47 +201,67 @@ def _borders(s, added, first, through, forward):
     )  # fmt: skip
 
 
-def step(q, k, v, i, log_f, C, n, m, eps, scale, interpret):
-    """Eqs. 19-27 for one step: q, k (B, H, K), v (B, H, V), i, log_f (B, H); C in place.
+def step(q, k, v, i, log_f, C, n, m, eps, scale, tiles, interpret):
+    """Eqs. 19-27 for one step: q, k (B, H, K), v (B, H, V), i, log_f (B, H); C, n, m in place.
 
-    Returns a dict: h (B, H, V), C, n, m.
+    Returns a dict: h (B, H, V), C_out, n_out, m_out. Two kernels, as several programs share a head:
+    they could not read n and m while one of them writes, and copies would take longer.
     """
     B, H, K, V = C.shape
-    BK, BV = min(K, 32), min(V, 64)
+    shared = {"q": q, "k": k}
+    gates = _step_gates({"n": n, "m": m, "i": i, "log_f": log_f, **shared}, eps, scale, interpret)
+    weights = {name: gates.pop(name) for name in ("keep", "add", "d")}
+    BK, BV, warps = tiles
 
-    def kernel(C, q, k, v, i, log_f, n, m, C_out, h, n_out, m_out):
-        tile, head, b = (pl.program_id(axis) for axis in range(3))
-        cv = pl.ds(tile * BV, BV)
-        first_n, first_m = n[b, head, :], m[b, head]
-        i, log_f = i[b, head], log_f[b, head]
-        # The official zero state is a fresh start: nothing there to weigh against i.
-        fresh = (first_m == 0.0) & (jnp.max(jnp.abs(first_n)) == 0.0)
-        new_m = jnp.where(fresh, i, jnp.maximum(log_f + first_m, i))
-        keep, add = jnp.exp((first_m - new_m) + log_f), jnp.exp(i - new_m)
-        all_k = k[b, head, :].astype(jnp.float32)
-        new_n = jnp.where(first_n == 0.0, 0.0, keep * first_n) + add * all_k
-        r = jnp.sum(q[b, head, :].astype(jnp.float32) * scale * new_n)
-        n_out[b, head, :] = new_n
-        m_out[b, head] = jnp.where(new_m <= NEVER / 2, 0.0, new_m)
+    def kernel(C, q, k, v, keep, add, d, C_out, h):
+        part, head, b = (pl.program_id(axis) for axis in range(3))
+        cv = pl.ds(part * BV, BV)
+        places = [pl.ds(start, BK) for start in range(0, K, BK)]
+        coming = [C[b, head, ck, cv] for ck in places[:2]]  # loads ahead of what waits for them
+        keep, add = keep[b, head], add[b, head]
         values = v[b, head, cv].astype(jnp.float32)
-        sums = jnp.zeros((BV,), jnp.float32)
-        for start in range(0, K, BK):
-            ck = pl.ds(start, BK)
+        sums = jnp.zeros((BK, BV), jnp.float32)
+        for n, ck in enumerate(places):
             qs = q[b, head, ck].astype(jnp.float32) * scale
             ks = k[b, head, ck].astype(jnp.float32) * add
-            old = C[b, head, ck, cv]
+            old = coming.pop(0)
+            coming += [C[b, head, later, cv] for later in places[n + 2 : n + 3]]
             new = jnp.where(old == 0.0, 0.0, keep * old) + ks[:, None] * values[None, :]
             C_out[b, head, ck, cv] = new
-            sums += jnp.sum(qs[:, None] * new, 0)
-        floor = jnp.exp(jnp.where(new_m > -80.0, -new_m, 80.0))
-        h[b, head, cv] = (sums / (jnp.maximum(jnp.abs(r), floor) + eps)).astype(h.dtype)
+            sums += qs[:, None] * new
+        h[b, head, cv] = (jnp.sum(sums, 0) / d[b, head]).astype(h.dtype)
 
-    inputs = {"C": C, "q": q, "k": k, "v": v, "i": i, "log_f": log_f, "n": n, "m": m}
-    outputs = {
-        "C_out": output(C.shape), "h": output((B, H, V), v.dtype), "n_out": output(n.shape),
-        "m_out": output(m.shape),
-    }  # fmt: skip
+    outputs = {"C_out": output(C.shape), "h": output((B, H, V), v.dtype)}
+    got = launch(
+        kernel, {"C": C, **shared, "v": v, **weights}, outputs, (V // BV, H, B), "mlstm_step",
+        interpret, aliases={0: 0}, num_warps=warps,
+    )  # fmt: skip
+    return got | gates
+
+
+def _step_gates(inputs, eps, scale, interpret):
+    """n, m after the step, in place; what is kept and added of C, and what h is divided by."""
+    B, H, _ = inputs["n"].shape
+
+    def kernel(n, m, i, log_f, q, k, n_out, m_out, keep, add, d):
+        head, b = (pl.program_id(axis) for axis in range(2))
+        old, old_m = n[b, head, :], m[b, head]
+        i, log_f = i[b, head], log_f[b, head]
+        # The official zero state is a fresh start: nothing there to weigh against i.
+        fresh = (old_m == 0.0) & (jnp.max(jnp.abs(old)) == 0.0)
+        new_m = jnp.where(fresh, i, jnp.maximum(log_f + old_m, i))
+        kept, added = jnp.exp((old_m - new_m) + log_f), jnp.exp(i - new_m)
+        new = jnp.where(old == 0.0, 0.0, kept * old) + added * k[b, head, :].astype(jnp.float32)
+        r = jnp.sum(q[b, head, :].astype(jnp.float32) * scale * new)
+        floor = jnp.exp(jnp.where(new_m > -80.0, -new_m, 80.0))
+        n_out[b, head, :] = new
+        m_out[b, head] = jnp.where(new_m <= NEVER / 2, 0.0, new_m)
+        keep[b, head], add[b, head] = kept, added
+        d[b, head] = jnp.maximum(jnp.abs(r), floor) + eps
+
+    outputs = {"n_out": output(inputs["n"].shape)}
+    outputs |= {name: output((B, H)) for name in ("m_out", "keep", "add", "d")}
     return launch(
-        kernel, inputs, outputs, (V // BV, H, B), "mlstm_step", interpret, aliases={0: 0},
-        num_warps=4,
+        kernel, inputs, outputs, (H, B), "mlstm_step_gates", interpret, aliases={0: 0, 1: 1},
+        num_warps=2,
     )  # fmt: skip

@@ -156,11 +156,10 @@ def _step(
 ) -> list[Tensor]:  # fmt: skip
     B, H, K, V = C.shape
     outputs = [torch.empty_like(t) for t in (v, C, n, m)]
-    BK, BV = (64, 32) if B * H * V < 64 * 1024 else (32, 64)
-    BK, BV = min(BK, power(K)), min(BV, power(V))
+    BV, warps = tiles.step(B * H, K, V)
     launch(
         _step_kernel(), B * H * -(-V // BV), q, k, v, i, f, C, n, m, *outputs, K**-0.5, eps,
-        K=K, V=V, BK=BK, BV=BV, P=power(K), SIGMOID=sigmoid, num_warps=4,
+        K=K, V=V, P=power(K), BV=BV, SIGMOID=sigmoid, num_warps=warps,
     )  # fmt: skip
     return outputs
 

@@ -55,12 +55,14 @@ def attend(
     FULL_X: tl.constexpr = DX % BX == 0
     FULL_Z: tl.constexpr = DZ % BZ == 0
     pid = tl.program_id(0)
-    jz = pid % NZ
-    block = (pid // NZ) % (NC * NR)
-    bh = (pid // (NZ * NC * NR)).to(tl.int64)
-    c = block // NR
+    jz, block, rest = pid % NZ, (pid // NZ) % NR, pid // (NZ * NR)
+    if ROLE == "h" or ROLE == "dv":
+        # All heads of a chunk, which lie side by side: 1 % faster here, slower in other roles.
+        c, bh = rest // H % NC, (rest // (H * NC) * H + rest % H).to(tl.int64)
+    else:
+        c, bh = rest % NC, (rest // NC).to(tl.int64)
     # Long rows first: they take longest.
-    first = (block % NR if REVERSE else NR - 1 - block % NR) * L
+    first = (block if REVERSE else NR - 1 - block) * L
     here = tl.minimum(LC, T - c * LC)
     if first >= here:
         return

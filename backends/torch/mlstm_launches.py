@@ -62,7 +62,7 @@ class _Launches:
         )  # fmt: skip
 
     def attend(self, role, DX, DZ):
-        own = tiles.attend(role, DX, DZ, self.dtype, self.chunk, self.shared_memory)
+        own = tiles.attend(role, DX, DZ, self.dtype, self.chunk, self.shared_memory, triton=True)
         rows = self.chunk // own["L"]
         programs = self.BH * self.NC * rows * -(-DZ // own["BZ"])
         return self.launch(attend, programs, ROLE=role, DX=DX, DZ=DZ, **self.common, **own)
