@@ -34,13 +34,16 @@ def candidates(stage, K, V, chunk):
     else:
         DX, BZ = (K, min(V, 256)) if stage in ("h", "dv") else (V, K)
         BX = min(DX, 256)
-        options = itertools.product((64, 128), (32, 64), (32, 64), (2, 3), (4, 8))
-        for L, LN, BS, stages, warps in options:
+        options = itertools.product((64, 128), (16, 32, 64), (32, 64), (2, 3), (4, 8), (None, 168))
+        for L, LN, BS, stages, warps, registers in options:
             within = 2 * (L * BX + stages * LN * (BX + BZ))
             fits = L <= chunk and 16 <= L * BZ // (32 * warps) <= 128
-            if fits and max(within, 2 * stages * BS * (L + BZ)) < 220_000:
+            # With the bound three programs of 4 warps fit a processor by registers.
+            bound = {"maxnreg": registers} if registers else {}
+            if fits and max(within, 2 * stages * BS * (L + BZ)) < (75_000 if bound else 220_000):
                 tiles = {"L": L, "LN": LN, "BX": BX, "BZ": BZ, "BS": BS, "ST": stages}
-                found.append({**tiles, "num_warps": warps})
+                if warps == 4 or not bound:
+                    found.append({**tiles, "num_warps": warps, **bound})
     return [{**tiles, "num_stages": tiles["ST"]} for tiles in found]
 
 
@@ -111,8 +114,8 @@ class _Tiles:
 
         self.table, self.stage, self.tiles = mlstm_tiles, stage, tiles
 
-    def attend(self, role, *sizes):
-        return self.tiles if role == self.stage else self.table.attend(role, *sizes)
+    def attend(self, role, *sizes, **options):
+        return self.tiles if role == self.stage else self.table.attend(role, *sizes, **options)
 
     def states(self, *sizes):
         own = self.stage in ("states", "reverse")
