@@ -221,11 +221,11 @@ def step(q, k, v, i, log_f, C, n, m, eps, scale, tiles, interpret):
         keep, add = keep[b, head], add[b, head]
         values = v[b, head, cv].astype(jnp.float32)
         sums = jnp.zeros((BK, BV), jnp.float32)
-        for n, ck in enumerate(places):
+        for index, ck in enumerate(places):
             qs = q[b, head, ck].astype(jnp.float32) * scale
             ks = k[b, head, ck].astype(jnp.float32) * add
             old = coming.pop(0)
-            coming += [C[b, head, later, cv] for later in places[n + 2 : n + 3]]
+            coming += [C[b, head, later, cv] for later in places[index + 2 : index + 3]]
             new = jnp.where(old == 0.0, 0.0, keep * old) + ks[:, None] * values[None, :]
             C_out[b, head, ck, cv] = new
             sums += qs[:, None] * new
