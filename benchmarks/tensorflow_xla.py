@@ -6,9 +6,9 @@
 Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
 compiled, and on JAX), `turns` (the last two again, in processes that take turns), `fit` (a step
 beside keras.layers.LSTM), `compile` (a model of 12 blocks: the first step, then another batch
-size, then another length), `cache` (that first step in two processes that share the compilers' own
-caches on disk, also on JAX) and `lengths` (time and peak memory of the mLSTM over T, a process for
-every point). Each backend has a process of its own; in `ops` JAX's comes straight after
+size, then another length), `cache` (that first step in three processes that share the compilers'
+own caches on disk, also on JAX) and `lengths` (time and peak memory of the mLSTM over T, a process
+for every point). Each backend has a process of its own; in `ops` JAX's comes straight after
 TensorFlow's.
 """
 

@@ -117,9 +117,9 @@ class _Tiles:
     def attend(self, role, *sizes, **options):
         return self.tiles if role == self.stage else self.table.attend(role, *sizes, **options)
 
-    def states(self, *sizes):
+    def states(self, *sizes, **options):
         own = self.stage in ("states", "reverse")
-        return self.tiles if own else self.table.states(*sizes)
+        return self.tiles if own else self.table.states(*sizes, **options)
 
 
 def compile_share(share, arguments):

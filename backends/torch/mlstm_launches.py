@@ -35,7 +35,9 @@ class _Launches:
             "LC": chunk, "LEAST": -float(min(1e5, 2**24 // chunk)), "SIGMOID": sigmoid,
             "SEG": segment_ids is not None, "num_warps": 4,
         }  # fmt: skip
-        self.state_tiles = tiles.states(self.K, self.V, self.dtype, chunk, self.shared_memory)
+        self.state_tiles = tiles.states(
+            self.K, self.V, self.dtype, chunk, self.shared_memory, triton=True
+        )
         self.parts = -(-self.K // self.state_tiles["BX"]) * -(-self.V // self.state_tiles["BZ"])
         # Serial programs read and write least, but there must be enough of them.
         self.serial = 10 * self.BH * self.parts >= 9 * machine.processors(q.device)
