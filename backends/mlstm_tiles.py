@@ -30,6 +30,12 @@ _TRITON = {
     ("dv", 128, 256): (64, 32, 32, 3, 4, None),
     ("dk", 512, 256): (128, 16, 64, 3, 8, None),
 }
+# Of `attend_hopper`, bfloat16 alone: buffers of x, of y and z; by role and sizes. 128 rows, 64
+# columns.
+_HOPPER_BUFFERS = {
+    ("h", 128, 256): (2, 2), ("dq", 256, 128): (1, 3), ("dk", 256, 128): (1, 3),
+    ("dv", 128, 256): (2, 2),
+}  # fmt: skip
 # Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
 _ATTEND_ANY = (
     (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
@@ -93,6 +99,17 @@ def attend(role, DX, DZ, dtype, chunk, shared_memory, triton=False):
     return found | {"maxnreg": registers} if registers else found
 
 
+def hopper(role, DX, DZ, dtype, T, chunk):
+    """Of `attend_hopper` in a role, as its constants, or None where `attend` is the one."""
+    if dtype != "bfloat16" or (role, DX, DZ) not in _HOPPER_BUFFERS:
+        return None
+    if chunk % 128 or T % chunk:  # its tiles are copied whole
+        return None
+    XS, ST = _HOPPER_BUFFERS[role, DX, DZ]
+    # What the warps that copy leave over goes to those that multiply.
+    return {"L": 128, "LN": 64, "XS": XS, "ST": ST, "REGISTERS": 24, "num_warps": 8}
+
+
 @functools.cache
 def states(DX, DZ, dtype, chunk, shared_memory, triton=False):
     """Of `states`, likewise."""
@@ -114,10 +131,10 @@ def chunk_steps(T, K, V, dtype):
 
 def step(heads, K, V):
     """Values of a program of a single step in Triton, all keys of which it holds, and warps."""
-    size, warps = 4096, 4  # of a program's state; few heads want many programs
+    size = 4096  # of a program's state; few heads want many programs
     if heads * V >= 64 * 1024:
-        size, warps = (8192, 4) if heads * V < 160 * 1024 else (16384, 8)
-    return min(max(size // power(K), 16), power(V)), warps
+        size = 8192 if heads * V < 160 * 1024 else 16384
+    return min(max(size // power(K), 16), power(V)), 4
 
 
 def pallas_step(heads, K, V):

@@ -22,6 +22,7 @@ import triton
 from keras_xlstm.backends.torch import machine, mlstm, operators, slstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
@@ -40,6 +41,8 @@ def signature(kernel, args, kwargs):
         value, parameter = given[name], kernel.params[j]
         if parameter.is_constexpr or value is None or value is True or value is False:
             kinds[name], constants[(j,)] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            kinds[name] = f"tensordesc<bf16{value.block_shape},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             kinds[name], divisible[(j,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -66,11 +69,12 @@ class Compiler:
         options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         kinds, constants, divisible = signature(kernel, args, kwargs)
         role = kwargs.get("ROLE", "reverse" if kwargs.get("REVERSE") else "")
-        source = ASTSource(kernel, kinds, constants, divisible)
+        gluon = kernel.is_gluon()
+        source = (GluonASTSource if gluon else ASTSource)(kernel, kinds, constants, divisible)
         compiled = triton.compile(source, target=self.target, options=options)
         # Sums in the order in which programs happen to arrive would differ from run to run.
-        assert "atomic" not in compiled.asm["ttir"], kernel
-        for buffers in in_flight(compiled.asm["ttgir"]):
+        assert "atomic" not in compiled.asm["ttgir"], kernel
+        for buffers in in_flight(compiled.asm["ttgir"]) if not gluon else ():  # it waits itself
             assert set(buffers) <= {compiled.metadata.num_stages}, (kernel, role, buffers)
         used = resources(compiled) if self.target.backend == "cuda" else {}
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
@@ -109,8 +113,8 @@ def resources(compiled):
     return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def compile_mlstm(K, V, dtype):
-    """A training step, the way of few heads, a single step."""
+def compile_mlstm(K, V, dtype, hopper):
+    """A training step, the way of few heads, a single step; on Hopper, what is for it alone."""
     q, k = (torch.empty(2, 512, 2, K, dtype=dtype, requires_grad=True) for _ in "qk")
     v = torch.empty(2, 512, 2, V, dtype=dtype, requires_grad=True)
     i, f = (torch.empty(2, 512, 2, requires_grad=True) for _ in "if")
@@ -118,8 +122,11 @@ def compile_mlstm(K, V, dtype):
     ids = torch.zeros(2, 512, dtype=torch.int32)
     options = {"input_gate": "exp", "eps": 1e-6, "chunk_size": None}
     machine.processors = lambda device: 1
-    h, _ = mlstm.mlstm(q, k, v, i, f, None, None, **options)
-    torch.autograd.grad(h.float().sum(), (q, k, v, i, f))
+    for machine.hopper in ([lambda device: True] if hopper else []) + [lambda device: False]:
+        for given in (ids, None) if machine.hopper(None) else (None,):
+            operators._KNOWN.clear()
+            h, _ = mlstm.mlstm(q, k, v, i, f, None, given, **options)
+            torch.autograd.grad(h.float().sum(), (q, k, v, i, f))
     machine.processors = lambda device: 10**9
     with torch.no_grad():
         mlstm.mlstm(q, k, v, i, f, state, ids, **options)
@@ -151,7 +158,10 @@ def compile_all(arch, sizes, dtype):
     launched = Compiler(target)
     operators.Launch.__call__ = lambda self, *arguments: launched.launch(self, *arguments)
     machine.shared_memory = machine.all_shared_memory = lambda device: MEMORY[arch]
-    (compile_mlstm if len(sizes) == 2 else compile_slstm)(*sizes, dtype)
+    if len(sizes) == 2:
+        compile_mlstm(*sizes, dtype, hopper=arch == "90")
+    else:
+        compile_slstm(*sizes, dtype)
     return launched.seen
 
 

@@ -133,6 +133,9 @@ def test_compiles_without_a_gpu(stages, asked, compiled):
         pytest.skip("Triton 3.7 fails for AMD at a sum over pieces; 3.6 and 3.9 do not")
     lines = [line for line in lines if line[0] == asked]
     assert {line[1] for line in lines} >= STAGES[stages], last_words
+    if asked == "90:128/256:bfloat16":
+        roles = {line[2] for line in lines if line[1] == "hopper.attend_hopper"}
+        assert roles == {"h", "dq", "dk", "dv"}
     arch, sizes, _ = asked.split(":")
     for *_, shared, limit, stack in lines:
         assert int(shared) <= int(limit), lines
@@ -170,6 +173,16 @@ def test_sizes(K, V, dtype, rng):
 @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128, 256, 512])
 def test_chunk_sizes(chunk_size, rng):
     check(mLSTMCase(rng, B=1, T=700, H=1, K=64, V=64), "bfloat16", chunk_size=chunk_size)
+
+
+@on_gpu
+@pytest.mark.parametrize("chunk_size", [128, 256, 512])
+@pytest.mark.parametrize("segments", [None, "growing"])
+def test_whole_chunks(chunk_size, segments, rng):
+    """Hopper has kernels of its own for them."""
+    case = mLSTMCase(rng, B=1, T=1024, H=2, K=128, V=256)
+    segments = make_segments(segments, 1, 1024, rng)
+    check(case, "bfloat16", chunk_size=chunk_size, segment_ids=segments)
 
 
 @runs

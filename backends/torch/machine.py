@@ -77,6 +77,15 @@ def processors(device):
 
 
 @functools.cache
+def hopper(device):
+    """Whether kernels for NVIDIA's Hopper alone can run: their language is new, and only known to
+    be the same in these versions."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and (3, 6) <= triton_version() < (3, 10)
+
+
+@functools.cache
 def triton_version():
     major, minor = importlib.metadata.version("triton").split(".")[:2]
     return int(major), int(minor)

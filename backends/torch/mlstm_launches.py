@@ -20,11 +20,14 @@ _BLOCK = 1024  # elements of a state that one program of `borders` carries
 class _Launches:
     """Sizes and tiles of both passes."""
 
-    def __init__(self, q, v, segment_ids, sigmoid, chunk):
+    def __init__(self, given, q, v, segment_ids, sigmoid, chunk):
         self.B, self.T, self.H, self.K = q.shape
         self.V, self.BH, self.NC = v.shape[-1], self.B * self.H, -(-self.T // chunk)
         self.chunk, self.dtype = chunk, name(q.dtype)
+        self.device = q.device
         self.shared_memory = machine.shared_memory(q.device)
+        # TMA, which the kernels for Hopper use, wants it.
+        self.aligned = all(t is None or t.data_ptr() % 16 == 0 for t in given)
         self.sizes = self.T, self.H, self.NC, self.K**-0.5
         self.common = {
             "LC": chunk, "SEG": segment_ids is not None, "EVEN": self.T % chunk == 0,
@@ -64,10 +67,56 @@ class _Launches:
         )  # fmt: skip
 
     def attend(self, role, DX, DZ):
+        if self.aligned and machine.hopper(self.device):
+            constants = tiles.hopper(role, DX, DZ, self.dtype, self.T, self.chunk)
+            if constants:
+                return self._attend_hopper(role, DX, DZ, **constants)
         own = tiles.attend(role, DX, DZ, self.dtype, self.chunk, self.shared_memory, triton=True)
         rows = self.chunk // own["L"]
         programs = self.BH * self.NC * rows * -(-DZ // own["BZ"])
         return self.launch(attend, programs, ROLE=role, DX=DX, DZ=DZ, **self.common, **own)
+
+    def _attend_hopper(self, role, DX, DZ, L, LN, **constants):
+        from keras_xlstm.backends.torch.mlstm_hopper import attend_hopper
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        rows = self.chunk // L
+        items = self.BH * self.NC * rows
+        # One on each processor; a multiple of `rows`, so that long blocks and short ones alternate.
+        programs = min(items, max(machine.processors(self.device) // rows, 1) * rows)
+        launch = self.launch(
+            attend_hopper, programs, ROLE=role, DX=DX, DZ=DZ, L=L, LN=LN, LC=self.chunk,
+            SEG=self.common["SEG"], **constants,
+        )  # fmt: skip
+        steps = self.B * self.T, self.H * DX
+        out_steps = self.B * self.T, self.H * DZ
+        borders = self.BH * (self.NC + (1 if role in ("h", "dq") else 0))
+        if role in ("h", "dv"):
+            state, tile = (borders * DX, DZ), (LN, DZ)
+        else:
+            state, tile = (borders * DZ, DX), (DZ, LN)
+        # Of x, y, z, S, out and h: the whole, and a tile.
+        matrices = [
+            (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, DZ)), (state, tile),
+            (out_steps, (L, DZ // 2)), (steps, (LN, DX)),
+        ]  # fmt: skip
+        matrices = [
+            (whole, list(tile), gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16))
+            for whole, tile in matrices
+        ]
+
+        def describe(place, whole, tile, layout):
+            return TensorDescriptor(_Place(place), whole, (whole[1], 1), tile, layout)
+
+        def call(stream, x, y, z, s, n, out, own, dot, h, *rest):
+            x, y, z, s, out = (
+                describe(t, *m) for t, m in zip((x, y, z, s, out), matrices, strict=False)
+            )
+            h = None if h is None else describe(h, *matrices[5])
+            launch(stream, x, y, z, s, out, n, own, dot, h, *rest, items)
+
+        return call
 
     @property
     def known(self):
@@ -96,7 +145,7 @@ class Forward(_Launches):
 
     def __init__(self, given, sigmoid, chunk):
         q, _, v, _, _, C, _, m, segment_ids = given
-        super().__init__(q, v, segment_ids, sigmoid, chunk)
+        super().__init__(given, q, v, segment_ids, sigmoid, chunk)
         self.kept, self.own = kept(q, v, chunk), Parts(*[(self.BH, self.NC * chunk)] * 3)
         self.gates = self.launch(gates, self.BH * self.NC, **self.gates_common)
         self.chunks = self.launch(
@@ -136,7 +185,7 @@ class Backward(_Launches):
 
     def __init__(self, given, sigmoid, chunk):
         _, dC, _, q, _, v, _, _, segment_ids, _, _ = given
-        super().__init__(q, v, segment_ids, sigmoid, chunk)
+        super().__init__(given, q, v, segment_ids, sigmoid, chunk)
         BH, NC, K, V = self.BH, self.NC, self.K, self.V
         self.kept = kept(q, v, chunk)
         self.own = Parts(
@@ -178,3 +227,15 @@ class Backward(_Launches):
 
 def addresses(tensors):
     return [None if t is None else t.data_ptr() for t in tensors]
+
+
+class _Place:
+    """A bfloat16 tensor, or its address, as descriptors want it."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, place):
+        self.place = place
+
+    def data_ptr(self):
+        return self.place if isinstance(self.place, int) else self.place.data_ptr()

@@ -25,7 +25,7 @@ def step(
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, bh = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     ck, cv = tl.arange(0, P), tile * BV + tl.arange(0, BV)
-    # The state, then all that the sums over n wait for, is under way before anything waits.
+    # The state, then all else that is read, is under way before anything waits.
     C = _load(C_p + bh * K * V, ck, cv, V, K, V, K == P, FULL)
     n = _vector(n_p + bh * K, ck, K, K == P)
     m = tl.load(m_p + bh)
@@ -33,6 +33,7 @@ def step(
     f = tl.load(f_p + bh).to(tl.float32)
     q = _vector(q_p + bh * K, ck, K, K == P).to(tl.float32) * scale
     k = _vector(k_p + bh * K, ck, K, K == P).to(tl.float32)
+    v = _vector(v_p + bh * V, cv, V, FULL).to(tl.float32)
     i = _log_sigmoid(i) if SIGMOID else i
     log_f = _log_sigmoid(f)
     # The official zero state is a fresh start: nothing there to weigh against i.
@@ -46,7 +47,6 @@ def step(
         tl.store(m_out_p + bh, tl.where(new_m <= NEVER / 2, 0.0, new_m))
     floor = tl.exp(tl.where(new_m > -80.0, -new_m, 80.0))
     d = tl.maximum(tl.abs(r), floor) + eps
-    v = _vector(v_p + bh * V, cv, V, FULL).to(tl.float32)
     # Again, spread over threads as C is: moving what is there would make the loads above wait.
     q = _vector(q_p + bh * K, ck, K, K == P).to(tl.float32) * scale
     k = _vector(k_p + bh * K, ck, K, K == P).to(tl.float32)

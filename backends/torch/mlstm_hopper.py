@@ -1,0 +1,276 @@
+"""The mLSTM within a chunk on NVIDIA's Hopper: what mlstm_attend.py computes, in Gluon.
+
+There the L2 cache's traffic binds, as programs of 64 rows each read the tiles that they share. Here
+a program has 128 rows and the processor to itself: one warp has tiles copied (by TMA) ahead of
+eight that multiply them, through all the program's blocks of rows. The weights of a block of pairs
+are made while the products before them run. Names as in mlstm_attend.py.
+"""
+
+from keras_xlstm.backends.torch.mlstm_hopper_copies import _place, _produce, _turned, _write
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+NEVER = gl.constexpr(-(2.0**100))
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _round(x):
+    return gl.floor(x + 0.5)
+
+
+@gluon.jit
+def _exp2(x):
+    """Without the care for subnormal results, which takes three instructions more."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _dots(x, y_s, y_full, y_empty, ky, ST: gl.constexpr):
+    """Row by row x . y, y being the next tile of its ring."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    slot = ky % ST
+    mbarrier.wait(y_full.index(slot), (ky // ST) & 1)
+    y = y_s.index(slot).load(wide)
+    dots = gl.sum(x.load(wide).to(gl.float32) * y.to(gl.float32), 1)
+    mbarrier.arrive(y_empty.index(slot), count=1)
+    return dots
+
+
+@gluon.jit
+def _consume(
+    x_s, y_s, z_s, v_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, out_d,
+    n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p, row_rest_p, b_p, br_p,
+    peak_p, T, H, NC, scale, eps, items,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, L: gl.constexpr, LN: gl.constexpr,
+    LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+):  # fmt: skip
+    REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
+    TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, DZ, 16])
+    mma_p: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, LN, 16])
+    mma_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, DX, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    by_row: gl.constexpr = gl.SliceLayout(1, mma_p)
+    by_col: gl.constexpr = gl.SliceLayout(0, mma_p)
+    by_acc: gl.constexpr = gl.SliceLayout(1, mma)
+    kx = 0
+    ky = 0
+    kz = 0
+    turn = 0
+    for i in range(gl.program_id(0), items, gl.num_programs(0)):
+        c, bh, first = _place(i, turn, H, NC, L, LC, ROLE)
+        turn += 1
+        batch, head, long = bh // H, bh % H, bh.to(gl.int64)
+        o_row = (batch.to(gl.int64) * T + c * LC + first) * H + head
+        o_vec = (long * NC + c) * LC
+        m_b = m_p + long * (NC + 1) + c
+        slot_n = long * (NC if REVERSE else NC + 1) + c
+        rows = first + gl.arange(0, L, by_row)
+        # All that is read from here, before anything waits.
+        border = gl.load(m_b)
+        if SEG:
+            seg_b = seg_p + batch.to(gl.int64) * T
+            seg = gl.load(seg_b + c * LC + rows)
+            before = gl.load(seg_b + gl.maximum(c * LC - 1, 0))
+            before = gl.where(c == 0, 0, before)
+            last = gl.load(seg_b + c * LC + LC - 1)
+        if ROLE == "h":
+            b = gl.load(b_p + o_vec + rows)
+            row_rest = gl.load(br_p + o_vec + rows)
+            peak = gl.load(peak_p + o_vec + rows)
+            n = gl.load(n_p + slot_n * DX + gl.arange(0, DX, gl.SliceLayout(0, mma_x)))
+        else:
+            row = gl.load(row_p + o_vec + rows)
+            row_rest = gl.load(row_rest_p + o_vec + rows)
+        if ROLE == "dq":
+            sign = gl.load(sign_p + o_vec + rows)
+        if REVERSE:
+            p_chunk = chunk_p + (long * NC + c) * 4
+            out_whole, out_rest = gl.load(p_chunk), gl.load(p_chunk + 1)
+            leaving = gl.load(m_b + 1)
+        if TURNED:
+            n = gl.load(n_p + slot_n * DZ + gl.arange(0, DZ, gl.SliceLayout(0, mma)))
+
+        # Over the border.
+        acc = gl.zeros([L, DZ], gl.float32, mma)
+        mbarrier.wait(x_full.index(kx % XS), (kx // XS) & 1)
+        x = x_s.index(kx % XS)
+        for s in gl.static_range(DX // LN):
+            slot = kz % ST
+            mbarrier.wait(z_full.index(slot), (kz // ST) & 1)
+            if TURNED:
+                S = _turned(z_s.index(slot), DZ, LN).permute([1, 0])
+            else:
+                S = z_s.index(slot)
+            xs = x.slice(s * LN, LN, dim=1)
+            acc = warpgroup_mma(xs, S, acc, use_acc=s > 0, is_async=True)
+            if s > 0:
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
+            kz += 1
+        # The row's exponents, and the weight of what comes over the border.
+        if ROLE == "h":
+            if SEG:
+                entering = gl.where(seg == before, border, NEVER)
+                row_m = (b + row_rest) + gl.maximum(peak, entering)
+            else:
+                row_m = (b + row_rest) + gl.maximum(peak, border)
+            whole = _round(row_m)
+            row = b - whole
+        if REVERSE:
+            w = gl.exp((row + (out_whole - _round(leaving))) + (row_rest + out_rest))
+        else:
+            w = gl.exp((row + _round(border)) + row_rest)
+        if SEG:
+            w = gl.where(seg == (last if REVERSE else before), w, 0.0)
+        if ROLE == "h":
+            r = gl.sum(x.load(mma_x).to(gl.float32) * n[None, :], 1)
+            r = gl.convert_layout(r, by_row) * w
+        if ROLE == "dq":
+            upper = _dots(x.slice(0, LN), y_s, y_full, y_empty, ky, ST)
+            lower = _dots(x.slice(LN, LN), y_s, y_full, y_empty, ky + 1, ST)
+            ky += 2
+            r = gl.reshape(gl.permute(gl.join(upper, lower), [1, 0]), [L])
+            rho_row = -sign * gl.convert_layout(r, by_row)
+            gl.store(rho_p + o_vec + rows, rho_row)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc *= gl.convert_layout(w, by_acc)[:, None]
+        if ROLE == "dq":
+            acc += gl.convert_layout(w * rho_row, by_acc)[:, None] * n[None, :]
+        if ROLE == "dk":
+            acc += gl.convert_layout(w, by_acc)[:, None] * n[None, :]
+
+        # Within the chunk.
+        row_2 = (row_rest * LOG2_E)[:, None]
+        acc = warpgroup_mma_init(acc)
+        for j in range(first if REVERSE else 0, LC if REVERSE else first + L, LN):
+            slot = ky % ST
+            mbarrier.wait(y_full.index(slot), (ky // ST) & 1)
+            p = warpgroup_mma(
+                x, y_s.index(slot).permute([1, 0]), gl.zeros([L, LN], gl.float32, mma_p),
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+            cols = j + gl.arange(0, LN, by_col)
+            # Whole numbers are added before anything rounds.
+            log_w = row[:, None] + v_s.index(slot * 3).load(by_col)[None, :]
+            rest = row_2 + (v_s.index(slot * 3 + 1).load(by_col) * LOG2_E)[None, :]
+            weight = _exp2(log_w * LOG2_E + rest)
+            if ROLE == "dk":
+                rho_col = v_s.index(slot * 3 + 2).load(by_col)
+            # The weights as well, lest the compiler move them behind the wait.
+            p, acc, weight = warpgroup_mma_wait(0, deps=[p, acc, weight])
+            mbarrier.arrive(y_empty.index(slot), count=1)
+            mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
+            ky += 1
+            if ROLE == "dq":
+                p += rho_row[:, None]
+            if ROLE == "dk":
+                p += rho_col[None, :]
+            p *= weight
+            if REVERSE:
+                keep = rows[:, None] <= cols[None, :]
+            else:
+                keep = rows[:, None] >= cols[None, :]
+            if SEG:
+                seg_col = gl.load(seg_b + c * LC + cols)
+                p = gl.where(keep & (seg[:, None] == seg_col[None, :]), p, 0.0)
+            elif (j < first + L) if REVERSE else (j + LN > first):
+                p = gl.where(keep, p, 0.0)
+            if ROLE == "h":
+                r += gl.sum(p, 1)
+            p = gl.convert_layout(p.to(gl.bfloat16), operand)
+            slot = kz % ST
+            mbarrier.wait(z_full.index(slot), (kz // ST) & 1)
+            acc = warpgroup_mma(p, z_s.index(slot), acc, is_async=True)
+            kz += 1
+        mbarrier.arrive(x_empty.index(kx % XS), count=1)
+        kx += 1
+        if TURNED:
+            a_rows = gl.arange(0, L, by_acc)
+            a_cols = gl.arange(0, DZ, gl.SliceLayout(0, mma))
+            own = gl.load(own_p + o_row * DZ + (a_rows[:, None] * (H * DZ) + a_cols[None, :]))
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
+
+        if ROLE == "h":
+            r *= scale
+            floor = gl.exp(gl.where(whole > -80.0, -whole, 80.0))
+            d = gl.maximum(gl.abs(r), floor) + eps * gl.exp(row_m - whole)
+            acc *= gl.convert_layout(scale / d, by_acc)[:, None]
+            gl.store(row_p + o_vec + rows, row)
+            gl.store(row_rest_p + o_vec + rows, row_rest - gl.log(d))
+            of_r = gl.where(r > 0, 1.0, -1.0)
+            gl.store(sign_p + o_vec + rows, gl.where(gl.abs(r) > floor, of_r, 0.0))
+        else:
+            acc *= scale
+        if TURNED:
+            dot = gl.sum(own.to(gl.float32) * acc, 1)
+            gl.store(dot_p + o_vec + first + a_rows, dot)
+        half, other = gl.split(gl.permute(gl.reshape(acc, [L, 2, DZ // 2]), [0, 2, 1]))
+        to = batch * T + c * LC + first
+        _write(out_s, out_d, half, to, head * DZ)
+        _write(out_s, out_d, other, to, head * DZ + DZ // 2)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T", "H", "NC", "items"])
+def attend_hopper(
+    x_d, y_d, z_d, s_d, out_d, n_p, own_p, dot_p, h_d, sign_p, rho_p, seg_p, m_p, chunk_p,
+    row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
+    T, H, NC, scale, eps, items,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, L: gl.constexpr, LN: gl.constexpr,
+    LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `attend`; see mlstm_attend.py. `items`: blocks of L rows, in all; T is a multiple of LC.
+    _d: descriptors of matrices (steps, heads * features) and (borders * rows, columns)."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [XS, L, DX], x_d.layout)
+    y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DX], y_d.layout)
+    z_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DZ], z_d.layout)
+    v_s = gl.allocate_shared_memory(gl.float32, [3 * ST, LN], flat)
+    out_s = gl.allocate_shared_memory(gl.bfloat16, [L, DZ // 2], out_d.layout)
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
+    x_empty = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
+    y_full = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
+    y_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
+    z_full = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
+    z_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
+    for s in gl.static_range(XS):
+        mbarrier.init(x_full.index(s), count=1)
+        mbarrier.init(x_empty.index(s), count=1)
+    for s in gl.static_range(ST):
+        mbarrier.init(y_full.index(s), count=33)  # the tile, and each thread's parts of vectors
+        mbarrier.init(y_empty.index(s), count=1)
+        mbarrier.init(z_full.index(s), count=1)
+        mbarrier.init(z_empty.index(s), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                x_s, y_s, z_s, v_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
+                out_d, n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p,
+                row_rest_p, b_p, br_p, peak_p, T, H, NC, scale, eps, items,
+                ROLE, DX, DZ, L, LN, LC, SEG, XS, ST,
+            )),
+            (_produce, (
+                x_s, y_s, z_s, v_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
+                x_d, y_d, z_d, s_d, h_d, col_p, col_rest_p, rho_p, T, H, NC, items,
+                ROLE, DX, DZ, L, LN, LC, XS, ST,
+            )),
+        ],
+        [1],
+        [REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Of mlstm_hopper.py: who does what where, and the warp that has tiles copied."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+)
+
+# Names that changed after Triton 3.6.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+_NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def _place(i, turn, H, NC, L: gl.constexpr, LC: gl.constexpr, ROLE: gl.constexpr):
+    """Chunk, batch and head, first row of item i. Rows alternate between turns, as some blocks of
+    them take longer; a grid is a multiple of their number."""
+    NR: gl.constexpr = LC // L
+    block, rest = (i + turn) % NR, i // NR
+    if ROLE == "h" or ROLE == "dv":
+        c, bh = rest // H % NC, rest // (H * NC) * H + rest % H
+    else:
+        c, bh = rest % NC, rest // NC
+    return c, bh, block * L if ROLE == "dk" or ROLE == "dv" else (NR - 1 - block) * L
+
+
+@gluon.jit
+def _turned(tile, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """The memory of a tile as one of [ROWS, COLS]."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLS], gl.bfloat16)
+    if _NAMED:
+        tile = tile.reinterpret(gl.bfloat16, [ROWS, COLS], layout)
+    else:
+        tile = tile._reinterpret(gl.bfloat16, [ROWS, COLS], layout)
+    return tile
+
+
+@gluon.jit
+def _copy_vector(to, p, N: gl.constexpr):
+    o = gl.arange(0, N, gl.BlockedLayout([N // 32], [32], [1], [0]))
+    _copy(to, p + o)
+
+
+@gluon.jit
+def _produce(
+    x_s, y_s, z_s, v_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, x_d, y_d, z_d, s_d, h_d,
+    col_p, col_rest_p, rho_p, T, H, NC, items,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, L: gl.constexpr, LN: gl.constexpr,
+    LC: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+):  # fmt: skip
+    REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
+    TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
+    kx = 0
+    ky = 0
+    kz = 0
+    turn = 0
+    for i in range(gl.program_id(0), items, gl.num_programs(0)):
+        c, bh, first = _place(i, turn, H, NC, L, LC, ROLE)
+        turn += 1
+        row = (bh // H) * T + c * LC
+        at_x, at_z = bh % H * DX, bh % H * DZ
+        slot = kx % XS
+        mbarrier.wait(x_empty.index(slot), ((kx // XS) & 1) ^ 1)
+        mbarrier.expect(x_full.index(slot), L * DX * 2)
+        _load(x_d, [row + first, at_x], x_full.index(slot), x_s.index(slot))
+        kx += 1
+        state = (bh * (NC if REVERSE else NC + 1) + c) * (DZ if TURNED else DX)
+        for s in gl.static_range(DX // LN):
+            slot = kz % ST
+            mbarrier.wait(z_empty.index(slot), ((kz // ST) & 1) ^ 1)
+            mbarrier.expect(z_full.index(slot), LN * DZ * 2)
+            if TURNED:
+                to = _turned(z_s.index(slot), DZ, LN)
+                _load(s_d, [state, s * LN], z_full.index(slot), to)
+            else:
+                _load(s_d, [state + s * LN, 0], z_full.index(slot), z_s.index(slot))
+            kz += 1
+        if ROLE == "dq":
+            for s in gl.static_range(L // LN):
+                slot = ky % ST
+                mbarrier.wait(y_empty.index(slot), ((ky // ST) & 1) ^ 1)
+                mbarrier.expect(y_full.index(slot), LN * DX * 2)
+                async_copy.mbarrier_arrive(y_full.index(slot), increment_count=False)
+                _load(h_d, [row + first + s * LN, at_x], y_full.index(slot), y_s.index(slot))
+                ky += 1
+        o_vec = (bh.to(gl.int64) * NC + c) * LC
+        for j in range(first if REVERSE else 0, LC if REVERSE else first + L, LN):
+            slot = ky % ST
+            mbarrier.wait(y_empty.index(slot), ((ky // ST) & 1) ^ 1)
+            mbarrier.expect(y_full.index(slot), LN * DX * 2)
+            _copy_vector(v_s.index(slot * 3), col_p + o_vec + j, LN)
+            _copy_vector(v_s.index(slot * 3 + 1), col_rest_p + o_vec + j, LN)
+            if ROLE == "dk":
+                _copy_vector(v_s.index(slot * 3 + 2), rho_p + o_vec + j, LN)
+            async_copy.mbarrier_arrive(y_full.index(slot), increment_count=False)
+            _load(y_d, [row + j, at_x], y_full.index(slot), y_s.index(slot))
+            ky += 1
+            slot = kz % ST
+            mbarrier.wait(z_empty.index(slot), ((kz // ST) & 1) ^ 1)
+            mbarrier.expect(z_full.index(slot), LN * DZ * 2)
+            _load(z_d, [row + j, at_z], z_full.index(slot), z_s.index(slot))
+            kz += 1
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _write(out_s, out_d, part, row, col):
+    tma.store_wait(0)  # what was here before has been read
+    _barrier()
+    out_s.store(part.to(gl.bfloat16))
+    fence_async_shared()
+    _barrier()
+    _store(out_d, [row, col], out_s)
