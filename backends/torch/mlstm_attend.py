@@ -1,4 +1,5 @@
-"""The mLSTM within a chunk, in Triton: one kernel in four roles of one form,
+"""The mLSTM within a chunk, in Triton (in some sizes on Hopper: mlstm_hopper.py): one kernel in
+four roles of one form,
 
     out_row = sum over cols of exp(row + col) (x_row . y_col + rho) z_col
               + exp(row + border) (x_row . S + rho n)
