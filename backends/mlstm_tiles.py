@@ -110,6 +110,25 @@ def hopper(role, DX, DZ, dtype, T, chunk):
     return {"L": 128, "LN": 64, "XS": XS, "ST": ST, "REGISTERS": 24, "num_warps": 8}
 
 
+def hopper_serial(K, V, dtype, heads, T, chunk, processors):
+    """Of `serial_hopper`, in both directions, as its constants, or None where `states` and
+    `attend` are the ones."""
+    if (K, V, dtype) != (128, 256, "bfloat16") or chunk not in (128, 256) or T % chunk:
+        return None
+    BZ = 128  # values of a program
+    programs = heads * (V // BZ)
+    # One is on a processor at a time. Were many processors to wait for the last, the others' time
+    # would be less.
+    if programs < 0.75 * processors * -(-programs // processors):
+        return None
+    # L steps at a time, BY for the state; stages; registers of a thread, with which nothing waits
+    # for a product that it does not need.
+    return {
+        "BZ": BZ, "L": 64, "BY": 32, "ST": 3, "ROWS_REGISTERS": 144, "STATE_REGISTERS": 200,
+        "num_warps": 4,
+    }  # fmt: skip
+
+
 @functools.cache
 def states(DX, DZ, dtype, chunk, shared_memory, triton=False):
     """Of `states`, likewise."""

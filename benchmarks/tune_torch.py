@@ -121,6 +121,12 @@ class _Tiles:
         own = self.stage in ("states", "reverse")
         return self.tiles if own else self.table.states(*sizes, **options)
 
+    def hopper(self, *sizes):
+        return None  # what is tuned are the kernels for every GPU
+
+    def hopper_serial(self, *sizes):
+        return None
+
 
 def compile_share(share, arguments):
     """Compiles every PROCESSES-th candidate into Triton's cache, on a small batch."""

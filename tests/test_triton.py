@@ -136,6 +136,7 @@ def test_compiles_without_a_gpu(stages, asked, compiled):
     if asked == "90:128/256:bfloat16":
         roles = {line[2] for line in lines if line[1] == "hopper.attend_hopper"}
         assert roles == {"h", "dq", "dk", "dv"}
+        assert sum(line[1] == "serial.serial_hopper" for line in lines) == 2  # and in reverse
     arch, sizes, _ = asked.split(":")
     for *_, shared, limit, stack in lines:
         assert int(shared) <= int(limit), lines
@@ -176,13 +177,27 @@ def test_chunk_sizes(chunk_size, rng):
 
 
 @on_gpu
-@pytest.mark.parametrize("chunk_size", [128, 256, 512])
+@pytest.mark.parametrize("many", [True, False], ids=["many heads", "few heads"])
+@pytest.mark.parametrize("chunk_size", [64, 128, 256, 512])
 @pytest.mark.parametrize("segments", [None, "growing"])
-def test_whole_chunks(chunk_size, segments, rng):
-    """Hopper has kernels of its own for them."""
-    case = mLSTMCase(rng, B=1, T=1024, H=2, K=128, V=256)
-    segments = make_segments(segments, 1, 1024, rng)
+def test_whole_chunks(chunk_size, segments, many, rng, monkeypatch):
+    """Hopper has kernels of its own for them, and others again where there are heads enough."""
+    if many:
+        monkeypatch.setattr(machine, "processors", lambda device: 4)
+    T = 4 * chunk_size
+    case = mLSTMCase(rng, B=1, T=T, H=2, K=128, V=256)
+    segments = make_segments(segments, 1, T, rng)
     check(case, "bfloat16", chunk_size=chunk_size, segment_ids=segments)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "V"), [(20, 40), (128, 256)])
+def test_many_heads(K, V, dtype, rng, monkeypatch):
+    """Their programs take the state through all chunks: what a loop carries on a GPU is not what
+    the interpreter carries (test_kernel_sources.py)."""
+    monkeypatch.setattr(machine, "processors", lambda device: 1)
+    check(mLSTMCase(rng, B=1, T=500, H=2, K=K, V=V), dtype, chunk_size=64)
 
 
 @runs

@@ -42,11 +42,13 @@ def _decay_then_peak(g1, m1, g2, m2):
 
 @_kernel
 def gates(
-    i_p, f_p, seg_p, u_p, ur_p, b_p, br_p, own_p, chunk_p, T, H, NC,
+    i_p, f_p, seg_p, u_p, ur_p, b_p, br_p, own_p, chunk_p, parts_p, T, H, NC,
     LC: tl.constexpr, LEAST: tl.constexpr, SIGMOID: tl.constexpr, SEG: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """b: running sum of log f; u = i - b; own: the largest u so far; of a chunk: the sum of its
-    log f (whole, rest), the peak of what reaches its end, NEVER if what enters does not."""
+    log f (whole, rest), the peak of what reaches its end, NEVER if what enters does not; of each
+    of its PARTS: the largest u before it."""
     c = tl.program_id(0) % NC
     bh = (tl.program_id(0) // NC).to(tl.int64)
     o = tl.arange(0, LC)
@@ -82,11 +84,21 @@ def gates(
     tl.store(chunk_p + 1, rest)
     tl.store(chunk_p + 2, tl.max(reaching, 0))
     tl.store(chunk_p + 3, hold)
+    for s in tl.static_range(PARTS):
+        before = tl.where(o < s * (LC // PARTS), u + ur, NEVER)
+        tl.store(parts_p + ((bh * NC + c) * PARTS + s) * 4 + 3, tl.max(before, 0))
 
 
 @_kernel
-def chunks(chunk_p, m0_p, m_p, through_p, last_p, NC, HAS_STATE: tl.constexpr, N: tl.constexpr):
-    """m at every border, and what is left of a state after each chunk."""
+def chunks(
+    chunk_p, m0_p, m_p, through_p, last_p, parts_p, NC, HAS_STATE: tl.constexpr, N: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """m at every border, and what is left of a state after each chunk.
+
+    Of each of a chunk's PARTS: what the state that enters it is over, as a log; what a log weight
+    of its steps lacks at its end, whole and rest; m at the chunk's start (mlstm_hopper_serial.py).
+    """
     bh = tl.program_id(0).to(tl.int64)
     m = tl.load(m0_p + bh) if HAS_STATE else NEVER
     m_p += bh * (NC + 1)
@@ -106,6 +118,18 @@ def chunks(chunk_p, m0_p, m_p, through_p, last_p, NC, HAS_STATE: tl.constexpr, N
         before = tl.load(m_p + c, mask=there, other=0.0)
         through = tl.exp(((_round(before) - _round(after)) + total) + hold + rest)
         tl.store(through_p + bh * NC + c, through, mask=there)
+        p = parts_p + (bh * NC + c) * (PARTS * 4)
+        for s in tl.static_range(PARTS):
+            peak = tl.load(p + s * 4 + 3, mask=there, other=0.0)
+            tl.store(p + s * 4, _round(tl.maximum(before, peak)), mask=there)
+            if s + 1 < PARTS:
+                peak = tl.load(p + s * 4 + 7, mask=there, other=0.0)
+                tl.store(p + s * 4 + 1, -_round(tl.maximum(before, peak)), mask=there)
+                tl.store(p + s * 4 + 2, tl.zeros_like(rest), mask=there)
+            else:
+                tl.store(p + s * 4 + 1, total - _round(after), mask=there)
+                tl.store(p + s * 4 + 2, rest, mask=there)
+            tl.store(p + s * 4 + 3, before, mask=there)
         m = tl.sum(tl.where(c == tl.minimum(start + N, NC) - 1, after, 0.0), 0)
     tl.store(last_p + bh, tl.where(m <= NEVER / 2, 0.0, m))
 

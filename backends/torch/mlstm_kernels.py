@@ -142,7 +142,9 @@ def states(
     # One loop through all chunks, and what the next chunk's weights refer to is loaded one chunk
     # ahead: no load waits at a border.
     through, ref, ref_rest = _reference(chunk_p, m_p, through_p, bh, c, NC, REVERSE)
-    own_ref, own_rest = ref, ref_rest
+    # Those of this chunk, set at every border. Were they set to `ref` here, Triton (3.6 to 3.9)
+    # would keep them so in every chunk (test_kernel_sources.py).
+    own_ref, own_rest = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for t in tl.range(0, NC * STEPS if SERIAL else STEPS, num_stages=ST):
         if SERIAL:
             c = NC - 1 - t // STEPS if REVERSE else t // STEPS
@@ -170,6 +172,8 @@ def states(
         rows = (t % STEPS) * L + o
         here = tl.minimum(LC, T - c * LC)
         o_vec = (bh * NC + c) * LC + rows
+        if not SERIAL:
+            own_ref, own_rest = ref, ref_rest
         w = tl.exp((tl.load(w_p + o_vec) + own_ref) + (tl.load(wr_p + o_vec) + own_rest))  # [L]
         if SEG:
             seg, earlier, last = _segments(seg_p + (bh // H) * T, T, c, rows, LC)

@@ -47,6 +47,11 @@ class _Launches:
         self.programs = self.BH * self.parts * (1 if self.serial else self.NC)
         if not self.serial:
             self.parts = -(-self.K * self.V // _BLOCK) + -(-self.K // _BLOCK)
+        self.in_one = None  # or what the kernel for states and rows in one is called with
+        if machine.hopper(q.device) and segment_ids is None:
+            self.in_one = tiles.hopper_serial(
+                self.K, self.V, self.dtype, self.BH, self.T, chunk, machine.processors(q.device)
+            )
         self.launches = []
 
     def launch(self, kernel, programs, **constants):
@@ -76,10 +81,36 @@ class _Launches:
         programs = self.BH * self.NC * rows * -(-DZ // own["BZ"])
         return self.launch(attend, programs, ROLE=role, DX=DX, DZ=DZ, **self.common, **own)
 
+    def states_and_rows(self, reverse, has_state):
+        """Both in one, or None where that is not for these sizes."""
+        if not self.aligned or not self.in_one:
+            return None
+        return self._states_and_rows(reverse, has_state, **self.in_one)
+
+    def _states_and_rows(self, reverse, has_state, L, BZ, **constants):
+        from keras_xlstm.backends.torch.mlstm_hopper_serial import serial_hopper
+
+        K, V = self.K, self.V
+        self.parts = V // BZ
+        launch = self.launch(
+            serial_hopper, self.BH * self.parts, REVERSE=reverse, DX=K, DZ=V, BZ=BZ, L=L,
+            LC=self.chunk, HAS_STATE=has_state, **constants,
+        )  # fmt: skip
+        keys, values = (self.B * self.T, self.H * K), (self.B * self.T, self.H * V)
+        written, read = [(self.BH * (self.NC + n) * K, V) for n in (0 if reverse else 1, 1)]
+        # Of x, y, z, the states that are written and those that are read, out.
+        describe = _describe(
+            (keys, (L, K)), (keys, (L, K)), (values, (L, BZ)), (written, (K, BZ)),
+            (read, (K, BZ // 2)), (values, (L, BZ)),
+        )  # fmt: skip
+
+        def call(stream, *given):
+            launch(stream, *describe(given[:6]), *given[6:])
+
+        return call
+
     def _attend_hopper(self, role, DX, DZ, L, LN, **constants):
         from keras_xlstm.backends.torch.mlstm_hopper import attend_hopper
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         rows = self.chunk // L
         items = self.BH * self.NC * rows
@@ -96,25 +127,15 @@ class _Launches:
             state, tile = (borders * DX, DZ), (LN, DZ)
         else:
             state, tile = (borders * DZ, DX), (DZ, LN)
-        # Of x, y, z, S, out and h: the whole, and a tile.
-        matrices = [
+        # Of x, y, z, S, out and h.
+        describe = _describe(
             (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, DZ)), (state, tile),
             (out_steps, (L, DZ // 2)), (steps, (LN, DX)),
-        ]  # fmt: skip
-        matrices = [
-            (whole, list(tile), gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16))
-            for whole, tile in matrices
-        ]
-
-        def describe(place, whole, tile, layout):
-            return TensorDescriptor(_Place(place), whole, (whole[1], 1), tile, layout)
+        )  # fmt: skip
 
         def call(stream, x, y, z, s, n, out, own, dot, h, *rest):
-            x, y, z, s, out = (
-                describe(t, *m) for t, m in zip((x, y, z, s, out), matrices, strict=False)
-            )
-            h = None if h is None else describe(h, *matrices[5])
-            launch(stream, x, y, z, s, out, n, own, dot, h, *rest, items)
+            *matrices, h = describe((x, y, z, s, out, h))
+            launch(stream, *matrices, n, own, dot, h, *rest, items)
 
         return call
 
@@ -131,11 +152,11 @@ def state_dtype(dtype):
 
 def kept(q, v, chunk):
     """What the backward pass needs: five vectors (row exponents and signs, columns), chunk sums, m
-    at the borders, decays, states and normalisers at the borders."""
+    at the borders, decays, what `chunks` says of parts, states and normalisers at the borders."""
     B, T, H, K = q.shape
     BH, NC = B * H, -(-T // chunk)
     return Parts(
-        *[(BH, NC * chunk)] * 5, (BH, NC, 4), (BH, NC + 1), (BH, NC),
+        *[(BH, NC * chunk)] * 5, (BH, NC, 4), (BH, NC + 1), (BH, NC), (BH, NC, 4, 4),
         ((BH, NC + 1, K, v.shape[-1]), state_dtype(q.dtype)), (BH, NC + 1, K),
     )  # fmt: skip
 
@@ -147,12 +168,15 @@ class Forward(_Launches):
         q, _, v, _, _, C, _, m, segment_ids = given
         super().__init__(given, q, v, segment_ids, sigmoid, chunk)
         self.kept, self.own = kept(q, v, chunk), Parts(*[(self.BH, self.NC * chunk)] * 3)
-        self.gates = self.launch(gates, self.BH * self.NC, **self.gates_common)
+        parts = chunk // self.in_one["L"] if self.in_one else 0
+        self.gates = self.launch(gates, self.BH * self.NC, PARTS=parts, **self.gates_common)
         self.chunks = self.launch(
-            chunks, self.BH, HAS_STATE=m is not None, N=128, num_warps=4
+            chunks, self.BH, HAS_STATE=m is not None, N=128, PARTS=parts, num_warps=4
         )  # fmt: skip
-        self.first, self.second = self.states(False, C is not None)
-        self.h = self.attend("h", self.K, self.V)
+        self.both = self.states_and_rows(False, C is not None)
+        if not self.both:
+            self.first, self.second = self.states(False, C is not None)
+            self.h = self.attend("h", self.K, self.V)
 
     def __call__(self, stream, given, results, eps):
         known, like = self.known, given[0]
@@ -161,12 +185,18 @@ class Forward(_Launches):
             given, results = addresses(given), addresses(results)
         q, k, v, i, f, C, n, m, seg = given
         h, C_last, n_last, m_last = results
-        u, u_rest, row, row_rest, sign, sums, at, through, S, N = self.kept.of(kept, known)
+        u, u_rest, row, row_rest, sign, sums, at, through, parts, S, N = self.kept.of(kept, known)
         b, b_rest, peak = self.own.of(own, known)
         T, H, NC, scale = self.sizes
-        self.gates(stream, i, f, seg, u, u_rest, b, b_rest, peak, sums, T, H, NC)
-        self.chunks(stream, sums, m, at, through, m_last, NC)
+        self.gates(stream, i, f, seg, u, u_rest, b, b_rest, peak, sums, parts, T, H, NC)
+        self.chunks(stream, sums, m, at, through, m_last, parts, NC)
         last, none = (C_last, n_last), (None, None, None)
+        if self.both:
+            self.both(
+                stream, q, k, v, S, None, h, N, C, n, *last, *none, sign, at, parts, row, row_rest,
+                u, u_rest, b, b_rest, peak, *self.sizes, eps,
+            )  # fmt: skip
+            return kept
         self.first(
             stream, k, v, u, u_rest, None, seg, sums, at, through, S, N, C, n, *last, *none,
             *self.sizes,
@@ -187,14 +217,16 @@ class Backward(_Launches):
         _, dC, _, q, _, v, _, _, segment_ids, _, _ = given
         super().__init__(given, q, v, segment_ids, sigmoid, chunk)
         BH, NC, K, V = self.BH, self.NC, self.K, self.V
+        self.both = self.states_and_rows(True, dC is not None)
+        if not self.both:
+            self.first, self.second = self.states(True, dC is not None)
+            self.dv = self.attend("dv", K, V)
         self.kept = kept(q, v, chunk)
         self.own = Parts(
             *[(BH, NC * chunk)] * 3, ((BH, NC, K, V), state_dtype(q.dtype)), (BH, NC, K),
             (BH, NC, self.parts),
         )  # fmt: skip
         self.dq, self.dk = self.attend("dq", V, K), self.attend("dk", V, K)
-        self.dv = self.attend("dv", K, V)
-        self.first, self.second = self.states(True, dC is not None)
         self.gate_gradients = self.launch(
             gate_gradients, BH * NC, PARTS=self.parts, P=power(self.parts), **self.gates_common
         )
@@ -205,7 +237,7 @@ class Backward(_Launches):
             given, results = addresses(given), addresses(results)
         dh, dC, dn, q, k, v, i, f, seg, h, _ = given
         dq, dk, dv, di, df, *d_first = results
-        u, u_rest, row, row_rest, sign, sums, at, through, S, N = self.kept.of(kept, known)
+        u, u_rest, row, row_rest, sign, sums, at, through, parts, S, N = self.kept.of(kept, known)
         rho, q_dot, k_dot, dS, dN, inner = self.own.of(own, known)
         T, H, NC, scale = self.sizes
         rows, cols, none = (row, row_rest), (u, u_rest), (None, None, None)
@@ -213,20 +245,46 @@ class Backward(_Launches):
         self.dq(
             stream, dh, v, k, S, N, dq, q, q_dot, h, sign, rho, seg, at, sums, *rows, *cols, *rest
         )
-        self.first(
-            stream, q, dh, *rows, rho, seg, sums, at, through, dS, dN, dC, dn, *d_first, S, N,
-            inner, *self.sizes,
-        )  # fmt: skip
-        if self.second:
-            self.second(stream, dS, dN, dC, dn, through, at, *d_first, S, N, inner, NC, scale)
         turned = None, None, rho, seg, at, sums, *cols, *rows, *rest
+        if self.both:
+            self.both(
+                stream, k, q, dh, dS, S, dv, dN, dC, dn, *d_first, N, inner, rho, None, at, parts,
+                *cols, *rows, *none, *self.sizes, 0.0,
+            )  # fmt: skip
+        else:
+            self.first(
+                stream, q, dh, *rows, rho, seg, sums, at, through, dS, dN, dC, dn, *d_first, S, N,
+                inner, *self.sizes,
+            )  # fmt: skip
+            if self.second:
+                self.second(stream, dS, dN, dC, dn, through, at, *d_first, S, N, inner, NC, scale)
+            self.dv(stream, k, q, dh, dS, dN, dv, None, None, *turned)
         self.dk(stream, v, dh, q, dS, dN, dk, k, k_dot, *turned)
-        self.dv(stream, k, q, dh, dS, dN, dv, None, None, *turned)
         self.gate_gradients(stream, i, f, seg, q_dot, k_dot, inner, di, df, T, H, NC)
 
 
 def addresses(tensors):
     return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def _describe(*matrices):
+    """A function of bfloat16 tensors (or their addresses, or None) that makes them descriptors;
+    of each the shape as a matrix, and that of a tile."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    known = []
+    for whole, tile in matrices:
+        layout = gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
+        known.append((whole, (whole[1], 1), list(tile), layout))
+
+    def describe(tensors):
+        return [
+            None if t is None else TensorDescriptor(_Place(t), *of)
+            for t, of in zip(tensors, known, strict=True)
+        ]
+
+    return describe
 
 
 class _Place:

@@ -1,0 +1,205 @@
+"""Of mlstm_hopper_serial.py: the warps that keep the state, and the one that has tiles copied."""
+
+from keras_xlstm.backends.torch.mlstm_hopper import _round
+from keras_xlstm.backends.torch.mlstm_hopper_copies import (
+    _barrier,
+    _copy_vector,
+    _load,
+    _store,
+    _turned,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _place(t, NC, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    """Chunk and part of it, in turn."""
+    at = NC * PARTS - 1 - t if REVERSE else t
+    return at // PARTS, at % PARTS
+
+
+@gluon.jit
+def _keep(
+    x_s, y_s, z_s, v_s, S_s, n_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
+    s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC, scale,
+    REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
+    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
+):  # fmt: skip
+    """The state: of BY steps at a time, y with their weights in registers."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ, 16])
+    mma_f: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ // 2, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    by_key: gl.constexpr = gl.SliceLayout(1, operand)
+    by_step: gl.constexpr = gl.SliceLayout(0, operand)
+    NZ: gl.constexpr = DZ // BZ
+    PARTS: gl.constexpr = LC // L
+    part, bh = gl.program_id(0) % NZ, (gl.program_id(0) // NZ).to(gl.int64)
+    border = (gl.program_id(0) // NZ) * (NC if REVERSE else NC + 1)  # this head's first
+    m_p += bh * (NC + 1)
+    n_p += bh * (NC if REVERSE else NC + 1) * DX
+    parts_p += bh * NC * PARTS * 4
+    keys = gl.arange(0, DX, by_key)
+    o_s = bh * DX * DZ + part * BZ
+    o_s += gl.arange(0, DX, gl.SliceLayout(1, mma))[:, None] * DZ
+    o_s += gl.arange(0, BZ, gl.SliceLayout(0, mma))[None, :]
+    rest_in = gl.load(m_p)
+    rest_in = gl.exp(rest_in - _round(rest_in))
+    rest_out = gl.load(m_p + NC)
+    rest_out = gl.exp(_round(rest_out) - rest_out)
+    if HAS_STATE:
+        before = rest_out / scale if REVERSE else rest_in
+        S = gl.load(s0_p + o_s) * before
+        n = gl.load(n0_p + bh * DX + keys) * before
+    else:
+        S = gl.zeros([DX, BZ], gl.float32, mma)
+        n = gl.zeros([DX], gl.float32, by_key)
+    slot = NC - 1 if REVERSE else 0
+    S_s.store(S.to(gl.bfloat16))
+    if not REVERSE:
+        n_s.store(n)
+    fence_async_shared()
+    mbarrier.arrive(s_full.index(0), count=1)
+    _store(s_d, [(border + slot) * DX, part * BZ], S_s)
+    if part == 0:
+        gl.store(n_p + slot * DX + keys, n)
+
+    k = 0
+    at = (NC * PARTS - 1) * 4 if REVERSE else 0
+    next_start = gl.load(parts_p + at)
+    next_end = gl.load(parts_p + at + 1)
+    next_rest = gl.load(parts_p + at + 2)
+    for t in range(0, NC * PARTS):
+        c, s = _place(t, NC, PARTS, REVERSE)
+        start, end, rest = next_start, next_end, next_rest
+        at = gl.maximum(at - 4, 0) if REVERSE else gl.minimum(at + 4, (NC * PARTS - 1) * 4)
+        next_start = gl.load(parts_p + at)
+        next_end = gl.load(parts_p + at + 1)
+        next_rest = gl.load(parts_p + at + 2)
+        decay = gl.exp((start + end) + rest)
+        if REVERSE:
+            if s == PARTS - 1:  # the gradient of what leaves the chunk, by what does
+                mbarrier.wait(xy_full.index(k % ST), (k // ST) & 1)
+                mbarrier.wait(z_full.index(k % ST), (k // ST) & 1)
+                halves = gl.permute(gl.reshape(S, [DX, 2, BZ // 2]), [0, 2, 1])
+                left, right = gl.split(halves)
+                leaving = _turned(x_s.index(k % ST), DX, BZ // 2).load(mma_f).to(gl.float32)
+                product = gl.sum(gl.sum(leaving * gl.convert_layout(left, mma_f), 1), 0)
+                leaving = _turned(z_s.index(k % ST), DX, BZ // 2).load(mma_f).to(gl.float32)
+                product += gl.sum(gl.sum(leaving * gl.convert_layout(right, mma_f), 1), 0)
+                mbarrier.arrive(xy_empty.index(k % ST), count=1)
+                mbarrier.arrive(z_empty.index(k % ST), count=1)
+                k += 1
+                if part == 0:
+                    leaving_n = gl.load(fn_p + (bh * (NC + 1) + c + 1) * DX + keys)
+                    product += gl.sum(leaving_n * n, 0)
+                gl.store(inner_p + (bh * NC + c) * NZ + part, product * scale)
+        slot = k % ST
+        phase = (k // ST) & 1
+        S *= decay
+        n *= decay
+        mbarrier.wait(xy_full.index(slot), phase)
+        for j in gl.static_range(L // BY):
+            # Whole numbers are added before anything rounds.
+            own = v_s.index(slot * 5).slice(j * BY, BY).load(by_step)
+            own_rest = v_s.index(slot * 5 + 1).slice(j * BY, BY).load(by_step)
+            if REVERSE:
+                own = gl.exp((own + start) + own_rest)
+            else:
+                own = gl.exp((own + end) + (own_rest + rest))
+            y = y_s.index(slot).slice(j * BY, BY).permute([1, 0]).load(operand)
+            yw = y.to(gl.float32) * own[None, :]
+            if REVERSE:
+                rho = v_s.index(slot * 5 + 4).slice(j * BY, BY).load(by_step)
+                n += gl.sum(yw * rho[None, :], 1)
+            else:
+                n += gl.sum(yw, 1)
+            if j == 0:
+                mbarrier.wait(z_full.index(slot), phase)
+            yw = yw.to(gl.bfloat16)
+            S = warpgroup_mma(yw, z_s.index(slot).slice(j * BY, BY), S, is_async=True)
+        mbarrier.arrive(xy_empty.index(slot), count=1)
+        S = warpgroup_mma_wait(0, deps=[S])
+        mbarrier.arrive(z_empty.index(slot), count=1)
+        k += 1
+        mbarrier.wait(s_empty.index(t & 1), (t // 2) & 1)
+        tma.store_wait(0)  # what was here before has been read
+        _barrier()
+        S_s.store(S.to(gl.bfloat16))
+        if not REVERSE:
+            n_s.store(n)
+        fence_async_shared()
+        mbarrier.arrive(s_full.index((t + 1) & 1), count=1)
+        slot = c - 1 if REVERSE else c + 1
+        if (slot >= 0) & (s == (0 if REVERSE else PARTS - 1)):
+            _store(s_d, [(border + slot) * DX, part * BZ], S_s)
+            if part == 0:
+                gl.store(n_p + slot * DX + keys, n)
+    after = rest_in * scale if REVERSE else rest_out
+    gl.store(s_last_p + o_s, S * after)
+    if part == 0:
+        gl.store(n_last_p + bh * DX + keys, n * after)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _produce(
+    x_s, y_s, z_s, v_s, xy_full, xy_empty, z_full, z_empty, x_d, y_d, z_d, f_d,
+    row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p, rho_p, T, H, NC,
+    REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
+    LC: gl.constexpr, ST: gl.constexpr,
+):  # fmt: skip
+    NZ: gl.constexpr = DZ // BZ
+    PARTS: gl.constexpr = LC // L
+    part, bh = gl.program_id(0) % NZ, gl.program_id(0) // NZ
+    at_x, at_z = bh % H * DX, bh % H * DZ + part * BZ
+    k = 0
+    for t in range(0, NC * PARTS):
+        c, s = _place(t, NC, PARTS, REVERSE)
+        if REVERSE:
+            if s == PARTS - 1:  # the halves of a state's columns
+                slot = k % ST
+                phase = ((k // ST) & 1) ^ 1
+                k += 1
+                state = (bh * (NC + 1) + c + 1) * DX
+                mbarrier.wait(xy_empty.index(slot), phase)
+                mbarrier.expect(xy_full.index(slot), L * BZ * 2)
+                async_copy.mbarrier_arrive(xy_full.index(slot), increment_count=False)
+                to = _turned(x_s.index(slot), DX, BZ // 2)
+                _load(f_d, [state, part * BZ], xy_full.index(slot), to)
+                mbarrier.wait(z_empty.index(slot), phase)
+                mbarrier.expect(z_full.index(slot), L * BZ * 2)
+                to = _turned(z_s.index(slot), DX, BZ // 2)
+                _load(f_d, [state, part * BZ + BZ // 2], z_full.index(slot), to)
+        slot = k % ST
+        phase = ((k // ST) & 1) ^ 1
+        k += 1
+        row = (bh // H) * T + c * LC + s * L
+        o_vec = (bh.to(gl.int64) * NC + c) * LC + s * L
+        mbarrier.wait(xy_empty.index(slot), phase)
+        mbarrier.expect(xy_full.index(slot), L * DX * 4)
+        _load(x_d, [row, at_x], xy_full.index(slot), x_s.index(slot))
+        _load(y_d, [row, at_x], xy_full.index(slot), y_s.index(slot))
+        _copy_vector(v_s.index(slot * 5), col_p + o_vec, L)
+        _copy_vector(v_s.index(slot * 5 + 1), col_rest_p + o_vec, L)
+        if REVERSE:
+            _copy_vector(v_s.index(slot * 5 + 2), row_p + o_vec, L)
+            _copy_vector(v_s.index(slot * 5 + 3), row_rest_p + o_vec, L)
+            _copy_vector(v_s.index(slot * 5 + 4), rho_p + o_vec, L)
+        else:
+            _copy_vector(v_s.index(slot * 5 + 2), b_p + o_vec, L)
+            _copy_vector(v_s.index(slot * 5 + 3), br_p + o_vec, L)
+            _copy_vector(v_s.index(slot * 5 + 4), peak_p + o_vec, L)
+        async_copy.mbarrier_arrive(xy_full.index(slot), increment_count=False)
+        mbarrier.wait(z_empty.index(slot), phase)
+        mbarrier.expect(z_full.index(slot), L * BZ * 2)
+        _load(z_d, [row, at_z], z_full.index(slot), z_s.index(slot))
+    async_copy.wait_group(0)
