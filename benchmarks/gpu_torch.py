@@ -223,10 +223,12 @@ def cell(value, ours):
 
 
 def table(bandwidth, families):
-    results = {family: figures(run_family(family)) for family in families}
-    for family, found in results.items():
-        if "died" in found:
-            print(f"{family}: the process died ({found['died']})")
+    results = {}
+    for family in families:  # each at once: what is measured is not lost if the rest is cut off
+        results[family] = found = figures(run_family(family))
+        ms = [f"{' '.join(map(str, k))} {v:.3f}" for k, v in found.items() if isinstance(v, float)]
+        ms += [f"the process died ({found['died']})"] * ("died" in found)
+        print(f"{family}, ms by shape: {', '.join(ms)}", flush=True)
     print("\nms; in brackets how many times ours is faster\n")
     print("| B heads T d_qk/d_v | | ours | floor | " + " | ".join(families[1:]) + " |")
     print("|---|---|---|---|" + "---|" * len(families[1:]))
