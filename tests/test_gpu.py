@@ -28,7 +28,7 @@ KERNEL = {"torch": "triton", "jax": "pallas"}[BACKEND]
 # B, T, heads, sizes: several programs everywhere; sLSTM heads in one program and in several.
 MLSTM = [
     (2, 1000, 4, 128, 256), (16, 2048, 4, 64, 128), (4, 300, 4, 128, 128), (2, 700, 4, 256, 512),
-    (2, 300, 3, 192, 96),
+    (2, 300, 3, 192, 96), (8, 1024, 16, 128, 256),
 ]  # fmt: skip
 SLSTM = [(16, 100, 4, 64), (16, 100, 4, 192), (8, 60, 1, 768)]
 CASES = [("mlstm", sizes) for sizes in MLSTM] + [("slstm", sizes) for sizes in SLSTM]

@@ -77,6 +77,15 @@ def test_chunk_sizes(chunk_size, rng):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "V"), [(20, 40), (128, 256)])
+def test_many_heads(K, V, dtype, rng, monkeypatch):
+    """Their programs take the state through all chunks."""
+    monkeypatch.setattr(machine, "processors", lambda: 1)
+    check(mLSTMCase(rng, B=1, T=500, H=2, K=K, V=V), dtype, chunk_size=64)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("T", [256, 512, 768, 1280, 1792, 2000])
 @pytest.mark.parametrize(("H", "K", "V"), [(3, 128, 256), (2, 256, 512)])
 def test_no_race_at_any_number_of_chunks(T, H, K, V, rng):
