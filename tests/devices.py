@@ -131,6 +131,8 @@ def process(rank):
     if rank == 0:
         model.save(FOLDER / "fsdp.keras")
         (FOLDER / "found.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    os._exit(0)  # threads of PyTorch's have ended Python with SIGABRT while it was finishing
 
 
 def step(module, optimizer, ids):
