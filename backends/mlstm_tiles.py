@@ -30,12 +30,18 @@ _TRITON = {
     ("dv", 128, 256): (64, 32, 32, 3, 4, None),
     ("dk", 512, 256): (128, 16, 64, 3, 8, None),
 }
-# Of `attend_hopper`, bfloat16 alone: buffers of x, of y and z; by role and sizes. 128 rows, 64
-# columns.
-_HOPPER_BUFFERS = {
-    ("h", 128, 256): (2, 2), ("dq", 256, 128): (1, 3), ("dk", 256, 128): (1, 3),
-    ("dv", 128, 256): (2, 2),
+# Of `attend_hopper`, bfloat16 alone: columns of a program, buffers of x, of y and z, programs of a
+# processor; by role and sizes. 128 rows, 64 columns.
+_ATTEND_HOPPER = {
+    ("h", 128, 256): (256, 2, 2, 1), ("dq", 256, 128): (128, 1, 3, 1),
+    ("dk", 256, 128): (128, 1, 3, 1), ("dv", 128, 256): (256, 2, 2, 1),
+    ("h", 256, 512): (256, 1, 2, 1), ("dv", 256, 512): (256, 1, 2, 1),
+    ("dq", 128, 64): (64, 1, 2, 2), ("dk", 128, 64): (64, 1, 2, 2),
+    ("h", 64, 128): (128, 2, 3, 1), ("dv", 64, 128): (128, 2, 3, 1),
 }  # fmt: skip
+# Of `serial_hopper`, bfloat16 alone: values of a program, stages, buffers of the state; registers of
+# a thread for rows and for the state, with which nothing waits for a product that it does not need.
+_SERIAL_HOPPER = {(128, 256): (128, 3, 1, 144, 200), (64, 128): (64, 4, 2, 144, 168)}
 # Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
 _ATTEND_ANY = (
     (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
@@ -101,31 +107,33 @@ def attend(role, DX, DZ, dtype, chunk, shared_memory, triton=False):
 
 def hopper(role, DX, DZ, dtype, T, chunk):
     """Of `attend_hopper` in a role, as its constants, or None where `attend` is the one."""
-    if dtype != "bfloat16" or (role, DX, DZ) not in _HOPPER_BUFFERS:
+    if dtype != "bfloat16" or (role, DX, DZ) not in _ATTEND_HOPPER:
         return None
     if chunk % 128 or T % chunk:  # its tiles are copied whole
         return None
-    XS, ST = _HOPPER_BUFFERS[role, DX, DZ]
+    BZ, XS, ST, programs = _ATTEND_HOPPER[role, DX, DZ]
     # What the warps that copy leave over goes to those that multiply.
-    return {"L": 128, "LN": 64, "XS": XS, "ST": ST, "REGISTERS": 24, "num_warps": 8}
+    found = {
+        "BZ": BZ, "L": 128, "LN": 64, "XS": XS, "ST": ST, "PROGRAMS": programs, "REGISTERS": 24,
+        "num_warps": 8,
+    }  # fmt: skip
+    return found | {"maxnreg": 80} if programs == 2 else found
 
 
 def hopper_serial(K, V, dtype, heads, T, chunk, processors):
     """Of `serial_hopper`, in both directions, as its constants, or None where `states` and
     `attend` are the ones."""
-    if (K, V, dtype) != (128, 256, "bfloat16") or chunk not in (128, 256) or T % chunk:
+    if dtype != "bfloat16" or (K, V) not in _SERIAL_HOPPER or chunk not in (128, 256) or T % chunk:
         return None
-    BZ = 128  # values of a program
+    BZ, stages, buffers, *registers = _SERIAL_HOPPER[K, V]
     programs = heads * (V // BZ)
     # One is on a processor at a time. Were many processors to wait for the last, the others' time
     # would be less.
     if programs < 0.75 * processors * -(-programs // processors):
         return None
-    # L steps at a time, BY for the state; stages; registers of a thread, with which nothing waits
-    # for a product that it does not need.
     return {
-        "BZ": BZ, "L": 64, "BY": 32, "ST": 3, "ROWS_REGISTERS": 144, "STATE_REGISTERS": 200,
-        "num_warps": 4,
+        "BZ": BZ, "L": 64, "BY": 32, "ST": stages, "SB": buffers, "ROWS_REGISTERS": registers[0],
+        "STATE_REGISTERS": registers[1], "num_warps": 4,
     }  # fmt: skip
 
 

@@ -52,14 +52,13 @@ def _consume(
     x_s, y_s, z_s, v_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, out_d,
     n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p, row_rest_p, b_p, br_p,
     peak_p, T, H, NC, scale, eps, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, L: gl.constexpr, LN: gl.constexpr,
-    LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
+    LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
 ):  # fmt: skip
     REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
     TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, DZ, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BZ, 16])
     mma_p: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, LN, 16])
-    mma_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, DX, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, mma_p)
     by_col: gl.constexpr = gl.SliceLayout(0, mma_p)
@@ -69,7 +68,7 @@ def _consume(
     kz = 0
     turn = 0
     for i in range(gl.program_id(0), items, gl.num_programs(0)):
-        c, bh, first = _place(i, turn, H, NC, L, LC, ROLE)
+        c, bh, first, jz = _place(i, turn, H, NC, L, LC, DZ // BZ, ROLE)
         turn += 1
         batch, head, long = bh // H, bh % H, bh.to(gl.int64)
         o_row = (batch.to(gl.int64) * T + c * LC + first) * H + head
@@ -89,7 +88,6 @@ def _consume(
             b = gl.load(b_p + o_vec + rows)
             row_rest = gl.load(br_p + o_vec + rows)
             peak = gl.load(peak_p + o_vec + rows)
-            n = gl.load(n_p + slot_n * DX + gl.arange(0, DX, gl.SliceLayout(0, mma_x)))
         else:
             row = gl.load(row_p + o_vec + rows)
             row_rest = gl.load(row_rest_p + o_vec + rows)
@@ -103,7 +101,7 @@ def _consume(
             n = gl.load(n_p + slot_n * DZ + gl.arange(0, DZ, gl.SliceLayout(0, mma)))
 
         # Over the border.
-        acc = gl.zeros([L, DZ], gl.float32, mma)
+        acc = gl.zeros([L, BZ], gl.float32, mma)
         mbarrier.wait(x_full.index(kx % XS), (kx // XS) & 1)
         x = x_s.index(kx % XS)
         for s in gl.static_range(DX // LN):
@@ -135,8 +133,11 @@ def _consume(
         if SEG:
             w = gl.where(seg == (last if REVERSE else before), w, 0.0)
         if ROLE == "h":
-            r = gl.sum(x.load(mma_x).to(gl.float32) * n[None, :], 1)
-            r = gl.convert_layout(r, by_row) * w
+            dots = gl.zeros([L, LN], gl.float32, mma_p)
+            for s in gl.static_range(DX // LN):
+                n = gl.load(n_p + slot_n * DX + s * LN + gl.arange(0, LN, by_col))
+                dots += x.slice(s * LN, LN, dim=1).load(mma_p).to(gl.float32) * n[None, :]
+            r = gl.sum(dots, 1) * w
         if ROLE == "dq":
             upper = _dots(x.slice(0, LN), y_s, y_full, y_empty, ky, ST)
             lower = _dots(x.slice(LN, LN), y_s, y_full, y_empty, ky + 1, ST)
@@ -208,19 +209,21 @@ def _consume(
             floor = gl.exp(gl.where(whole > -80.0, -whole, 80.0))
             d = gl.maximum(gl.abs(r), floor) + eps * gl.exp(row_m - whole)
             acc *= gl.convert_layout(scale / d, by_acc)[:, None]
-            gl.store(row_p + o_vec + rows, row)
-            gl.store(row_rest_p + o_vec + rows, row_rest - gl.log(d))
-            of_r = gl.where(r > 0, 1.0, -1.0)
-            gl.store(sign_p + o_vec + rows, gl.where(gl.abs(r) > floor, of_r, 0.0))
+            if jz == 0:
+                gl.store(row_p + o_vec + rows, row)
+                gl.store(row_rest_p + o_vec + rows, row_rest - gl.log(d))
+                of_r = gl.where(r > 0, 1.0, -1.0)
+                gl.store(sign_p + o_vec + rows, gl.where(gl.abs(r) > floor, of_r, 0.0))
         else:
             acc *= scale
         if TURNED:
             dot = gl.sum(own.to(gl.float32) * acc, 1)
             gl.store(dot_p + o_vec + first + a_rows, dot)
-        half, other = gl.split(gl.permute(gl.reshape(acc, [L, 2, DZ // 2]), [0, 2, 1]))
+        half, other = gl.split(gl.permute(gl.reshape(acc, [L, 2, BZ // 2]), [0, 2, 1]))
         to = batch * T + c * LC + first
-        _write(out_s, out_d, half, to, head * DZ)
-        _write(out_s, out_d, other, to, head * DZ + DZ // 2)
+        at = head * DZ + jz * BZ
+        _write(out_s, out_d, half, to, at)
+        _write(out_s, out_d, other, to, at + BZ // 2)
     tma.store_wait(0)
 
 
@@ -229,18 +232,19 @@ def attend_hopper(
     x_d, y_d, z_d, s_d, out_d, n_p, own_p, dot_p, h_d, sign_p, rho_p, seg_p, m_p, chunk_p,
     row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
     T, H, NC, scale, eps, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, L: gl.constexpr, LN: gl.constexpr,
-    LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
+    LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attend`; see mlstm_attend.py. `items`: blocks of L rows, in all; T is a multiple of LC.
-    _d: descriptors of matrices (steps, heads * features) and (borders * rows, columns)."""
+    """As `attend`; see mlstm_attend.py. `items`: blocks of L rows by BZ columns, in all (dq and dk have all
+    columns in one); T is a multiple of LC. _d: descriptors of matrices (steps, heads * features)
+    and (borders * rows, columns)."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [XS, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DX], y_d.layout)
-    z_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DZ], z_d.layout)
+    z_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, BZ], z_d.layout)
     v_s = gl.allocate_shared_memory(gl.float32, [3 * ST, LN], flat)
-    out_s = gl.allocate_shared_memory(gl.bfloat16, [L, DZ // 2], out_d.layout)
+    out_s = gl.allocate_shared_memory(gl.bfloat16, [L, BZ // 2], out_d.layout)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
     x_empty = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
@@ -263,12 +267,12 @@ def attend_hopper(
                 x_s, y_s, z_s, v_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
                 out_d, n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p,
                 row_rest_p, b_p, br_p, peak_p, T, H, NC, scale, eps, items,
-                ROLE, DX, DZ, L, LN, LC, SEG, XS, ST,
+                ROLE, DX, DZ, BZ, L, LN, LC, SEG, XS, ST,
             )),
             (_produce, (
                 x_s, y_s, z_s, v_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
                 x_d, y_d, z_d, s_d, h_d, col_p, col_rest_p, rho_p, T, H, NC, items,
-                ROLE, DX, DZ, L, LN, LC, XS, ST,
+                ROLE, DX, DZ, BZ, L, LN, LC, XS, ST,
             )),
         ],
         [1],

@@ -18,16 +18,20 @@ _NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def _place(i, turn, H, NC, L: gl.constexpr, LC: gl.constexpr, ROLE: gl.constexpr):
-    """Chunk, batch and head, first row of item i. Rows alternate between turns, as some blocks of
-    them take longer; a grid is a multiple of their number."""
+def _place(
+    i, turn, H, NC, L: gl.constexpr, LC: gl.constexpr, NZ: gl.constexpr, ROLE: gl.constexpr
+):
+    """Chunk, batch and head, first row, columns of item i. Rows alternate between turns, as some
+    blocks of them take longer; a grid is a multiple of their number, and of NZ."""
     NR: gl.constexpr = LC // L
+    jz = i % NZ
+    i = i // NZ
     block, rest = (i + turn) % NR, i // NR
     if ROLE == "h" or ROLE == "dv":
         c, bh = rest // H % NC, rest // (H * NC) * H + rest % H
     else:
         c, bh = rest % NC, rest // NC
-    return c, bh, block * L if ROLE == "dk" or ROLE == "dv" else (NR - 1 - block) * L
+    return c, bh, block * L if ROLE == "dk" or ROLE == "dv" else (NR - 1 - block) * L, jz
 
 
 @gluon.jit
@@ -51,8 +55,8 @@ def _copy_vector(to, p, N: gl.constexpr):
 def _produce(
     x_s, y_s, z_s, v_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, x_d, y_d, z_d, s_d, h_d,
     col_p, col_rest_p, rho_p, T, H, NC, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, L: gl.constexpr, LN: gl.constexpr,
-    LC: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
+    LN: gl.constexpr, LC: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
 ):  # fmt: skip
     REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
     TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
@@ -61,10 +65,10 @@ def _produce(
     kz = 0
     turn = 0
     for i in range(gl.program_id(0), items, gl.num_programs(0)):
-        c, bh, first = _place(i, turn, H, NC, L, LC, ROLE)
+        c, bh, first, jz = _place(i, turn, H, NC, L, LC, DZ // BZ, ROLE)
         turn += 1
         row = (bh // H) * T + c * LC
-        at_x, at_z = bh % H * DX, bh % H * DZ
+        at_x, at_z = bh % H * DX, bh % H * DZ + jz * BZ
         slot = kx % XS
         mbarrier.wait(x_empty.index(slot), ((kx // XS) & 1) ^ 1)
         mbarrier.expect(x_full.index(slot), L * DX * 2)
@@ -74,12 +78,12 @@ def _produce(
         for s in gl.static_range(DX // LN):
             slot = kz % ST
             mbarrier.wait(z_empty.index(slot), ((kz // ST) & 1) ^ 1)
-            mbarrier.expect(z_full.index(slot), LN * DZ * 2)
+            mbarrier.expect(z_full.index(slot), LN * BZ * 2)
             if TURNED:
                 to = _turned(z_s.index(slot), DZ, LN)
                 _load(s_d, [state, s * LN], z_full.index(slot), to)
             else:
-                _load(s_d, [state + s * LN, 0], z_full.index(slot), z_s.index(slot))
+                _load(s_d, [state + s * LN, jz * BZ], z_full.index(slot), z_s.index(slot))
             kz += 1
         if ROLE == "dq":
             for s in gl.static_range(L // LN):
@@ -103,7 +107,7 @@ def _produce(
             ky += 1
             slot = kz % ST
             mbarrier.wait(z_empty.index(slot), ((kz // ST) & 1) ^ 1)
-            mbarrier.expect(z_full.index(slot), LN * DZ * 2)
+            mbarrier.expect(z_full.index(slot), LN * BZ * 2)
             _load(z_d, [row + j, at_z], z_full.index(slot), z_s.index(slot))
             kz += 1
     async_copy.wait_group(0)

@@ -32,7 +32,8 @@ def _keep(
     x_s, y_s, z_s, v_s, S_s, n_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
     s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC, scale,
     REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
+    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, SB: gl.constexpr,
+    BY: gl.constexpr,
 ):  # fmt: skip
     """The state: of BY steps at a time, y with their weights in registers."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ, 16])
@@ -63,12 +64,12 @@ def _keep(
         S = gl.zeros([DX, BZ], gl.float32, mma)
         n = gl.zeros([DX], gl.float32, by_key)
     slot = NC - 1 if REVERSE else 0
-    S_s.store(S.to(gl.bfloat16))
+    S_s.index(0).store(S.to(gl.bfloat16))
     if not REVERSE:
-        n_s.store(n)
+        n_s.index(0).store(n)
     fence_async_shared()
     mbarrier.arrive(s_full.index(0), count=1)
-    _store(s_d, [(border + slot) * DX, part * BZ], S_s)
+    _store(s_d, [(border + slot) * DX, part * BZ], S_s.index(0))
     if part == 0:
         gl.store(n_p + slot * DX + keys, n)
 
@@ -130,17 +131,20 @@ def _keep(
         S = warpgroup_mma_wait(0, deps=[S])
         mbarrier.arrive(z_empty.index(slot), count=1)
         k += 1
-        mbarrier.wait(s_empty.index(t & 1), (t // 2) & 1)
-        tma.store_wait(0)  # what was here before has been read
+        read = t + 1 - SB  # the part whose rows had what is overwritten now
+        if read >= 0:
+            mbarrier.wait(s_empty.index(read & 1), (read // 2) & 1)
+        tma.store_wait(0)  # and what the last border was written from
         _barrier()
-        S_s.store(S.to(gl.bfloat16))
+        own = (t + 1) % SB
+        S_s.index(own).store(S.to(gl.bfloat16))
         if not REVERSE:
-            n_s.store(n)
+            n_s.index(own).store(n)
         fence_async_shared()
         mbarrier.arrive(s_full.index((t + 1) & 1), count=1)
         slot = c - 1 if REVERSE else c + 1
         if (slot >= 0) & (s == (0 if REVERSE else PARTS - 1)):
-            _store(s_d, [(border + slot) * DX, part * BZ], S_s)
+            _store(s_d, [(border + slot) * DX, part * BZ], S_s.index(own))
             if part == 0:
                 gl.store(n_p + slot * DX + keys, n)
     after = rest_in * scale if REVERSE else rest_out
@@ -171,12 +175,12 @@ def _produce(
                 k += 1
                 state = (bh * (NC + 1) + c + 1) * DX
                 mbarrier.wait(xy_empty.index(slot), phase)
-                mbarrier.expect(xy_full.index(slot), L * BZ * 2)
+                mbarrier.expect(xy_full.index(slot), DX * BZ)
                 async_copy.mbarrier_arrive(xy_full.index(slot), increment_count=False)
                 to = _turned(x_s.index(slot), DX, BZ // 2)
                 _load(f_d, [state, part * BZ], xy_full.index(slot), to)
                 mbarrier.wait(z_empty.index(slot), phase)
-                mbarrier.expect(z_full.index(slot), L * BZ * 2)
+                mbarrier.expect(z_full.index(slot), DX * BZ)
                 to = _turned(z_s.index(slot), DX, BZ // 2)
                 _load(f_d, [state, part * BZ + BZ // 2], z_full.index(slot), to)
         slot = k % ST

@@ -109,28 +109,28 @@ class _Launches:
 
         return call
 
-    def _attend_hopper(self, role, DX, DZ, L, LN, **constants):
+    def _attend_hopper(self, role, DX, DZ, BZ, L, LN, PROGRAMS, **constants):
         from keras_xlstm.backends.torch.mlstm_hopper import attend_hopper
 
-        rows = self.chunk // L
-        items = self.BH * self.NC * rows
-        # One on each processor; a multiple of `rows`, so that long blocks and short ones alternate.
-        programs = min(items, max(machine.processors(self.device) // rows, 1) * rows)
+        turn = self.chunk // L * (DZ // BZ)
+        items = self.BH * self.NC * turn
+        # Some on each processor; a multiple of `turn`, so that long blocks and short ones alternate.
+        programs = max(PROGRAMS * machine.processors(self.device) // turn, 1) * turn
         launch = self.launch(
-            attend_hopper, programs, ROLE=role, DX=DX, DZ=DZ, L=L, LN=LN, LC=self.chunk,
-            SEG=self.common["SEG"], **constants,
+            attend_hopper, min(items, programs), ROLE=role, DX=DX, DZ=DZ, BZ=BZ, L=L, LN=LN,
+            LC=self.chunk, SEG=self.common["SEG"], **constants,
         )  # fmt: skip
         steps = self.B * self.T, self.H * DX
         out_steps = self.B * self.T, self.H * DZ
         borders = self.BH * (self.NC + (1 if role in ("h", "dq") else 0))
         if role in ("h", "dv"):
-            state, tile = (borders * DX, DZ), (LN, DZ)
+            state, tile = (borders * DX, DZ), (LN, BZ)
         else:
             state, tile = (borders * DZ, DX), (DZ, LN)
         # Of x, y, z, S, out and h.
         describe = _describe(
-            (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, DZ)), (state, tile),
-            (out_steps, (L, DZ // 2)), (steps, (LN, DX)),
+            (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, BZ)), (state, tile),
+            (out_steps, (L, BZ // 2)), (steps, (LN, DX)),
         )  # fmt: skip
 
         def call(stream, x, y, z, s, n, out, own, dot, h, *rest):
