@@ -30,18 +30,18 @@ _TRITON = {
     ("dv", 128, 256): (64, 32, 32, 3, 4, None),
     ("dk", 512, 256): (128, 16, 64, 3, 8, None),
 }
-# Of `attend_hopper`, bfloat16 alone: columns of a program, buffers of x, of y and z, programs of a
-# processor; by role and sizes. 128 rows, 64 columns.
+# Of `attend_hopper`, bfloat16 alone: rows and columns of a program, buffers of x, of y and z,
+# programs of a processor; by role and sizes.
 _ATTEND_HOPPER = {
-    ("h", 128, 256): (256, 2, 2, 1), ("dq", 256, 128): (128, 1, 3, 1),
-    ("dk", 256, 128): (128, 1, 3, 1), ("dv", 128, 256): (256, 2, 2, 1),
-    ("h", 256, 512): (256, 1, 2, 1), ("dv", 256, 512): (256, 1, 2, 1),
-    ("dq", 128, 64): (64, 1, 2, 2), ("dk", 128, 64): (64, 1, 2, 2),
-    ("h", 64, 128): (128, 2, 3, 1), ("dv", 64, 128): (128, 2, 3, 1),
+    ("h", 128, 256): (128, 256, 2, 2, 1), ("dq", 256, 128): (128, 128, 1, 3, 1),
+    ("dk", 256, 128): (128, 128, 1, 3, 1), ("dv", 128, 256): (128, 256, 2, 2, 1),
+    ("h", 256, 512): (128, 256, 1, 2, 1), ("dv", 256, 512): (128, 256, 1, 2, 1),
+    ("dq", 128, 64): (128, 64, 2, 3, 1), ("dk", 128, 64): (64, 64, 2, 3, 2),
 }  # fmt: skip
-# Of `serial_hopper`, bfloat16 alone: values of a program, stages, buffers of the state; registers of
-# a thread for rows and for the state, with which nothing waits for a product that it does not need.
-_SERIAL_HOPPER = {(128, 256): (128, 3, 1, 144, 200), (64, 128): (64, 4, 2, 144, 168)}
+# Of `serial_hopper`, bfloat16 alone: values of a program, steps that the state takes at once, stages;
+# registers of a thread for rows and for the state, with which nothing waits for a product that it
+# does not need.
+_SERIAL_HOPPER = {(128, 256): (128, 32, 3, 144, 200), (64, 128): (64, 32, 4, 144, 168)}
 # Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
 _ATTEND_ANY = (
     (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
@@ -111,13 +111,15 @@ def hopper(role, DX, DZ, dtype, T, chunk):
         return None
     if chunk % 128 or T % chunk:  # its tiles are copied whole
         return None
-    BZ, XS, ST, programs = _ATTEND_HOPPER[role, DX, DZ]
-    # What the warps that copy leave over goes to those that multiply.
+    L, BZ, XS, ST, programs = _ATTEND_HOPPER[role, DX, DZ]
+    # BO columns leave at once; what the warps that copy leave over goes to those that multiply.
     found = {
-        "BZ": BZ, "L": 128, "LN": 64, "XS": XS, "ST": ST, "PROGRAMS": programs, "REGISTERS": 24,
-        "num_warps": 8,
+        "BZ": BZ, "BO": BZ if programs == 1 and BZ <= 64 else BZ // 2, "L": L, "LN": 64, "XS": XS,
+        "ST": ST, "EARLY": DZ <= 64, "PROGRAMS": programs, "REGISTERS": 24, "num_warps": L // 16,
     }  # fmt: skip
-    return found | {"maxnreg": 80} if programs == 2 else found
+    if programs > 1:
+        found["maxnreg"] = 65536 // (programs * 32 * (L // 16 + 4)) // 8 * 8
+    return found
 
 
 def hopper_serial(K, V, dtype, heads, T, chunk, processors):
@@ -125,15 +127,15 @@ def hopper_serial(K, V, dtype, heads, T, chunk, processors):
     `attend` are the ones."""
     if dtype != "bfloat16" or (K, V) not in _SERIAL_HOPPER or chunk not in (128, 256) or T % chunk:
         return None
-    BZ, stages, buffers, *registers = _SERIAL_HOPPER[K, V]
+    BZ, BY, stages, for_rows, for_state = _SERIAL_HOPPER[K, V]
     programs = heads * (V // BZ)
     # One is on a processor at a time. Were many processors to wait for the last, the others' time
     # would be less.
     if programs < 0.75 * processors * -(-programs // processors):
         return None
     return {
-        "BZ": BZ, "L": 64, "BY": 32, "ST": stages, "SB": buffers, "ROWS_REGISTERS": registers[0],
-        "STATE_REGISTERS": registers[1], "num_warps": 4,
+        "BZ": BZ, "L": 64, "BY": BY, "ST": stages, "APART": BZ <= 64, "ROWS_REGISTERS": for_rows,
+        "STATE_REGISTERS": for_state, "num_warps": 4,
     }  # fmt: skip
 
 

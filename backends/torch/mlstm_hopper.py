@@ -1,9 +1,10 @@
 """The mLSTM within a chunk on NVIDIA's Hopper: what mlstm_attend.py computes, in Gluon.
 
 There the L2 cache's traffic binds, as programs of 64 rows each read the tiles that they share. Here
-a program has 128 rows and the processor to itself: one warp has tiles copied (by TMA) ahead of
-eight that multiply them, through all the program's blocks of rows. The weights of a block of pairs
-are made while the products before them run. Names as in mlstm_attend.py.
+a program has 128 rows and the processor to itself (in small heads two of 64 share it): one warp has
+tiles copied (by TMA) ahead of those that multiply them, through all the program's blocks of rows.
+The weights of a block of pairs are made while the products before them run. Names as in
+mlstm_attend.py.
 """
 
 from keras_xlstm.backends.torch.mlstm_hopper_copies import _place, _produce, _turned, _write
@@ -38,7 +39,7 @@ def _exp2(x):
 @gluon.jit
 def _dots(x, y_s, y_full, y_empty, ky, ST: gl.constexpr):
     """Row by row x . y, y being the next tile of its ring."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     slot = ky % ST
     mbarrier.wait(y_full.index(slot), (ky // ST) & 1)
     y = y_s.index(slot).load(wide)
@@ -49,20 +50,23 @@ def _dots(x, y_s, y_full, y_empty, ky, ST: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    x_s, y_s, z_s, v_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, out_d,
+    x_s, y_s, z_s, v_s, n_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, out_d,
     n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p, row_rest_p, b_p, br_p,
     peak_p, T, H, NC, scale, eps, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, BO: gl.constexpr,
+    L: gl.constexpr, LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr,
+    ST: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
     TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BZ, 16])
-    mma_p: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, LN, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [L // 16, 1], [16, BZ, 16])
+    mma_p: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [L // 16, 1], [16, LN, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, mma_p)
     by_col: gl.constexpr = gl.SliceLayout(0, mma_p)
     by_acc: gl.constexpr = gl.SliceLayout(1, mma)
+    by_z: gl.constexpr = gl.SliceLayout(0, mma)
+    o_own = gl.arange(0, L, by_acc)[:, None] * (H * DZ) + gl.arange(0, BZ, by_z)[None, :]
     kx = 0
     ky = 0
     kz = 0
@@ -73,8 +77,8 @@ def _consume(
         batch, head, long = bh // H, bh % H, bh.to(gl.int64)
         o_row = (batch.to(gl.int64) * T + c * LC + first) * H + head
         o_vec = (long * NC + c) * LC
-        m_b = m_p + long * (NC + 1) + c
         slot_n = long * (NC if REVERSE else NC + 1) + c
+        m_b = m_p + long * (NC + 1) + c
         rows = first + gl.arange(0, L, by_row)
         # All that is read from here, before anything waits.
         border = gl.load(m_b)
@@ -98,7 +102,7 @@ def _consume(
             out_whole, out_rest = gl.load(p_chunk), gl.load(p_chunk + 1)
             leaving = gl.load(m_b + 1)
         if TURNED:
-            n = gl.load(n_p + slot_n * DZ + gl.arange(0, DZ, gl.SliceLayout(0, mma)))
+            n = gl.load(n_p + slot_n * DZ + gl.arange(0, DZ, by_z))
 
         # Over the border.
         acc = gl.zeros([L, BZ], gl.float32, mma)
@@ -135,14 +139,15 @@ def _consume(
         if ROLE == "h":
             dots = gl.zeros([L, LN], gl.float32, mma_p)
             for s in gl.static_range(DX // LN):
-                n = gl.load(n_p + slot_n * DX + s * LN + gl.arange(0, LN, by_col))
+                n = n_s.index(kx % XS).slice(s * LN, LN).load(by_col)
                 dots += x.slice(s * LN, LN, dim=1).load(mma_p).to(gl.float32) * n[None, :]
             r = gl.sum(dots, 1) * w
         if ROLE == "dq":
-            upper = _dots(x.slice(0, LN), y_s, y_full, y_empty, ky, ST)
-            lower = _dots(x.slice(LN, LN), y_s, y_full, y_empty, ky + 1, ST)
-            ky += 2
-            r = gl.reshape(gl.permute(gl.join(upper, lower), [1, 0]), [L])
+            r = _dots(x.slice(0, LN), y_s, y_full, y_empty, ky, ST)
+            if L > LN:
+                lower = _dots(x.slice(LN, LN), y_s, y_full, y_empty, ky + 1, ST)
+                r = gl.reshape(gl.permute(gl.join(r, lower), [1, 0]), [L])
+            ky += L // LN
             rho_row = -sign * gl.convert_layout(r, by_row)
             gl.store(rho_p + o_vec + rows, rho_row)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -151,6 +156,9 @@ def _consume(
             acc += gl.convert_layout(w * rho_row, by_acc)[:, None] * n[None, :]
         if ROLE == "dk":
             acc += gl.convert_layout(w, by_acc)[:, None] * n[None, :]
+
+        if TURNED and EARLY:
+            own = gl.load(own_p + o_row * DZ + o_own)
 
         # Within the chunk.
         row_2 = (row_rest * LOG2_E)[:, None]
@@ -197,10 +205,8 @@ def _consume(
             kz += 1
         mbarrier.arrive(x_empty.index(kx % XS), count=1)
         kx += 1
-        if TURNED:
-            a_rows = gl.arange(0, L, by_acc)
-            a_cols = gl.arange(0, DZ, gl.SliceLayout(0, mma))
-            own = gl.load(own_p + o_row * DZ + (a_rows[:, None] * (H * DZ) + a_cols[None, :]))
+        if TURNED and not EARLY:
+            own = gl.load(own_p + o_row * DZ + o_own)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
 
@@ -218,12 +224,15 @@ def _consume(
             acc *= scale
         if TURNED:
             dot = gl.sum(own.to(gl.float32) * acc, 1)
-            gl.store(dot_p + o_vec + first + a_rows, dot)
-        half, other = gl.split(gl.permute(gl.reshape(acc, [L, 2, BZ // 2]), [0, 2, 1]))
+            gl.store(dot_p + o_vec + first + gl.arange(0, L, by_acc), dot)
         to = batch * T + c * LC + first
         at = head * DZ + jz * BZ
-        _write(out_s, out_d, half, to, at)
-        _write(out_s, out_d, other, to, at + BZ // 2)
+        if BO < BZ:
+            half, other = gl.split(gl.permute(gl.reshape(acc, [L, 2, BO]), [0, 2, 1]))
+            _write(out_s, out_d, half, to, at)
+            _write(out_s, out_d, other, to, at + BO)
+        else:
+            _write(out_s, out_d, acc, to, at)
     tma.store_wait(0)
 
 
@@ -232,19 +241,22 @@ def attend_hopper(
     x_d, y_d, z_d, s_d, out_d, n_p, own_p, dot_p, h_d, sign_p, rho_p, seg_p, m_p, chunk_p,
     row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
     T, H, NC, scale, eps, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, BO: gl.constexpr,
+    L: gl.constexpr, LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr,
+    ST: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attend`; see mlstm_attend.py. `items`: blocks of L rows by BZ columns, in all (dq and dk have all
-    columns in one); T is a multiple of LC. _d: descriptors of matrices (steps, heads * features)
-    and (borders * rows, columns)."""
+    """As `attend`; see mlstm_attend.py. `items`: blocks of L rows by BZ columns, in all ("dq"
+    and "dk" have all columns in one); T is a multiple of LC. EARLY: q or k for the gates is read
+    before the columns. _d: descriptors of matrices (steps, heads * features) and (borders * rows,
+    columns)."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [XS, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DX], y_d.layout)
     z_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, BZ], z_d.layout)
     v_s = gl.allocate_shared_memory(gl.float32, [3 * ST, LN], flat)
-    out_s = gl.allocate_shared_memory(gl.bfloat16, [L, BZ // 2], out_d.layout)
+    # Of "h" alone, whose sum over n is by the tile of x.
+    n_s = gl.allocate_shared_memory(gl.float32, [XS, DX if ROLE == "h" else 32], flat)
+    out_s = gl.allocate_shared_memory(gl.bfloat16, [L, BO], out_d.layout)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
     x_empty = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
@@ -253,7 +265,7 @@ def attend_hopper(
     z_full = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
     z_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
     for s in gl.static_range(XS):
-        mbarrier.init(x_full.index(s), count=1)
+        mbarrier.init(x_full.index(s), count=33 if ROLE == "h" else 1)
         mbarrier.init(x_empty.index(s), count=1)
     for s in gl.static_range(ST):
         mbarrier.init(y_full.index(s), count=33)  # the tile, and each thread's parts of vectors
@@ -264,14 +276,14 @@ def attend_hopper(
     gl.warp_specialize(
         [
             (_consume, (
-                x_s, y_s, z_s, v_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
+                x_s, y_s, z_s, v_s, n_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
                 out_d, n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p,
                 row_rest_p, b_p, br_p, peak_p, T, H, NC, scale, eps, items,
-                ROLE, DX, DZ, BZ, L, LN, LC, SEG, XS, ST,
+                ROLE, DX, DZ, BZ, BO, L, LN, LC, SEG, XS, ST, EARLY,
             )),
             (_produce, (
-                x_s, y_s, z_s, v_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
-                x_d, y_d, z_d, s_d, h_d, col_p, col_rest_p, rho_p, T, H, NC, items,
+                x_s, y_s, z_s, v_s, n_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
+                x_d, y_d, z_d, s_d, h_d, n_p, col_p, col_rest_p, rho_p, T, H, NC, items,
                 ROLE, DX, DZ, BZ, L, LN, LC, XS, ST,
             )),
         ],

@@ -18,9 +18,7 @@ _NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def _place(
-    i, turn, H, NC, L: gl.constexpr, LC: gl.constexpr, NZ: gl.constexpr, ROLE: gl.constexpr
-):
+def _place(i, turn, H, NC, L: gl.constexpr, LC: gl.constexpr, NZ: gl.constexpr, ROLE: gl.constexpr):
     """Chunk, batch and head, first row, columns of item i. Rows alternate between turns, as some
     blocks of them take longer; a grid is a multiple of their number, and of NZ."""
     NR: gl.constexpr = LC // L
@@ -53,8 +51,8 @@ def _copy_vector(to, p, N: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    x_s, y_s, z_s, v_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, x_d, y_d, z_d, s_d, h_d,
-    col_p, col_rest_p, rho_p, T, H, NC, items,
+    x_s, y_s, z_s, v_s, n_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
+    x_d, y_d, z_d, s_d, h_d, n_p, col_p, col_rest_p, rho_p, T, H, NC, items,
     ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
     LN: gl.constexpr, LC: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
 ):  # fmt: skip
@@ -72,6 +70,9 @@ def _produce(
         slot = kx % XS
         mbarrier.wait(x_empty.index(slot), ((kx // XS) & 1) ^ 1)
         mbarrier.expect(x_full.index(slot), L * DX * 2)
+        if ROLE == "h":
+            _copy_vector(n_s.index(slot), n_p + (bh.to(gl.int64) * (NC + 1) + c) * DX, DX)
+            async_copy.mbarrier_arrive(x_full.index(slot), increment_count=False)
         _load(x_d, [row + first, at_x], x_full.index(slot), x_s.index(slot))
         kx += 1
         state = (bh * (NC if REVERSE else NC + 1) + c) * (DZ if TURNED else DX)

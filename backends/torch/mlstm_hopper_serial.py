@@ -34,9 +34,9 @@ def _attend(
     x_s, y_s, z_s, v_s, S_s, n_s, out_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
     out_d, sign_p, parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
     TURN: gl.constexpr, REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr,
-    BZ: gl.constexpr, L: gl.constexpr, LC: gl.constexpr, ST: gl.constexpr, SB: gl.constexpr,
+    BZ: gl.constexpr, L: gl.constexpr, LC: gl.constexpr, ST: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
-    """The rows of every other part."""
+    """The rows of every other part. APART: two sums, added at the end, wait for each other less."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ, 16])
     mma_p: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, L, 16])
     mma_n: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
@@ -94,12 +94,14 @@ def _attend(
                     w = gl.exp((row + first) + row_rest)
                     least = gl.exp(gl.where(whole > -80.0, -whole, 80.0))
                     more = eps * gl.exp(row_m - whole)
-                p = warpgroup_mma_wait(0, deps=[p])
                 # Whole numbers are added before anything rounds.
                 log_w = row[:, None] + v_s.index(slot * 5).load(by_col)[None, :]
                 log_rest = (row_rest * LOG2_E)[:, None]
                 log_rest += (v_s.index(slot * 5 + 1).load(by_col) * LOG2_E)[None, :]
-                p *= _exp2(log_w * LOG2_E + log_rest)
+                weight = _exp2(log_w * LOG2_E + log_rest)
+                # The weights as well, lest the compiler move them behind the wait.
+                p, weight = warpgroup_mma_wait(0, deps=[p, weight])
+                p *= weight
                 if REVERSE:
                     p = gl.where(rows[:, None] <= cols[None, :], p, 0.0)
                 else:
@@ -107,23 +109,35 @@ def _attend(
                 if not REVERSE:
                     r = gl.sum(p, 1)
                 p = gl.convert_layout(p.to(gl.bfloat16), operand)
+                if APART:
+                    mbarrier.wait(z_full.index(slot), phase)
+                    within = gl.zeros([L, BZ], gl.float32, mma)
+                    within = warpgroup_mma(
+                        p, z_s.index(slot), within, use_acc=False, is_async=True
+                    )  # fmt: skip
                 # The state comes last: `_keep` waits for those that read it.
                 mbarrier.wait(s_full.index(b), turn & 1)
                 acc = gl.zeros([L, BZ], gl.float32, mma)
-                acc = warpgroup_mma(x, S_s.index(b % SB), acc, use_acc=False, is_async=True)
+                acc = warpgroup_mma(x, S_s, acc, use_acc=False, is_async=True)
                 if not REVERSE:
                     dots = gl.zeros([L, 32], gl.float32, mma_n)
                     for j in gl.static_range(DX // 32):
                         tile = x.slice(j * 32, 32, dim=1).load(mma_n).to(gl.float32)
-                        n = n_s.index(b % SB).slice(j * 32, 32).load(gl.SliceLayout(0, mma_n))
+                        n = n_s.slice(j * 32, 32).load(gl.SliceLayout(0, mma_n))
                         dots += tile * n[None, :]
                     r += gl.convert_layout(gl.sum(dots, 1), by_row) * w
-                acc = warpgroup_mma_wait(0, deps=[acc])
+                if APART:
+                    acc, within = warpgroup_mma_wait(0, deps=[acc, within])
+                else:
+                    acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(s_empty.index(b), count=1)
                 mbarrier.arrive(xy_empty.index(slot), count=1)
                 acc *= gl.convert_layout(w, by_acc)[:, None]
-                mbarrier.wait(z_full.index(slot), phase)
-                acc = warpgroup_mma(p, z_s.index(slot), acc, is_async=True)
+                if APART:
+                    acc += within
+                else:
+                    mbarrier.wait(z_full.index(slot), phase)
+                    acc = warpgroup_mma(p, z_s.index(slot), acc, is_async=True)
                 if REVERSE:
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     acc *= scale
@@ -153,19 +167,19 @@ def serial_hopper(
     sign_p, m_p, parts_p, row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
     T, H, NC, scale, eps,
     REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, SB: gl.constexpr,
-    BY: gl.constexpr, ROWS_REGISTERS: gl.constexpr, STATE_REGISTERS: gl.constexpr,
+    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
+    APART: gl.constexpr, ROWS_REGISTERS: gl.constexpr, STATE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Forward x, y, z are q, k, v; in reverse k, q, dh. s: the states that are written; f, fn: in
     reverse, those of the forward pass. _d: descriptors, as in mlstm_hopper.py. T is a multiple of
-    LC, LC of 2 L; BZ is at most 2 L. SB: buffers of the state; with two, `_keep` is a part ahead."""
+    LC, LC of 2 L; DX is L or 2 L, and BZ too."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], y_d.layout)
     z_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, BZ], z_d.layout)
     v_s = gl.allocate_shared_memory(gl.float32, [5 * ST, L], flat)
-    S_s = gl.allocate_shared_memory(gl.bfloat16, [SB, DX, BZ], s_d.layout)
-    n_s = gl.allocate_shared_memory(gl.float32, [SB, DX], flat)
+    S_s = gl.allocate_shared_memory(gl.bfloat16, [DX, BZ], s_d.layout)
+    n_s = gl.allocate_shared_memory(gl.float32, [DX], flat)
     out_s = gl.allocate_shared_memory(gl.bfloat16, [2, L, BZ], out_d.layout)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     xy_full = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
@@ -188,17 +202,17 @@ def serial_hopper(
             (_attend, (
                 x_s, y_s, z_s, v_s, S_s, n_s, out_s.index(0), xy_full, xy_empty, z_full, z_empty,
                 s_full, s_empty, out_d, sign_p, parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
-                0, REVERSE, DX, DZ, BZ, L, LC, ST, SB,
+                0, REVERSE, DX, DZ, BZ, L, LC, ST, APART,
             )),
             (_attend, (
                 x_s, y_s, z_s, v_s, S_s, n_s, out_s.index(1), xy_full, xy_empty, z_full, z_empty,
                 s_full, s_empty, out_d, sign_p, parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
-                1, REVERSE, DX, DZ, BZ, L, LC, ST, SB,
+                1, REVERSE, DX, DZ, BZ, L, LC, ST, APART,
             )),
             (_keep, (
                 x_s, y_s, z_s, v_s, S_s, n_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
                 s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC, scale,
-                REVERSE, DX, DZ, BZ, L, LC, HAS_STATE, ST, SB, BY,
+                REVERSE, DX, DZ, BZ, L, LC, HAS_STATE, ST, BY,
             )),
             (_produce, (
                 x_s, y_s, z_s, v_s, xy_full, xy_empty, z_full, z_empty, x_d, y_d, z_d, f_d,

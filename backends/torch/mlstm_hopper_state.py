@@ -32,12 +32,10 @@ def _keep(
     x_s, y_s, z_s, v_s, S_s, n_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
     s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC, scale,
     REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, SB: gl.constexpr,
-    BY: gl.constexpr,
+    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
 ):  # fmt: skip
     """The state: of BY steps at a time, y with their weights in registers."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ, 16])
-    mma_f: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ // 2, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     by_key: gl.constexpr = gl.SliceLayout(1, operand)
     by_step: gl.constexpr = gl.SliceLayout(0, operand)
@@ -64,16 +62,21 @@ def _keep(
         S = gl.zeros([DX, BZ], gl.float32, mma)
         n = gl.zeros([DX], gl.float32, by_key)
     slot = NC - 1 if REVERSE else 0
-    S_s.index(0).store(S.to(gl.bfloat16))
+    S_s.store(S.to(gl.bfloat16))
     if not REVERSE:
-        n_s.index(0).store(n)
+        n_s.store(n)
     fence_async_shared()
     mbarrier.arrive(s_full.index(0), count=1)
-    _store(s_d, [(border + slot) * DX, part * BZ], S_s.index(0))
+    _store(s_d, [(border + slot) * DX, part * BZ], S_s)
     if part == 0:
         gl.store(n_p + slot * DX + keys, n)
 
     k = 0
+    if REVERSE:
+        fn_p += bh * (NC + 1) * DX
+    AHEAD: gl.constexpr = REVERSE and DX == L  # larger states leave no registers for it
+    if AHEAD:
+        next_n = gl.load(fn_p + NC * DX + keys)
     at = (NC * PARTS - 1) * 4 if REVERSE else 0
     next_start = gl.load(parts_p + at)
     next_end = gl.load(parts_p + at + 1)
@@ -87,22 +90,31 @@ def _keep(
         next_rest = gl.load(parts_p + at + 2)
         decay = gl.exp((start + end) + rest)
         if REVERSE:
+            if AHEAD:
+                leaving_n = next_n
+                next_n = gl.load(fn_p + (_place(t + 1, NC, PARTS, REVERSE)[0] + 1) * DX + keys)
             if s == PARTS - 1:  # the gradient of what leaves the chunk, by what does
                 mbarrier.wait(xy_full.index(k % ST), (k // ST) & 1)
                 mbarrier.wait(z_full.index(k % ST), (k // ST) & 1)
-                halves = gl.permute(gl.reshape(S, [DX, 2, BZ // 2]), [0, 2, 1])
-                left, right = gl.split(halves)
-                leaving = _turned(x_s.index(k % ST), DX, BZ // 2).load(mma_f).to(gl.float32)
-                product = gl.sum(gl.sum(leaving * gl.convert_layout(left, mma_f), 1), 0)
-                leaving = _turned(z_s.index(k % ST), DX, BZ // 2).load(mma_f).to(gl.float32)
-                product += gl.sum(gl.sum(leaving * gl.convert_layout(right, mma_f), 1), 0)
+                leaving = z_s.index(k % ST).load(mma).to(gl.float32)
+                if DX > L:
+                    upper, lower = gl.split(gl.permute(gl.reshape(S, [2, L, BZ]), [1, 2, 0]))
+                    dots = gl.sum(leaving * gl.convert_layout(upper, mma), 1)
+                    leaving = _turned(x_s.index(k % ST), L, BZ).load(mma).to(gl.float32)
+                    dots += gl.sum(leaving * gl.convert_layout(lower, mma), 1)
+                else:
+                    dots = gl.sum(leaving * S, 1)
                 mbarrier.arrive(xy_empty.index(k % ST), count=1)
                 mbarrier.arrive(z_empty.index(k % ST), count=1)
                 k += 1
+                # Summed no further: warps would wait for each other.
+                to = inner_p + (bh * NC + c) * (NZ * L + DX)
+                to_rows = part * L + gl.arange(0, L, gl.SliceLayout(1, mma))
+                gl.store(to + to_rows, dots * scale)
                 if part == 0:
-                    leaving_n = gl.load(fn_p + (bh * (NC + 1) + c + 1) * DX + keys)
-                    product += gl.sum(leaving_n * n, 0)
-                gl.store(inner_p + (bh * NC + c) * NZ + part, product * scale)
+                    if not AHEAD:
+                        leaving_n = gl.load(fn_p + (c + 1) * DX + keys)
+                    gl.store(to + NZ * L + keys, leaving_n * n * scale)
         slot = k % ST
         phase = (k // ST) & 1
         S *= decay
@@ -131,20 +143,17 @@ def _keep(
         S = warpgroup_mma_wait(0, deps=[S])
         mbarrier.arrive(z_empty.index(slot), count=1)
         k += 1
-        read = t + 1 - SB  # the part whose rows had what is overwritten now
-        if read >= 0:
-            mbarrier.wait(s_empty.index(read & 1), (read // 2) & 1)
-        tma.store_wait(0)  # and what the last border was written from
+        mbarrier.wait(s_empty.index(t & 1), (t // 2) & 1)
+        tma.store_wait(0)  # what was here before has been read
         _barrier()
-        own = (t + 1) % SB
-        S_s.index(own).store(S.to(gl.bfloat16))
+        S_s.store(S.to(gl.bfloat16))
         if not REVERSE:
-            n_s.index(own).store(n)
+            n_s.store(n)
         fence_async_shared()
         mbarrier.arrive(s_full.index((t + 1) & 1), count=1)
         slot = c - 1 if REVERSE else c + 1
         if (slot >= 0) & (s == (0 if REVERSE else PARTS - 1)):
-            _store(s_d, [(border + slot) * DX, part * BZ], S_s.index(own))
+            _store(s_d, [(border + slot) * DX, part * BZ], S_s)
             if part == 0:
                 gl.store(n_p + slot * DX + keys, n)
     after = rest_in * scale if REVERSE else rest_out
@@ -169,20 +178,20 @@ def _produce(
     for t in range(0, NC * PARTS):
         c, s = _place(t, NC, PARTS, REVERSE)
         if REVERSE:
-            if s == PARTS - 1:  # the halves of a state's columns
+            if s == PARTS - 1:  # the state that leaves the chunk
                 slot = k % ST
                 phase = ((k // ST) & 1) ^ 1
                 k += 1
                 state = (bh * (NC + 1) + c + 1) * DX
                 mbarrier.wait(xy_empty.index(slot), phase)
-                mbarrier.expect(xy_full.index(slot), DX * BZ)
+                mbarrier.expect(xy_full.index(slot), (DX - L) * BZ * 2)
                 async_copy.mbarrier_arrive(xy_full.index(slot), increment_count=False)
-                to = _turned(x_s.index(slot), DX, BZ // 2)
-                _load(f_d, [state, part * BZ], xy_full.index(slot), to)
+                if DX > L:
+                    to = _turned(x_s.index(slot), L, BZ)
+                    _load(f_d, [state + L, part * BZ], xy_full.index(slot), to)
                 mbarrier.wait(z_empty.index(slot), phase)
-                mbarrier.expect(z_full.index(slot), DX * BZ)
-                to = _turned(z_s.index(slot), DX, BZ // 2)
-                _load(f_d, [state, part * BZ + BZ // 2], z_full.index(slot), to)
+                mbarrier.expect(z_full.index(slot), L * BZ * 2)
+                _load(f_d, [state, part * BZ], z_full.index(slot), z_s.index(slot))
         slot = k % ST
         phase = ((k // ST) & 1) ^ 1
         k += 1

@@ -4,6 +4,8 @@ What calls with tensors alike have in common (sizes, tiles, compiled kernels) is
 a small sequence's kernels run for less time than Python takes to ask for them.
 """
 
+import functools
+
 import torch
 from keras_xlstm.backends import mlstm_tiles as tiles
 from keras_xlstm.backends.mlstm_tiles import power
@@ -36,7 +38,7 @@ class _Launches:
         # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
         self.gates_common = {
             "LC": chunk, "LEAST": -float(min(1e5, 2**24 // chunk)), "SIGMOID": sigmoid,
-            "SEG": segment_ids is not None, "num_warps": 4,
+            "SEG": segment_ids is not None, "num_warps": 1 if chunk <= 128 else 4,
         }  # fmt: skip
         self.state_tiles = tiles.states(
             self.K, self.V, self.dtype, chunk, self.shared_memory, triton=True
@@ -91,9 +93,9 @@ class _Launches:
         from keras_xlstm.backends.torch.mlstm_hopper_serial import serial_hopper
 
         K, V = self.K, self.V
-        self.parts = V // BZ
+        self.parts = V // BZ * L + K
         launch = self.launch(
-            serial_hopper, self.BH * self.parts, REVERSE=reverse, DX=K, DZ=V, BZ=BZ, L=L,
+            serial_hopper, self.BH * (V // BZ), REVERSE=reverse, DX=K, DZ=V, BZ=BZ, L=L,
             LC=self.chunk, HAS_STATE=has_state, **constants,
         )  # fmt: skip
         keys, values = (self.B * self.T, self.H * K), (self.B * self.T, self.H * V)
@@ -101,7 +103,7 @@ class _Launches:
         # Of x, y, z, the states that are written and those that are read, out.
         describe = _describe(
             (keys, (L, K)), (keys, (L, K)), (values, (L, BZ)), (written, (K, BZ)),
-            (read, (K, BZ // 2)), (values, (L, BZ)),
+            (read, (L, BZ)), (values, (L, BZ)),
         )  # fmt: skip
 
         def call(stream, *given):
@@ -109,15 +111,15 @@ class _Launches:
 
         return call
 
-    def _attend_hopper(self, role, DX, DZ, BZ, L, LN, PROGRAMS, **constants):
+    def _attend_hopper(self, role, DX, DZ, BZ, BO, L, LN, PROGRAMS, **constants):
         from keras_xlstm.backends.torch.mlstm_hopper import attend_hopper
 
         turn = self.chunk // L * (DZ // BZ)
         items = self.BH * self.NC * turn
-        # Some on each processor; a multiple of `turn`, so that long blocks and short ones alternate.
+        # A multiple of `turn`, so that long blocks and short ones alternate.
         programs = max(PROGRAMS * machine.processors(self.device) // turn, 1) * turn
         launch = self.launch(
-            attend_hopper, min(items, programs), ROLE=role, DX=DX, DZ=DZ, BZ=BZ, L=L, LN=LN,
+            attend_hopper, min(items, programs), ROLE=role, DX=DX, DZ=DZ, BZ=BZ, BO=BO, L=L, LN=LN,
             LC=self.chunk, SEG=self.common["SEG"], **constants,
         )  # fmt: skip
         steps = self.B * self.T, self.H * DX
@@ -130,7 +132,7 @@ class _Launches:
         # Of x, y, z, S, out and h.
         describe = _describe(
             (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, BZ)), (state, tile),
-            (out_steps, (L, BZ // 2)), (steps, (LN, DX)),
+            (out_steps, (L, BO)), (steps, (LN, DX)),
         )  # fmt: skip
 
         def call(stream, x, y, z, s, n, out, own, dot, h, *rest):
@@ -269,7 +271,8 @@ def addresses(tensors):
 
 def _describe(*matrices):
     """A function of bfloat16 tensors (or their addresses, or None) that makes them descriptors;
-    of each the shape as a matrix, and that of a tile."""
+    of each the shape as a matrix, and that of a tile. Memory is used again, and to make
+    descriptors anew takes longer than a small kernel."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -278,17 +281,21 @@ def _describe(*matrices):
         layout = gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
         known.append((whole, (whole[1], 1), list(tile), layout))
 
-    def describe(tensors):
+    @functools.lru_cache(maxsize=16)
+    def of(*places):
         return [
-            None if t is None else TensorDescriptor(_Place(t), *of)
-            for t, of in zip(tensors, known, strict=True)
+            None if place is None else TensorDescriptor(_Place(place), *of)
+            for place, of in zip(places, known, strict=True)
         ]
+
+    def describe(tensors):
+        return of(*(t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors))
 
     return describe
 
 
 class _Place:
-    """A bfloat16 tensor, or its address, as descriptors want it."""
+    """The address of a bfloat16 tensor, as descriptors want it."""
 
     dtype = torch.bfloat16
 
@@ -296,4 +303,4 @@ class _Place:
         self.place = place
 
     def data_ptr(self):
-        return self.place if isinstance(self.place, int) else self.place.data_ptr()
+        return self.place
