@@ -115,7 +115,7 @@ def hopper(role, DX, DZ, dtype, T, chunk):
     # BO columns leave at once; what the warps that copy leave over goes to those that multiply.
     found = {
         "BZ": BZ, "BO": BZ if programs == 1 and BZ <= 64 else BZ // 2, "L": L, "LN": 64, "XS": XS,
-        "ST": ST, "EARLY": DZ <= 64, "PROGRAMS": programs, "REGISTERS": 24, "num_warps": L // 16,
+        "ST": ST, "SMALL": 3 * (DZ <= 64), "PROGRAMS": programs, "REGISTERS": 24, "num_warps": L // 16,
     }  # fmt: skip
     if programs > 1:
         found["maxnreg"] = 65536 // (programs * 32 * (L // 16 + 4)) // 8 * 8

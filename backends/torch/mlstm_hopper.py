@@ -55,7 +55,7 @@ def _consume(
     peak_p, T, H, NC, scale, eps, items,
     ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, BO: gl.constexpr,
     L: gl.constexpr, LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr,
-    ST: gl.constexpr, EARLY: gl.constexpr,
+    ST: gl.constexpr, SMALL: gl.constexpr,
 ):  # fmt: skip
     REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
     TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
@@ -72,7 +72,7 @@ def _consume(
     kz = 0
     turn = 0
     for i in range(gl.program_id(0), items, gl.num_programs(0)):
-        c, bh, first, jz = _place(i, turn, H, NC, L, LC, DZ // BZ, ROLE)
+        c, bh, first, jz = _place(i, turn, items, H, NC, L, LC, DZ // BZ, ROLE, SMALL > 1)
         turn += 1
         batch, head, long = bh // H, bh % H, bh.to(gl.int64)
         o_row = (batch.to(gl.int64) * T + c * LC + first) * H + head
@@ -157,7 +157,7 @@ def _consume(
         if ROLE == "dk":
             acc += gl.convert_layout(w, by_acc)[:, None] * n[None, :]
 
-        if TURNED and EARLY:
+        if TURNED and SMALL:
             own = gl.load(own_p + o_row * DZ + o_own)
 
         # Within the chunk.
@@ -205,7 +205,7 @@ def _consume(
             kz += 1
         mbarrier.arrive(x_empty.index(kx % XS), count=1)
         kx += 1
-        if TURNED and not EARLY:
+        if TURNED and not SMALL:
             own = gl.load(own_p + o_row * DZ + o_own)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
@@ -243,10 +243,10 @@ def attend_hopper(
     T, H, NC, scale, eps, items,
     ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, BO: gl.constexpr,
     L: gl.constexpr, LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr,
-    ST: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
+    ST: gl.constexpr, SMALL: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `attend`; see mlstm_attend.py. `items`: blocks of L rows by BZ columns, in all ("dq"
-    and "dk" have all columns in one); T is a multiple of LC. EARLY: q or k for the gates is read
+    and "dk" have all columns in one); T is a multiple of LC. SMALL: q or k for the gates is read
     before the columns. _d: descriptors of matrices (steps, heads * features) and (borders * rows,
     columns)."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -279,12 +279,12 @@ def attend_hopper(
                 x_s, y_s, z_s, v_s, n_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
                 out_d, n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p,
                 row_rest_p, b_p, br_p, peak_p, T, H, NC, scale, eps, items,
-                ROLE, DX, DZ, BZ, BO, L, LN, LC, SEG, XS, ST, EARLY,
+                ROLE, DX, DZ, BZ, BO, L, LN, LC, SEG, XS, ST, SMALL,
             )),
             (_produce, (
                 x_s, y_s, z_s, v_s, n_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
                 x_d, y_d, z_d, s_d, h_d, n_p, col_p, col_rest_p, rho_p, T, H, NC, items,
-                ROLE, DX, DZ, BZ, L, LN, LC, XS, ST,
+                ROLE, DX, DZ, BZ, L, LN, LC, XS, ST, SMALL > 1,
             )),
         ],
         [1],

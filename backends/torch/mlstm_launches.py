@@ -281,15 +281,13 @@ def _describe(*matrices):
         layout = gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
         known.append((whole, (whole[1], 1), list(tile), layout))
 
-    @functools.lru_cache(maxsize=16)
-    def of(*places):
-        return [
-            None if place is None else TensorDescriptor(_Place(place), *of)
-            for place, of in zip(places, known, strict=True)
-        ]
+    @functools.lru_cache(maxsize=64)
+    def of(j, place):
+        return TensorDescriptor(_Place(place), *known[j])
 
     def describe(tensors):
-        return of(*(t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors))
+        places = (t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors)
+        return [None if place is None else of(j, place) for j, place in enumerate(places)]
 
     return describe
 
