@@ -38,10 +38,10 @@ _ATTEND_HOPPER = {
     ("h", 256, 512): (128, 256, 1, 2, 1), ("dv", 256, 512): (128, 256, 1, 2, 1),
     ("dq", 128, 64): (128, 64, 2, 3, 1), ("dk", 128, 64): (64, 64, 2, 3, 2),
 }  # fmt: skip
-# Of `serial_hopper`, bfloat16 alone: values of a program, steps that the state takes at once, stages;
-# registers of a thread for rows and for the state, with which nothing waits for a product that it
-# does not need.
-_SERIAL_HOPPER = {(128, 256): (128, 32, 3, 144, 200), (64, 128): (64, 32, 4, 144, 168)}
+# Of `serial_hopper`, bfloat16 alone: values of a program, steps that the state takes at once,
+# stages; registers of a thread for rows and for the state, with which nothing waits for a product
+# that it does not need.
+_SERIAL_HOPPER = {(128, 256): (128, 32, 3, 144, 200), (64, 128): (64, 64, 4, 144, 168)}
 # Tried in turn where the table has nothing that fits: on other sizes, dtypes and devices.
 _ATTEND_ANY = (
     (64, 32, 64, 2, 4), (64, 32, 64, 2, 8), (64, 32, 32, 1, 4), (32, 32, 32, 1, 8),
@@ -115,7 +115,7 @@ def hopper(role, DX, DZ, dtype, T, chunk):
     # BO columns leave at once; what the warps that copy leave over goes to those that multiply.
     found = {
         "BZ": BZ, "BO": BZ if programs == 1 and BZ <= 64 else BZ // 2, "L": L, "LN": 64, "XS": XS,
-        "ST": ST, "SMALL": 3 * (DZ <= 64), "PROGRAMS": programs, "REGISTERS": 24, "num_warps": L // 16,
+        "ST": ST, "SMALL": DZ <= 64, "PROGRAMS": programs, "REGISTERS": 24, "num_warps": L // 16,
     }  # fmt: skip
     if programs > 1:
         found["maxnreg"] = 65536 // (programs * 32 * (L // 16 + 4)) // 8 * 8

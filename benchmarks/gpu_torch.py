@@ -229,7 +229,8 @@ def table(bandwidth, families):
     for family in families:  # each at once: what is measured is not lost if the rest is cut off
         results[family] = found = figures(run_family(family))
         ms = [f"{' '.join(map(str, k))} {v:.3f}" for k, v in found.items() if isinstance(v, float)]
-        ms += [f"the process died ({found['died']})"] * ("died" in found)
+        if "died" in found:
+            ms.append(f"the process died ({found['died']}): see what it prints with --family")
         print(f"{family}, ms by shape: {', '.join(ms)}", flush=True)
     print("\nms; in brackets how many times ours is faster\n")
     print("| B heads T d_qk/d_v | | ours | floor | " + " | ".join(families[1:]) + " |")

@@ -72,7 +72,7 @@ def _consume(
     kz = 0
     turn = 0
     for i in range(gl.program_id(0), items, gl.num_programs(0)):
-        c, bh, first, jz = _place(i, turn, items, H, NC, L, LC, DZ // BZ, ROLE, SMALL > 1)
+        c, bh, first, jz = _place(i, turn, items, H, NC, L, LC, DZ // BZ, ROLE, SMALL)
         turn += 1
         batch, head, long = bh // H, bh % H, bh.to(gl.int64)
         o_row = (batch.to(gl.int64) * T + c * LC + first) * H + head
@@ -246,9 +246,9 @@ def attend_hopper(
     ST: gl.constexpr, SMALL: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `attend`; see mlstm_attend.py. `items`: blocks of L rows by BZ columns, in all ("dq"
-    and "dk" have all columns in one); T is a multiple of LC. SMALL: q or k for the gates is read
-    before the columns. _d: descriptors of matrices (steps, heads * features) and (borders * rows,
-    columns)."""
+    and "dk" have all columns in one); T is a multiple of LC. SMALL: of small heads, for which
+    q or k for the gates is read before the columns, and chunks come in another order. _d:
+    descriptors of matrices (steps, heads * features) and (borders * rows, columns)."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [XS, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DX], y_d.layout)
@@ -284,7 +284,7 @@ def attend_hopper(
             (_produce, (
                 x_s, y_s, z_s, v_s, n_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
                 x_d, y_d, z_d, s_d, h_d, n_p, col_p, col_rest_p, rho_p, T, H, NC, items,
-                ROLE, DX, DZ, BZ, L, LN, LC, XS, ST, SMALL > 1,
+                ROLE, DX, DZ, BZ, L, LN, LC, XS, ST, SMALL,
             )),
         ],
         [1],

@@ -29,10 +29,10 @@ def _place(
     i = i // NZ
     block, rest = (i + turn) % NR, i // NR
     if SMALL:
-        # From where the kernel before went last: some of what that read is still in the L2 cache.
+        # From where the kernel before ended: part of what that read is still in the L2 cache.
         BH = items // (NR * NZ * NC)
         c, bh = rest // BH, rest % BH
-        if ROLE == "dq" or ROLE == "dv":
+        if ROLE == "dq":
             c = NC - 1 - c
     elif ROLE == "h" or ROLE == "dv":
         c, bh = rest // H % NC, rest // (H * NC) * H + rest % H
