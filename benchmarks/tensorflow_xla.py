@@ -6,14 +6,15 @@
 Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
 compiled, and on JAX), `turns` (the last two again, in processes that take turns), `fit` (a step
 beside keras.layers.LSTM), `compile` (a model of 12 blocks: the first step, then another batch
-size, then another length, and the peak of memory), `steps` (its steps, and those of two wider blocks,
-in turn), `cache` (that first step in three processes that share the compilers'
+size, then another length, and the peak of memory), `steps` (its steps, and those of
+two wider blocks, in turn), `cache` (that first step in three processes that share the compilers'
 own caches on disk, also on JAX) and `lengths` (time and peak memory of the mLSTM over T, a process
 for every point). Each backend has a process of its own; in `ops` JAX's comes straight after
 TensorFlow's.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -142,8 +143,8 @@ def fit_part():
 
 
 def language_model(how, units=128, num_blocks=12, pattern="7:1"):
-    """`how`: "jit", what jit_compile=True does; "graph", jit_compile=False; "whole", all of the step
-    for XLA, which is what Keras does and was ours until 0.1."""
+    """`how`: "jit", what jit_compile=True does; "graph", jit_compile=False; "whole", all of the
+    step for XLA, which is what Keras does and was ours until 0.1."""
     import keras
 
     from keras_xlstm.models import xLSTMLanguageModel
@@ -200,17 +201,18 @@ def steps_part():
         for what in ("fit", "predict"):
             data = (x, x) if what == "fit" else (x,)
             functions = {
-                how: lambda run=getattr(model, what), data=data: run(*data, **options)
+                how: functools.partial(getattr(model, what), *data, **options)
                 for how, model in models.items()
             }
-            for of in (min, statistics.median):
-                result = medians(functions, 9, of=of)
-                for how, ms in result.items():
-                    print(
-                        f"{sizes or '12 blocks of 128'}, batch {batch}, T {T}, {what}, {how:5}, "
-                        f"{of.__name__}: {ms / 2:7.1f} ms a step, {ms / result['whole']:.2f} of whole",
-                        flush=True,
-                    )
+            result = medians(functions, 9, of=lambda ms: (min(ms) / 2, statistics.median(ms) / 2))
+            for how, (least, median) in result.items():
+                ratios = least / result["whole"][0], median / result["whole"][1]
+                print(
+                    f"{sizes or '12 blocks of 128'}, batch {batch}, T {T}, {what}, {how:5}: "
+                    f"{median:.0f} ms a step ({least:.0f} at least), "
+                    f"{ratios[1]:.2f} ({ratios[0]:.2f}) of whole",
+                    flush=True,
+                )
 
 
 def cache_part():

@@ -11,6 +11,7 @@ import functools
 
 import keras
 import tensorflow as tf
+
 from keras_xlstm import backends
 
 # What may differ between blocks that compute the same from the same tensors.
@@ -18,26 +19,28 @@ _APART = ("name", "seed", "trainable", "block_index")
 
 
 def by_kind(blocks):
-    """{kind of block: `region` of one of them}"""
-    return {kind: region(block) for kind, block in {type(b): b for b in blocks}.items()}
+    """{kind of block: what runs in place of `_run`, compiled once for all that are alike}"""
+    return {kind: region() for kind in {type(block) for block in blocks}}
 
 
-def region(template):
-    """`template._run` compiled, as a function of a block like it and the same arguments."""
+def region():
+    """A function of a block and the arguments of its `_run`."""
+    last = {}  # of those alike: any of them may be the one that is traced
 
     def compute(kind, trained, states, weights, arguments):
         # Else the backward pass would hold the gradients of frozen weights.
         weights = [w if t else tf.stop_gradient(w) for w, t in zip(weights, trained, strict=True)]
-        with keras.StatelessScope(list(zip(template.weights, weights, strict=True))):
-            y, state = template._run(*arguments)
+        with keras.StatelessScope(list(zip(last[kind].weights, weights, strict=True))):
+            y, state = last[kind]._run(*arguments)
         return y, state if states else []
 
     compiled = tf.function(compute, jit_compile=True, autograph=False)
 
     def run(block, *arguments, states=True):
-        kind = None if _better_plain(block, arguments[0]) else _kind(block)
-        if kind is None or kind != _kind(template):
+        if _better_plain(block, arguments[0]):
             return block._run(*arguments)
+        kind = _kind(block)
+        last[kind] = block
         trained = tuple(variable.trainable for variable in block.weights)
         # Not .value, which would cast them for the block's policy one by one.
         weights = [tf.convert_to_tensor(variable._value) for variable in block.weights]
