@@ -31,8 +31,11 @@ apart = getattr(framework, "apart", lambda x: x)
 as_written = getattr(framework, "as_written", lambda function: function)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
-regions = importlib.import_module(f"{__name__}.torch.regions") if framework.by_region else None
-training = importlib.import_module(f"{__name__}.torch.training") if framework.by_region else None
+_active = f"{__name__}.{keras.backend.backend()}"
+# How `model.compile(jit_compile=True)` compiles a block of each kind in place of the whole step.
+regions = importlib.import_module(f"{_active}.regions") if framework.by_region else None
+# What records whole steps: on torch.
+training = importlib.import_module(f"{_active}.training") if framework.recorded else None
 # Makes an optimizer's update fewer operators, where that is worth it without `training`.
 fuse = getattr(framework, "fuse", lambda optimizer: None)
 

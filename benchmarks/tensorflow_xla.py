@@ -6,13 +6,15 @@
 Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
 compiled, and on JAX), `turns` (the last two again, in processes that take turns), `fit` (a step
 beside keras.layers.LSTM), `compile` (a model of 12 blocks: the first step, then another batch
-size, then another length), `cache` (that first step in three processes that share the compilers'
+size, then another length, and the peak of memory), `steps` (its steps, and those of
+two wider blocks, in turn), `cache` (that first step in three processes that share the compilers'
 own caches on disk, also on JAX) and `lengths` (time and peak memory of the mLSTM over T, a process
 for every point). Each backend has a process of its own; in `ops` JAX's comes straight after
 TensorFlow's.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -27,6 +29,7 @@ from cpu import medians
 
 B, U, H = 16, 256, 4
 SHAPES = [(8, 512, 64, 64), (8, 2048, 64, 128), (1, 8192, 64, 64)]  # batch, T, key, value
+WIDE = {"units": 256, "num_blocks": 2, "pattern": "1:1"}
 LENGTHS = [1024, 4096, 16384, 65536]
 
 
@@ -139,20 +142,34 @@ def fit_part():
             print(f"jit_compile={jit_compile!s:5} {name:12} {step}", flush=True)
 
 
+def language_model(how, units=128, num_blocks=12, pattern="7:1"):
+    """`how`: "jit", what jit_compile=True does; "graph", jit_compile=False; "whole", all of the
+    step for XLA, which is what Keras does and was ours until 0.1."""
+    import keras
+
+    from keras_xlstm.models import xLSTMLanguageModel
+
+    model = xLSTMLanguageModel(256, units=units, num_blocks=num_blocks, pattern=pattern)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=how == "jit")
+    if how == "whole":
+        model.jit_compile = True
+    # Else TensorFlow finds new variables in its first trace, and traces a second time.
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def compile_part(way, only_first):
     """A step's first call minus its second, in wall and in processor seconds."""
+    import resource
+
     import keras
     import numpy as np
 
     from keras_xlstm import backends
-    from keras_xlstm.models import xLSTMLanguageModel
 
-    implementation, jit_compile = way
-    model = xLSTMLanguageModel(256, units=128, num_blocks=12, pattern="7:1")
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss, jit_compile=jit_compile)
-    # Else TensorFlow finds new variables in its first trace, and traces a second time.
-    model.optimizer.build(model.trainable_variables)
+    implementation, how = way
+    model = language_model(how)
     for what, (batch, T) in {
         "first": (8, 256), "another batch size": (6, 256), "another length": (8, 320),
     }.items():  # fmt: skip
@@ -166,12 +183,36 @@ def compile_part(way, only_first):
         wall, processor = (a - b for a, b in zip(*spent, strict=True))
         print(
             f"{keras.backend.backend()}, 12 blocks, {implementation or 'auto'}, "
-            f"jit_compile={jit_compile}, {what}: "
-            f"{wall:.1f} s ({processor:.1f} s of processor time)",
+            f"{how}, {what}: {wall:.1f} s ({processor:.1f} s of processor time), peak "
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB",
             flush=True,
         )
         if only_first:
             break
+
+
+def steps_part():
+    import numpy as np
+
+    for sizes, (batch, T) in (({}, (8, 256)), (WIDE, (16, 512))):
+        models = {how: language_model(how, **sizes) for how in ("whole", "jit", "graph")}
+        x = np.random.default_rng(0).integers(0, 256, (2 * batch, T))
+        options = {"batch_size": batch, "verbose": 0}
+        for what in ("fit", "predict"):
+            data = (x, x) if what == "fit" else (x,)
+            functions = {
+                how: functools.partial(getattr(model, what), *data, **options)
+                for how, model in models.items()
+            }
+            result = medians(functions, 9, of=lambda ms: (min(ms) / 2, statistics.median(ms) / 2))
+            for how, (least, median) in result.items():
+                ratios = least / result["whole"][0], median / result["whole"][1]
+                print(
+                    f"{sizes or '12 blocks of 128'}, batch {batch}, T {T}, {what}, {how:5}: "
+                    f"{median:.0f} ms a step ({least:.0f} at least), "
+                    f"{ratios[1]:.2f} ({ratios[0]:.2f}) of whole",
+                    flush=True,
+                )
 
 
 def cache_part():
@@ -256,18 +297,19 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("ops", "turns", "fit", "compile", "cache", "lengths")
+    parts = ("ops", "turns", "fit", "compile", "steps", "cache", "lengths")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--plot", help="where to draw the part `lengths`, a .png")
     parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
         part, *rest = args.here
-        {"ops": ops_part, "fit": fit_part, "turn": turn}.get(part, lambda: None)()
+        simple = {"ops": ops_part, "fit": fit_part, "turn": turn, "steps": steps_part}
+        simple.get(part, lambda: None)()
         if part == "point":
             length_point(int(rest[0]), rest[1])
         if part == "compile":
-            way = (rest[0] if rest[0] != "auto" else None, rest[1] == "jit")
+            way = (rest[0] if rest[0] != "auto" else None, rest[1])
             compile_part(way, only_first="first" in rest)
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
@@ -281,7 +323,7 @@ def main():
         elif part == "cache":
             cache_part()
         elif part == "compile":
-            for way in (("auto", "jit"), ("auto", "graph"), ("native", "graph", "first")):
+            for way in (("auto", "whole"), ("auto", "jit"), ("auto", "graph")):
                 child("compile", "tensorflow", *way, capture=False)
         else:
             child(part, "tensorflow", capture=False)

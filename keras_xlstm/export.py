@@ -12,6 +12,7 @@ States are float32, of the shapes that the file itself gives, and **start as zer
 and layers: those that Keras names (`input_layer_3`, `s_lstm_2`) count up with every model built.
 """
 
+import contextlib
 import importlib.util
 import pathlib
 
@@ -99,7 +100,10 @@ def export_model(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {part: folder / f"{part}{_SUFFIX[format]}" for part in models}
-    with backends.use("native"):
+    with backends.use("native"), contextlib.ExitStack() as plain:
+        for part in model._flatten_layers():
+            if isinstance(part, StackModel):
+                plain.enter_context(part._plain_blocks())
         for part, (traced, names) in models.items():
             write(backend, format, traced, names, str(paths[part]))
     return {part: str(path) for part, path in paths.items()}

@@ -83,6 +83,8 @@ def on_tensorflow():
             yield f"paper, {name}", losses(model, epochs=epochs, jit_compile=False)
     model.save(FOLDER / "model.keras")
     with strategy.scope():
+        model = language_model(**PAPER)
+        yield "paper, mirrored, compiled", losses(model, epochs=EPOCHS, jit_compile=True)
         plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         plain.compile("sgd", "mse", jit_compile=True)
     try:

@@ -39,7 +39,7 @@ WAYS = {
         *[("paper, model, kernels", "paper, one")][: bool(HAS_PALLAS)],
         ("large, model", "large, one"),
     ],
-    "tensorflow": [("paper, mirrored", "paper, one")],
+    "tensorflow": [("paper, mirrored", "paper, one"), ("paper, mirrored, compiled", "paper, one")],
     "torch": [("ddp", "ddp, one"), ("fsdp", "fsdp, one")],
 }
 

@@ -14,6 +14,7 @@ constant = jax.lax.stop_gradient
 by_halves = True
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = False  # whole steps are compiled
+recorded = False
 
 
 def apart(x):

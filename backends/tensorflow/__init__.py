@@ -14,7 +14,8 @@ total, swapaxes, exp = tf.reduce_sum, keras.ops.swapaxes, tf.exp
 as_written = tf.autograph.experimental.do_not_convert
 by_halves = False  # as on JAX
 own = ("mlstm", "slstm")  # ops with a module here
-by_region = False  # whole steps are compiled
+by_region = True  # as on torch
+recorded = False
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 
 

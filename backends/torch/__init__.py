@@ -14,6 +14,7 @@ constant = torch.detach
 by_halves = False  # as on JAX
 own = ("mlstm", "slstm")  # ops with a module here
 by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
+recorded = True
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.
 once = torch.compiler.assume_constant_result
 

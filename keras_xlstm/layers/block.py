@@ -19,7 +19,7 @@ class Block(StateLayer):
     included, and the new state; `dropped` is None or a dropout mask of x's shape.
     """
 
-    # What runs in place of `_run`, if not None (backends/torch/regions.py and sharded.py).
+    # What runs in place of `_run`, if not None (the backends' regions.py, torch's sharded.py).
     _region = None
 
     def __init__(
@@ -150,7 +150,11 @@ class Block(StateLayer):
             # Drawn here: not in what may run a second time.
             dropped = self._drawn(ops.shape(x), self.dropout, x.dtype)
 
-        compute = self._run if self._region is None else partial(self._region, self)
+        return_state = self.return_state if return_state is None else return_state
+        compute = self._run
+        if (region := self._region) is not None:
+            region = region if return_state else getattr(region, "without_states", region)
+            compute = partial(region, self)
 
         def run(x, *state):
             y, state = compute(x, list(state) or None, mask, segment_ids, dropped)
@@ -159,7 +163,6 @@ class Block(StateLayer):
         outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *(state or ()))
         if mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, inputs)
-        return_state = self.return_state if return_state is None else return_state
         return (outputs, *state) if return_state else outputs
 
     def _split(self, state, batch):

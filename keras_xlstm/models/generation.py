@@ -206,7 +206,7 @@ class Generates:
     def _compiled(self, greedy, top_k, nucleus, jit_compile):
         """The two functions for these options, kept until the model's variables are others."""
         variables = list(self.variables)
-        by_region = backends.regions is not None and jit_compile is not False
+        by_region = backends.training is not None and jit_compile is not False
         if jit_compile == "auto":
             by_region = by_region and self.blocks[0]._region is not None
         key = (greedy, top_k, nucleus, jit_compile, by_region, backends.prefer("auto"))
@@ -257,15 +257,5 @@ class Generates:
     def _plainly(self, *arguments):
         """`run` without the blocks that `model.compile` compiled: to compile one for every length
         of a prompt would take minutes."""
-        regions = [block._region for block in self.blocks]
-        if not any(regions):
+        with self._plain_blocks():
             return self.run(*arguments)
-        self._set_regions([None] * len(regions))
-        try:
-            return self.run(*arguments)
-        finally:
-            self._set_regions(regions)
-
-    def _set_regions(self, regions):
-        for block, region in zip(self.blocks, regions, strict=True):
-            block._region = region
