@@ -6,8 +6,8 @@ import math
 
 import keras
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
@@ -27,14 +27,15 @@ def once(function):
 
 
 def total(x, axis):
-    """tf.reduce_sum over the last axis, the one before, or both. On CPUs a product: XLA there adds what
-    lies side by side one after another. (On a GPU TF32 would round it.)"""
-    if tf.config.list_physical_devices("GPU"):
+    """tf.reduce_sum over the last axis, the one before it, or both. In graphs on CPUs a product
+    with ones: XLA adds what lies side by side number by number. (On a GPU TF32 would round it.)"""
+    axes = 1 if axis == -1 else 2
+    on_gpu = tf.config.list_physical_devices("GPU")
+    if tf.executing_eagerly() or on_gpu or None in x.shape[-axes:]:
         return tf.reduce_sum(x, axis)
     if axis == -2:
         ones = tf.ones([*[1] * (len(x.shape) - 1), x.shape[-2]], x.dtype)
         return tf.matmul(ones, x)[..., 0, :]
-    axes = 1 if axis == -1 else 2
     count = math.prod(x.shape[-axes:])
     sums = tf.matmul(tf.reshape(x, [-1, count]), tf.ones([count, 1], x.dtype))
     sums = tf.reshape(sums, tf.shape(x)[:-axes])
@@ -141,6 +142,7 @@ def scan_chunks(step, init, long, short, reverse=False):
 
 
 def _scan_chunks_in_place(step, init, long, short, reverse, count, L, chunk):
+    """Without a tensor of all chunks one after another, which would be turned at the end."""
     _, likes, entries = step(init, (*(chunk(x, 0) for x in long), *(x[0] for x in short)))
     shapes = [tf.concat([tf.shape(y)[:1], [L * count], tf.shape(y)[2:]], 0) for y in likes]
     buffers = [tf.zeros(shape, y.dtype) for shape, y in zip(shapes, likes, strict=True)]
