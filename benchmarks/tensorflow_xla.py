@@ -72,7 +72,7 @@ def passes(*shape, only=None):
         "native, graph": lambda: graph(arrays, "native"),
         "xla, eager": lambda: run(arrays, "xla"),
         "xla, graph": lambda: graph(arrays, "xla"),
-        "all compiled": lambda: whole(arrays, "native"),
+        "all compiled": lambda: whole(arrays, "xla"),
     }
     return {name: lambda f=f: f()[-1].numpy() for name, f in ways.items() if only in (None, name)}
 

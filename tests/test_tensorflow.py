@@ -265,9 +265,10 @@ def test_adam_by_one_operator_is_kerass(options, rng, monkeypatch):
         values = [*model.trainable_variables, *optimizer.variables]
         found.append([keras.ops.cast(value, "float32") for value in values])
     # The operator takes beta_2 in float32: as if the rate were 6e-6 higher. Training makes 4e-5 of
-    # it here, and 3e-4 in float16; in a deeper model Keras's own, at such a rate, differs as much.
+    # it here, in float16 3e-4 on one processor and 2.5e-3 on another (in moments of 1e-6); in
+    # a deeper model Keras's own, at such a rate, differs as much.
     for one, other in zip(*found, strict=True):
-        assert_close(one, other, 2e-3 if policy == "mixed_float16" else 2e-4)
+        assert_close(one, other, 5e-3 if policy == "mixed_float16" else 2e-4)
 
 
 def test_adam_of_few_digits_is_kerass_own(rng):

@@ -2,14 +2,16 @@
 
 import contextlib
 import contextvars
+import math
 
 import keras
 import tensorflow as tf
 from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
-total, swapaxes, exp = tf.reduce_sum, keras.ops.swapaxes, tf.exp
+swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 as_written = tf.autograph.experimental.do_not_convert
 by_halves = False  # as on JAX
@@ -17,11 +19,29 @@ own = ("mlstm", "slstm")  # ops with a module here
 by_region = True  # as on torch
 recorded = False
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
+_in_place = contextvars.ContextVar("keras_xlstm_in_place", default=False)
 
 
 def once(function):
     """Marks a function without tensors, which is run when the caller is traced."""
     return function
+
+
+def total(x, axis):
+    """tf.reduce_sum over the last axis, the one before it, or both. In graphs on CPUs a product
+    with ones: XLA adds what lies side by side number by number. (On a GPU TF32 would round it.)"""
+    axes = 1 if axis == -1 else 2
+    on_gpu = tf.config.list_physical_devices("GPU")
+    if tf.executing_eagerly() or on_gpu or None in x.shape[-axes:]:
+        return tf.reduce_sum(x, axis)
+    if axis == -2:
+        ones = tf.ones([*[1] * (len(x.shape) - 1), x.shape[-2]], x.dtype)
+        return tf.matmul(ones, x)[..., 0, :]
+    count = math.prod(x.shape[-axes:])
+    sums = tf.matmul(tf.reshape(x, [-1, count]), tf.ones([count, 1], x.dtype))
+    sums = tf.reshape(sums, tf.shape(x)[:-axes])
+    sums.set_shape(x.shape[:-axes])
+    return sums
 
 
 @tf.custom_gradient
@@ -31,29 +51,38 @@ def constant(x):
 
 
 @contextlib.contextmanager
-def unrolled():
-    """Scans that are traced inside become plain operations: for formats without loops."""
-    token = _unrolled.set(True)
+def _set(variable):
+    token = variable.set(True)
     try:
         yield
     finally:
-        _unrolled.reset(token)
+        variable.reset(token)
 
 
-def scan(step, init, xs, reverse=False):
+def unrolled():
+    """Scans that are traced inside become plain operations: for formats without loops."""
+    return _set(_unrolled)
+
+
+def in_place():
+    """Loops over chunks that are traced inside write into one buffer: XLA alone can."""
+    return _set(_in_place)
+
+
+def scan(step, init, xs, reverse=False, like=None):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
 
     `tf.scan` and `keras.ops.scan` cannot be compiled by XLA with a length that is unknown when the
     graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
-    has neither limit.
+    has neither limit. `like`: tensors of the dtypes and shapes of y, where they are known.
     """
     if _unrolled.get():
         return _plain_scan(step, init, xs, reverse)
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
-    # One step aside, for the number, dtypes and shapes of its outputs: a graph prunes it.
-    _, ys = step(tuple(init), tuple(x[0] for x in xs))
-    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in ys)
+    if like is None:  # one step aside: a graph prunes it
+        _, like = step(tuple(init), tuple(x[0] for x in xs))
+    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in like)
 
     def body(index, carry, outputs):
         t = length - 1 - index if reverse else index
@@ -95,6 +124,9 @@ def scan_chunks(step, init, long, short, reverse=False):
         cut.set_shape([x.shape[0], L, *x.shape[2:]])
         return cut
 
+    if _in_place.get():
+        return _scan_chunks_in_place(step, init, long, short, reverse, count, L, chunk)
+
     def flat_step(carry, xs):
         index, *entries = xs
         carry, chunks, entries = step(carry, (*(chunk(x, index) for x in long), *entries))
@@ -108,6 +140,27 @@ def scan_chunks(step, init, long, short, reverse=False):
         y = tf.transpose(y, [1, 0, *range(2, len(y.shape))])
         joined.append(tf.reshape(y, [tf.shape(y)[0], -1, *y.shape[3:]]))
     return carry, tuple(joined), entries
+
+
+def _scan_chunks_in_place(step, init, long, short, reverse, count, L, chunk):
+    """Without a tensor of all chunks one after another, which would be turned at the end."""
+    _, likes, entries = step(init, (*(chunk(x, 0) for x in long), *(x[0] for x in short)))
+    shapes = [tf.concat([tf.shape(y)[:1], [L * count], tf.shape(y)[2:]], 0) for y in likes]
+    buffers = [tf.zeros(shape, y.dtype) for shape, y in zip(shapes, likes, strict=True)]
+
+    def flat_step(carry, xs):
+        carry, buffers = carry[: len(init)], carry[len(init) :]
+        index, *rest = xs
+        carry, chunks, entries = step(carry, (*(chunk(x, index) for x in long), *rest))
+        written = [
+            dynamic_update_slice(buffer, y, tf.stack([0, index * L, *[0] * (len(y.shape) - 2)]))
+            for buffer, y in zip(buffers, chunks, strict=True)
+        ]
+        return (*carry, *written), entries
+
+    start, xs = (*init, *buffers), (tf.range(count), *short)
+    carry, entries = scan(flat_step, start, xs, reverse, like=entries)
+    return carry[: len(init)], carry[len(init) :], entries
 
 
 def differentiable(forward, backward, tensors, **options):
