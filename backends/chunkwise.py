@@ -42,7 +42,7 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True,
         h += q_in @ C
         h /= (framework.maximum(abs(r), floor) + eps * row_eps)[..., None]
         k_end = k * to_end[..., None]
-        new_C = _transposed(k_end) @ v
+        new_C = _turned(k_end) @ v
         new_C += through[..., None, None] * C
         new_n = through[..., None] * n + framework.total(k_end, axis=-2)
         return (new_C, new_n), (_swap(h),), (r, C, n) if keep else ()
@@ -81,7 +81,7 @@ def backward(residuals, gradients, eps, chunk_size):
         G += dr[..., None]
         G *= within
         dv = (to_end * k) @ dC
-        dv += _transposed(S) @ U
+        dv += _turned(S) @ U
         dq = U @ _transposed(C)
         dq += dr[..., None] * n[..., None, :]
         dq *= entering
@@ -89,11 +89,11 @@ def backward(residuals, gradients, eps, chunk_size):
         dk = v @ _transposed(dC)
         dk += dn[..., None, :]
         dk *= to_end
-        dk += _transposed(G) @ q
+        dk += _turned(G) @ q
         di = framework.total(k * dk, axis=-1)
         across = framework.total(q * dq, axis=-1) - di
         q_in = q * entering
-        dC_in = _transposed(q_in) @ U
+        dC_in = _turned(q_in) @ U
         dC_in += through[..., None, None] * dC
         dn_in = through[..., None] * dn + framework.total(q_in * dr[..., None], axis=-2)
         dq, dk, dv = (_swap(a) for a in (dq * scale, dk, dv))
@@ -243,6 +243,10 @@ def _swap(x):
 
 def _transposed(x):
     return framework.swapaxes(x, -1, -2)
+
+
+# Of the first operand of a product.
+_turned = getattr(framework, "turned", _transposed)
 
 
 def _inner(C, dC, n, dn):

@@ -7,7 +7,7 @@ import math
 import keras
 import tensorflow as tf
 from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
-from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
+from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
@@ -19,7 +19,7 @@ own = ("mlstm", "slstm")  # ops with a module here
 by_region = True  # as on torch
 recorded = False
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
-_in_place = contextvars.ContextVar("keras_xlstm_in_place", default=False)
+_by_xla = contextvars.ContextVar("keras_xlstm_by_xla", default=False)
 
 
 def once(function):
@@ -50,8 +50,15 @@ def constant(x):
     return tf.identity(x), tf.zeros_like
 
 
+def turned(x):
+    """x with its last two axes swapped, to be multiplied by something on the right. XLA on CPUs
+    takes half as long for a product whose first operand is turned before, on all cores."""
+    x = swapaxes(x, -1, -2)
+    return optimization_barrier(x)[0] if _by_xla.get() else x
+
+
 @contextlib.contextmanager
-def _set(variable):
+def _during(variable):
     token = variable.set(True)
     try:
         yield
@@ -61,28 +68,28 @@ def _set(variable):
 
 def unrolled():
     """Scans that are traced inside become plain operations: for formats without loops."""
-    return _set(_unrolled)
+    return _during(_unrolled)
 
 
-def in_place():
-    """Loops over chunks that are traced inside write into one buffer: XLA alone can."""
-    return _set(_in_place)
+def by_xla():
+    """What is traced inside is compiled by XLA, for sure."""
+    return _during(_by_xla)
 
 
-def scan(step, init, xs, reverse=False, like=None):
+def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
 
     `tf.scan` and `keras.ops.scan` cannot be compiled by XLA with a length that is unknown when the
     graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
-    has neither limit. `like`: tensors of the dtypes and shapes of y, where they are known.
+    has neither limit.
     """
     if _unrolled.get():
         return _plain_scan(step, init, xs, reverse)
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
-    if like is None:  # one step aside: a graph prunes it
-        _, like = step(tuple(init), tuple(x[0] for x in xs))
-    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in like)
+    # One step aside, for the number, dtypes and shapes of its outputs: a graph prunes it.
+    _, ys = step(tuple(init), tuple(x[0] for x in xs))
+    outputs = tuple(tf.TensorArray(y.dtype, length, element_shape=y.shape) for y in ys)
 
     def body(index, carry, outputs):
         t = length - 1 - index if reverse else index
@@ -124,9 +131,6 @@ def scan_chunks(step, init, long, short, reverse=False):
         cut.set_shape([x.shape[0], L, *x.shape[2:]])
         return cut
 
-    if _in_place.get():
-        return _scan_chunks_in_place(step, init, long, short, reverse, count, L, chunk)
-
     def flat_step(carry, xs):
         index, *entries = xs
         carry, chunks, entries = step(carry, (*(chunk(x, index) for x in long), *entries))
@@ -140,27 +144,6 @@ def scan_chunks(step, init, long, short, reverse=False):
         y = tf.transpose(y, [1, 0, *range(2, len(y.shape))])
         joined.append(tf.reshape(y, [tf.shape(y)[0], -1, *y.shape[3:]]))
     return carry, tuple(joined), entries
-
-
-def _scan_chunks_in_place(step, init, long, short, reverse, count, L, chunk):
-    """Without a tensor of all chunks one after another, which would be turned at the end."""
-    _, likes, entries = step(init, (*(chunk(x, 0) for x in long), *(x[0] for x in short)))
-    shapes = [tf.concat([tf.shape(y)[:1], [L * count], tf.shape(y)[2:]], 0) for y in likes]
-    buffers = [tf.zeros(shape, y.dtype) for shape, y in zip(shapes, likes, strict=True)]
-
-    def flat_step(carry, xs):
-        carry, buffers = carry[: len(init)], carry[len(init) :]
-        index, *rest = xs
-        carry, chunks, entries = step(carry, (*(chunk(x, index) for x in long), *rest))
-        written = [
-            dynamic_update_slice(buffer, y, tf.stack([0, index * L, *[0] * (len(y.shape) - 2)]))
-            for buffer, y in zip(buffers, chunks, strict=True)
-        ]
-        return (*carry, *written), entries
-
-    start, xs = (*init, *buffers), (tf.range(count), *short)
-    carry, entries = scan(flat_step, start, xs, reverse, like=entries)
-    return carry[: len(init)], carry[len(init) :], entries
 
 
 def differentiable(forward, backward, tensors, **options):

@@ -9,7 +9,7 @@ import functools
 import operator
 
 import tensorflow as tf
-from keras_xlstm.backends.tensorflow import in_place
+from keras_xlstm.backends.tensorflow import by_xla
 
 
 def unwise(x):
@@ -103,7 +103,7 @@ class _Passes:
     def _run_forward(self, *given):
         rest = iter(given)
         tensors = [next(rest) if there else None for there in self._there]
-        with in_place():
+        with by_xla():
             outputs, residuals = self._forward(*tensors, **self._options)
         at_hand = [*given, *outputs]
         places = {id(x): place for place, x in enumerate(at_hand)}
@@ -122,6 +122,6 @@ class _Passes:
     def _run_backward(self, given, outputs, kept, output_gradients):
         at_hand = [*given, *outputs, *kept]
         residuals = tf.nest.map_structure(lambda get: get(at_hand), self._residuals)
-        with in_place():
+        with by_xla():
             gradients = self._backward(residuals, output_gradients, **self._options)
         return [g for g, there in zip(gradients, self._there, strict=True) if there]
