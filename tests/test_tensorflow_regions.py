@@ -33,12 +33,13 @@ def recompile(model, jit_compile, rate=0.5):
     model.compile(keras.optimizers.SGD(rate), loss, jit_compile=jit_compile)
 
 
-def results(model, inputs=TOKENS, batch_size=3):
-    """Losses, weights and outputs after training."""
+def results(model, inputs=TOKENS, batch_size=3, evaluate=False):
+    """Losses, outputs and weights after training."""
     options = {"batch_size": batch_size, "verbose": 0}
     losses = model.fit(inputs, TOKENS, epochs=2, shuffle=False, **options).history["loss"]
-    found = [losses, model.evaluate(inputs, TOKENS, **options), model.predict(inputs, **options)]
-    return [*found, *model.get_weights()]
+    if evaluate:
+        losses.append(model.evaluate(inputs, TOKENS, **options))
+    return [losses, model.predict(inputs, **options), *model.get_weights()]
 
 
 def assert_alike(one, other, tolerance=1e-6):
@@ -114,7 +115,9 @@ def masked(x=TOKENS):
 )
 def test_as_without(inputs, options):
     """In float64 rounding is all that may differ."""
-    assert_alike(*(results(compiled(jit, **options), inputs) for jit in (True, False)))
+    evaluate = isinstance(inputs, dict) and "segment_ids" in inputs  # a program more: once
+    models = (compiled(jit, **options) for jit in (True, False))
+    assert_alike(*(results(model, inputs, evaluate=evaluate) for model in models))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("mixed_bfloat16", 6e-2)])
@@ -195,7 +198,7 @@ def test_what_a_compiled_function_would_lose():
         model = compiled(jit, dtype="float32")
         model.blocks[0].norm.activity_regularizer = keras.regularizers.L2(1.0)
         model.blocks[3].norm.epsilon = 0.3
-        found.append(results(model)[:3])
+        found.append(results(model)[:2])
     assert_alike(*found, 1e-4)
     plain = compiled(False, dtype="float32")
     assert found[0][0][0] > results(plain)[0][0] + 0.1
