@@ -232,7 +232,8 @@ def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
     want = losses(language_model(False, **options))
     assert compiled == []
     model = language_model(True, **options)
-    np.testing.assert_allclose(losses(model), want, rtol=1e-5)
+    # Among them sums of logits that nearly cancel: 5e-6 on one processor, of 0.3.
+    np.testing.assert_allclose(losses(model), want, rtol=1e-5, atol=2e-5)
     assert compiled == ["compute_xLSTMLargeBlock", "token_losses"]
     model.enable_lora(2)
     model.compile("sgd", model.loss, jit_compile=False)
