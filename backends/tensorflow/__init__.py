@@ -52,7 +52,7 @@ def constant(x):
 
 def turned(x):
     """x with its last two axes swapped, to be multiplied by something on the right. XLA on CPUs
-    takes half as long for a product whose first operand is turned before, on all cores."""
+    takes half as long for a product whose first operand is turned before it."""
     x = swapaxes(x, -1, -2)
     return optimization_barrier(x)[0] if _by_xla.get() else x
 
