@@ -39,29 +39,37 @@ training = importlib.import_module(f"{_active}.training") if framework.recorded 
 # Makes an optimizer's update fewer operators, where that is worth it without `training`.
 fuse = getattr(framework, "fuse", lambda optimizer: None)
 
-# Which backend each kernel language belongs to, and which ops it has.
-_KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
+# Which backends each kernel language belongs to; where several fit, the first is picked.
+_KERNELS = {"triton": ("torch", "jax"), "pallas": ("jax",), "xla": ("tensorflow",)}
 _OPS = ("mlstm", "slstm")
 _ANY_DTYPE = ("triton", "pallas")  # they cast for themselves
 _VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
 _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
 _said = set()
-# What the active framework has of its own: {op: module}.
+# What the active framework has of its own: {implementation: {op: module}}.
 _own = {
-    op: importlib.import_module(f"{__name__}.{keras.backend.backend()}.{op}")
-    for op in framework.own
+    name: {op: importlib.import_module(f"{_active}.{module}") for op, module in modules.items()}
+    for name, modules in framework.own.items()
 }
+
+_native_slstm = next(
+    (m["slstm"].native_slstm for m in _own.values() if hasattr(m.get("slstm"), "native_slstm")),
+    native.slstm,
+)
 
 
 def _unsupported(op, implementation, **call):
     """Why `implementation` cannot run `op` on the tensors of `call` (at all, without), or None."""
     if implementation == "native":
         return None
-    home, active = _KERNELS[implementation], keras.backend.backend()
-    if home != active:
-        return f"it belongs to the {home} backend and Keras runs on {active}"
-    return _own[op].unsupported(**call)
+    homes, active = _KERNELS[implementation], keras.backend.backend()
+    if active not in homes:
+        home = f"{' and '.join(homes)} backend{'s' * (len(homes) > 1)}"
+        return f"it belongs to the {home} and Keras runs on {active}"
+    if op not in _own[implementation]:
+        return f"there is none for {active}"
+    return _own[implementation][op].unsupported(**call)
 
 
 def part(name):
@@ -69,9 +77,25 @@ def part(name):
     return importlib.import_module(f"{__name__}.{keras.backend.backend()}.{name}")
 
 
-def _unwise(op, **call):
-    """Why the active framework's own implementation is better not picked, though it can run."""
-    return getattr(_own[op], "unwise", lambda **call: None)(**call)
+def _unwise(op, implementation, **call):
+    """Why this implementation is better not picked, though it can run."""
+    return getattr(_own[implementation][op], "unwise", lambda **call: None)(**call)
+
+
+def _pick(op, forced, **call):
+    """The first of the active framework's own that fits; otherwise None, and why each does not.
+
+    `forced`: where none is the better choice, one that can run at all.
+    """
+    reasons, able = {}, None
+    for name in (name for name in _KERNELS if name in _own):
+        reason = _unsupported(op, name, **call)
+        able = able or (None if reason else name)
+        reasons[name] = reason or _unwise(op, name, **call)
+        if reasons[name] is None:
+            return name, None
+    # Of what a user would have to install for a little more speed only `available` tells.
+    return able if forced else None, next(reversed(reasons.values()))
 
 
 def available() -> dict[str, dict[str, bool | str]]:
@@ -125,19 +149,20 @@ def prefer(use_kernel):
 
 def _choose(op, implementation, **call):
     """The implementation of `op` to run, or a ValueError that says why the one asked for cannot."""
-    own = next(k for k, home in _KERNELS.items() if home == keras.backend.backend())
+    remedy = 'Use implementation=None or "native".'
     if implementation == "kernel":
-        implementation = own
-        remedy = 'Use use_kernel="auto" or False.'
+        implementation, reason = _pick(op, True, **call)
+        if implementation:
+            return implementation
+        implementation, remedy = next(reversed(_own)), 'Use use_kernel="auto" or False.'
     else:
         implementation = _known(implementation, "implementation") or _asked()
-        remedy = 'Use implementation=None or "native".'
-    if implementation is None:
-        reason = _unsupported(op, own, **call) or _unwise(op, **call)
-        if reason is not None:
-            _say_once(f"{op} runs in its native form: {reason}.")
-        return "native" if reason else own
-    reason = _unsupported(op, implementation, **call)
+        if implementation is None:
+            implementation, reason = _pick(op, False, **call)
+            if reason is not None:
+                _say_once(f"{op} runs in its native form: {reason}.")
+            return implementation or "native"
+        reason = _unsupported(op, implementation, **call)
     if reason is not None:
         raise ValueError(
             f"The {implementation} implementation of {op} was asked for and cannot run: {reason}. "
@@ -172,8 +197,8 @@ def mlstm(
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
-        return _own["mlstm"].mlstm(q, k, v, i, f, state, segment_ids, **options)
-    run = _own["mlstm"].mlstm if chosen == "xla" else native.mlstm
+        return _own[chosen]["mlstm"].mlstm(q, k, v, i, f, state, segment_ids, **options)
+    run = _own["xla"]["mlstm"].mlstm if chosen == "xla" else native.mlstm
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))
@@ -198,12 +223,13 @@ def slstm(
     }  # fmt: skip
     chosen = _choose("slstm", implementation, x=x)
     if chosen in _ANY_DTYPE:
-        return _own["slstm"].slstm(
+        return _own[chosen]["slstm"].slstm(
             x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
         )
-    run = _own["slstm"].slstm
     if chosen == "native":
-        run = getattr(_own["slstm"], "native_slstm", native.slstm)
+        run = _native_slstm
+    else:
+        run = _own[chosen]["slstm"].slstm
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

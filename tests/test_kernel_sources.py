@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = sorted((Path(__file__).parent.parent / "backends" / "torch").glob("*.py"))
+KERNELS = sorted((Path(__file__).parent.parent / "backends" / "triton").glob("*.py"))
 
 
 def renamed(node):

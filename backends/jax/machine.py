@@ -26,18 +26,28 @@ def _device():
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 
-def missing():
-    """Why no kernel can run here, or None."""
+def not_nvidia():
+    """Why JAX computes on nothing that kernels are for, or None."""
     device = _device()
-    if not interpreted():
-        if device.platform != "gpu":
-            return f"it needs a GPU, and JAX computes on {device.platform}"
-        capability = str(getattr(device, "compute_capability", ""))  # of AMD's: "gfx942"
-        if capability.startswith("gfx") or float(capability or 0) < 8.0:
-            return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
-    if not _has_pallas():
-        return "this version of jax has no jax.experimental.pallas.triton"
+    if device.platform != "gpu":
+        return f"it needs a GPU, and JAX computes on {device.platform}"
+    known = str(getattr(device, "compute_capability", ""))  # of AMD's: "gfx942"
+    if known.startswith("gfx") or float(known or 0) < 8.0:
+        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     return None
+
+
+def capability():
+    """The compute capability, as a whole number: 90 for Hopper, and where no GPU is."""
+    return round(float(getattr(_device(), "compute_capability", None) or 9.0) * 10)
+
+
+def missing():
+    """Why no Pallas kernel can run here, or None."""
+    reason = None if interpreted() else not_nvidia()
+    if reason is None and not _has_pallas():
+        reason = "this version of jax has no jax.experimental.pallas.triton"
+    return reason
 
 
 @functools.cache
@@ -46,22 +56,27 @@ def _has_pallas():
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
-def unsupported(x):
-    """Why no kernel can run on this array, or None."""
+def unsupported(x, without=None, by_interpreter=None):
+    """Why no kernel can run on this array, or None.
+
+    `without()` says why none of its kind runs here, `by_interpreter` whether that kind runs on a
+    CPU; by default of Pallas.
+    """
+    by_interpreter = interpreted() if by_interpreter is None else by_interpreter
     if not all(isinstance(size, int) for size in x.shape[1:]):
         return f"only the batch may have no size yet; the shape is {x.shape}"
     if isinstance(x.shape[0], int) and not 0 < x.shape[0] < 65_536:  # an axis of the grid
         return f"it takes batches of 1 to 65535, not of {x.shape[0]}"
     if x.dtype.name not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {x.dtype.name}"
-    if not isinstance(x, jax.core.Tracer) and not interpreted():
+    if not isinstance(x, jax.core.Tracer) and not by_interpreter:
         platforms = {device.platform for device in x.devices()}
         if platforms != {"gpu"}:
             return f"it needs arrays on a GPU, not on {', '.join(sorted(platforms))}"
     split = _split()
     if split is not None and isinstance(x.shape[0], int) and x.shape[0] % split.parts:
         return f"keras.distribution splits the batch of {x.shape[0]} among {split.parts} devices"
-    return missing()
+    return (without or missing)()
 
 
 class _Split(NamedTuple):

@@ -15,7 +15,8 @@ swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 as_written = tf.autograph.experimental.do_not_convert
 by_halves = False  # as on JAX
-own = ("mlstm", "slstm")  # ops with a module here
+# Modules here: of each implementation, by op; the first that fits is picked.
+own = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
 by_region = True  # as on torch
 recorded = False
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)

@@ -12,7 +12,8 @@ tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
 total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach
 by_halves = False  # as on JAX
-own = ("mlstm", "slstm")  # ops with a module here
+# Modules here: of each implementation, by op; the first that fits is picked.
+own = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
 by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
 recorded = True
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.

@@ -70,7 +70,7 @@ def _forward(
     sigmoid: bool, eps: float, chunk: int, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
     given = q, k, v, i, f, C, n, m, segment_ids
-    run, results = known(_launches().Forward, given, sigmoid, chunk), _results(q, v)
+    run, results = known(_launches().forward, given, sigmoid, chunk), _results(q, v)
     kept = on_stream(q.device, run, given, results, eps)
     return [*results, kept if trains else kept.new_empty(0)]
 
@@ -95,7 +95,7 @@ def _backward(
     kept: Tensor, sigmoid: bool, chunk: int,
 ) -> list[Tensor]:  # fmt: skip
     given, gradients = (dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), _gradients(q, k, v, i, f)
-    run = known(_launches().Backward, given, sigmoid, chunk)
+    run = known(_launches().backward, given, sigmoid, chunk)
     on_stream(q.device, run, given, gradients)
     return gradients
 
@@ -146,7 +146,7 @@ _forward.register_autograd(_gradient, setup_context=_save)
 
 @functools.cache
 def _step_kernel():
-    return importlib.import_module("keras_xlstm.backends.torch.mlstm_step").step
+    return importlib.import_module("keras_xlstm.backends.triton.mlstm_step").step
 
 
 @operator("mlstm_step")

@@ -50,7 +50,7 @@ def slstm(
 
 @functools.cache
 def _kernels(file="kernels"):
-    return importlib.import_module(f"keras_xlstm.backends.torch.slstm_{file}")
+    return importlib.import_module(f"keras_xlstm.backends.triton.slstm_{file}")
 
 
 def _whole(D, BB, dtype, shared_memory):

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from keras_xlstm.backends.torch.slstm_kernels import (
+from keras_xlstm.backends.triton.slstm_kernels import (
     NEVER,
     _before,
     _cell,

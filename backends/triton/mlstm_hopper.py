@@ -7,7 +7,7 @@ The weights of a block of pairs are made while the products before them run. Nam
 mlstm_attend.py.
 """
 
-from keras_xlstm.backends.torch.mlstm_hopper_copies import _place, _produce, _turned, _write
+from keras_xlstm.backends.triton.mlstm_hopper_copies import _place, _produce, _turned, _write
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

@@ -2,8 +2,8 @@
 
 import triton
 import triton.language as tl
-from keras_xlstm.backends.torch.mlstm_gates import _log_sigmoid
-from keras_xlstm.backends.torch.mlstm_kernels import NEVER, _load
+from keras_xlstm.backends.triton.mlstm_gates import _log_sigmoid
+from keras_xlstm.backends.triton.mlstm_kernels import NEVER, _load
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Of mlstm_hopper_serial.py: the warps that keep the state, and the one that has tiles copied."""
 
-from keras_xlstm.backends.torch.mlstm_hopper import _round
-from keras_xlstm.backends.torch.mlstm_hopper_copies import (
+from keras_xlstm.backends.triton.mlstm_hopper import _round
+from keras_xlstm.backends.triton.mlstm_hopper_copies import (
     _barrier,
     _copy_vector,
     _load,

@@ -15,9 +15,9 @@ tiles copied (`_produce`; it and the first are in mlstm_hopper_state.py). Tiles 
 whose entries all of them see in turn.
 """
 
-from keras_xlstm.backends.torch.mlstm_hopper import LOG2_E, _exp2, _round
-from keras_xlstm.backends.torch.mlstm_hopper_copies import _write
-from keras_xlstm.backends.torch.mlstm_hopper_state import _keep, _produce
+from keras_xlstm.backends.triton.mlstm_hopper import LOG2_E, _exp2, _round
+from keras_xlstm.backends.triton.mlstm_hopper_copies import _write
+from keras_xlstm.backends.triton.mlstm_hopper_state import _keep, _produce
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

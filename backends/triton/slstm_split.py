@@ -8,7 +8,7 @@ once; where they cannot be, the host launches one step at a time.
 
 import triton
 import triton.language as tl
-from keras_xlstm.backends.torch.slstm_kernels import (
+from keras_xlstm.backends.triton.slstm_kernels import (
     NEVER,
     _before,
     _cell,

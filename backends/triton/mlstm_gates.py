@@ -4,7 +4,7 @@ borders, and their gradients. Conventions as in mlstm_kernels.py.
 
 import triton
 import triton.language as tl
-from keras_xlstm.backends.torch.mlstm_kernels import NEVER, _kernel, _round, _segments
+from keras_xlstm.backends.triton.mlstm_kernels import NEVER, _kernel, _round, _segments
 
 
 @triton.jit

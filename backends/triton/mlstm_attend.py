@@ -16,7 +16,7 @@ took half as long again as the two together: their sums leave no registers.
 
 import triton
 import triton.language as tl
-from keras_xlstm.backends.torch.mlstm_kernels import (
+from keras_xlstm.backends.triton.mlstm_kernels import (
     NEVER,
     _kernel,
     _load,

@@ -1,0 +1,174 @@
+"""The mLSTM on NVIDIA GPUs under JAX, by the Triton kernels that PyTorch has too.
+
+On Hopper they are faster than Pallas's, whose way through XLA's Triton has no TMA and no warps that
+copy ahead of others (benchmarks/RESULTS.md). They want the package triton, which JAX does not
+bring. Triton itself is imported on the first call.
+"""
+
+import importlib
+
+import jax.numpy as jnp
+from keras_xlstm.backends import mlstm_tiles as tiles
+from keras_xlstm.backends.jax import differentiable, machine, triton_calls
+from keras_xlstm.backends.jax import mlstm as pallas
+from keras_xlstm.backends.jax.triton_calls import Buffer, Matrix
+from keras_xlstm.backends.mlstm_tiles import power
+from keras_xlstm.backends.parts import carried, holds_something
+
+# What kernels change that others wrote before, or that one of two launches has to write.
+_IN_PLACE = {
+    "chunks": ("parts_p",),
+    "borders": ("s_p", "n_p", "s_last_p", "n_last_p", "inner_p"),
+}
+
+
+def unsupported(q=None, v=None, chunk_size=None):
+    """Why the kernels cannot run on these arrays (None: here at all), or None."""
+    if q is None:
+        return triton_calls.missing()
+    if not isinstance(q.shape[0], int):
+        return f"its batch needs a size; the shape is {q.shape}"
+    return (
+        machine.unsupported(q, triton_calls.missing, triton_calls.interpreted())
+        or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
+        or _of_interpreter(q)
+    )
+
+
+def _of_interpreter(q):
+    if triton_calls.interpreted() and q.dtype.name != "float32":
+        return "Triton's interpreter computes float32 alone"
+    return None
+
+
+def unwise(q=None, v=None, chunk_size=None):
+    """Why Pallas's kernels are better picked, or None."""
+    if pallas.unsupported(q, v, chunk_size):
+        return None
+    if machine.capability() // 10 != 9:
+        return "only on Hopper was it seen to be faster than Pallas's kernels"
+    return "single steps are Pallas's" if q.shape[1] == 1 else None
+
+
+def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
+    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None."""
+    if state is not None:
+        state = tuple(x.astype(jnp.float32) for x in state)
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)
+    tensors = (q, k, v, i, f, *(state or (None,) * 3), segment_ids)
+    alone = _step if q.shape[1] == 1 and state is not None else None
+    chunk = chunk_size or tiles.chunk_steps(
+        q.shape[1], q.shape[-1], v.shape[-1], q.dtype.name
+    )  # fmt: skip
+    options = {
+        "sigmoid": input_gate == "sigmoid", "eps": float(eps), "chunk": chunk,
+        "device": _device(q.dtype.name),
+    }  # fmt: skip
+
+    def run(*tensors):
+        return differentiable(_forward, _backward, tensors, alone, **options)
+
+    state_axes = ("BHKV", "BHK", "BH")
+    axes = (*("BTHK",) * 2, "BTHV", *("BTH",) * 2, *state_axes, "BT")
+    h, *state = machine.over_devices(run, tensors, axes, ("BTHV", *state_axes))
+    return h, tuple(state)
+
+
+def _launches():
+    return importlib.import_module("keras_xlstm.backends.triton.mlstm_launches")
+
+
+def _device(dtype):
+    precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
+    if triton_calls.interpreted():
+        return 1 << 18, 1, False, precision
+    hopper = machine.capability() // 10 == 9
+    return machine.shared_memory(), machine.processors(), hopper, precision
+
+
+class _Launch:
+    known = False  # XLA keeps what is compiled
+
+    def __init__(self, kernel, programs, **constants):
+        self.kernel, self.programs, self.constants = kernel, programs, constants
+
+    def __call__(self, stream, *arguments):
+        in_place = _IN_PLACE.get(self.kernel.fn.__name__, ())
+        triton_calls.launch(self.kernel, self.programs, arguments, in_place, **self.constants)
+
+
+class _Parts:
+    def __init__(self, *parts):
+        self.parts = [part if isinstance(part[0], tuple) else (part,) for part in parts]
+
+    def new(self, like):
+        return [Buffer(*part) for part in self.parts]
+
+    def of(self, buffers, known):
+        return buffers
+
+
+class _Host:
+    launch, parts = _Launch, _Parts
+
+    def __init__(self, device):
+        self.device = _launches().Device(*device)
+
+    def describe(self, *matrices):
+        def described(tensors):
+            given = zip(tensors, matrices, strict=True)
+            return [None if t is None else Matrix(t, *matrix) for t, matrix in given]
+
+        return described
+
+
+def _call(q, v, ids, sigmoid, chunk):
+    return _launches().Call(
+        *q.shape, v.shape[-1], q.dtype.name, ids is not None, sigmoid, chunk
+    )  # fmt: skip
+
+
+def _forward(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, device):
+    B, _, H, K = q.shape
+    if m is not None:
+        m = carried(m, holds_something(C, n))
+    states = (B, H, K, v.shape[-1]), (B, H, K), (B, H)
+    results = [Buffer(v.shape, v.dtype), *map(Buffer, states)]
+    run = _launches().Forward(_Host(device), _call(q, v, ids, sigmoid, chunk), C is not None)
+    kept = run(None, (q, k, v, i, f, C, n, m, ids), results, eps)
+    results = tuple(buffer.value for buffer in results)
+    kept = [buffer.value for buffer in kept]
+    return results, (q, k, v, i, f, C, n, ids, results[0], kept)
+
+
+def _backward(residuals, gradients, sigmoid, eps, chunk, device):
+    q, k, v, i, f, C, n, ids, h, kept = residuals
+    dh, dC, dn, _ = gradients
+    states = [Buffer(d.shape) for d in (dC, dn)]
+    results = [*(Buffer(x.shape, x.dtype) for x in (q, k, v, i, f)), *states]
+    run = _launches().Backward(_Host(device), _call(q, v, ids, sigmoid, chunk), True)
+    run(None, (dh, dC, dn, q, k, v, i, f, ids, h, kept), results)
+    *results, dC, dn = (buffer.value for buffer in results)
+    if C is None:
+        return *results, None, None, None, None
+    # The state's true value is (C, n) exp(m).
+    dm = jnp.sum(C * dC, (-2, -1)) + jnp.sum(n * dn, -1)
+    return *results, dC, dn, dm, None
+
+
+def _step(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, device):
+    """A single step that is not trained through."""
+    from keras_xlstm.backends.triton.mlstm_step import step
+
+    if ids is not None:  # one segment: that of the state
+        C, n, m = (jnp.where(jnp.reshape(ids == 0, (-1,) + (1,) * (x.ndim - 1)), x, 0.0)
+                   for x in (C, n, m))  # fmt: skip
+    B, H, K, V = C.shape
+    results = [Buffer(x.shape, x.dtype) for x in (v, C, n, m)]
+    BV, warps = tiles.step(B * H, K, V)
+    triton_calls.launch(
+        step, B * H * -(-V // BV), (q, k, v, i, f, C, n, m, *results, K**-0.5, eps),
+        K=K, V=V, P=power(K), BV=BV, SIGMOID=sigmoid, num_warps=warps,
+    )  # fmt: skip
+    return tuple(buffer.value for buffer in results)

@@ -1,0 +1,285 @@
+"""Calls of Triton's kernels from JAX, by the custom call that jaxlib has for them.
+
+Triton compiles a kernel while a function is lowered; jaxlib launches it from XLA's thread, without
+Python. jax-triton does the same, and why it is not used: it launches a kernel whose warps are
+specialised (as all of ours for Hopper) with too few of them (0.4.1), it has results behind all
+operands where ours come in any order, and it wants Triton 3.7 where PyTorch 2.11 brings 3.6.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import threading
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from keras_xlstm.backends.jax import machine
+
+_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_BFLOAT16 = 9  # of CUDA's CUtensorMapDataType
+_INTERPRETER = threading.Lock()  # it changes Triton's language while it runs
+_VERSIONS = (3, 6), (3, 10)  # in which Triton's internals that are used here were seen the same
+
+
+def interpreted():
+    """Whether kernels run by Triton's interpreter, as tests do on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed():
+    if importlib.util.find_spec("triton") is None:
+        return 'the package triton is not installed (pip install "keras-xlstm[triton]")'
+    version = importlib.metadata.version("triton")
+    if not _VERSIONS[0] <= tuple(map(int, version.split(".")[:2])) < _VERSIONS[1]:
+        return f"it knows triton 3.6 to 3.9, not {version}"
+    return None
+
+
+def missing():
+    """Why none of these kernels can run here, or None."""
+    if interpreted():
+        return _installed()
+    reason = machine.not_nvidia() or _installed()
+    if reason is None and not hasattr(_jaxlib(), "create_tma_descriptor_parameter"):
+        reason = "this jaxlib cannot launch them all (0.11.2 can)"
+    return reason
+
+
+@functools.cache
+def _jaxlib():
+    from jaxlib import gpu_triton
+
+    return gpu_triton
+
+
+class Buffer:
+    """Memory that kernels write: its array, once one has."""
+
+    def __init__(self, shape, dtype="float32"):
+        self.shape, self.dtype, self.value = tuple(shape), dtype, None
+
+
+class Matrix(NamedTuple):
+    """An array or buffer of bfloat16 as a matrix (rows, columns), read or written by tiles."""
+
+    what: Any
+    whole: tuple
+    tile: tuple
+
+
+class _Memory(NamedTuple):
+    """Where a kernel's argument is: among operands, or (~place) among results."""
+
+    place: int
+    dtype: str
+    matrix: tuple | None  # whole, tile
+
+
+def launch(kernel, programs, arguments, in_place=(), **constants):
+    """kernel[(programs,)](*arguments, **constants), once traced code runs.
+
+    Arguments are arrays, `Buffer`s, `Matrix`s of either, Python numbers and None. What a buffer
+    holds before, a kernel reads; it writes buffers that hold nothing yet, and those whose
+    parameters are named `in_place`.
+    """
+    names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
+    operands, new, changed, places = [], [], [], {}
+    for name, argument in zip(names, arguments, strict=False):
+        what = argument.what if isinstance(argument, Matrix) else argument
+        if isinstance(what, Buffer) and what.value is None:
+            new.append((name, what))
+        elif isinstance(what, (Buffer, jax.Array)):
+            if isinstance(what, Buffer) and name in in_place:
+                changed.append((len(operands), what))
+            places[name] = len(operands)
+            operands.append(what.value if isinstance(what, Buffer) else what)
+    # What is both comes last among results: its place is known as an operand's.
+    places |= {name: ~place for place, (name, _) in enumerate(new)}
+    written = [buffer for _, buffer in (*new, *changed)]
+    aliases = [(operand, len(new) + n) for n, (operand, _) in enumerate(changed)]
+
+    def described(name, argument):
+        if isinstance(argument, Matrix):
+            what, matrix = argument.what, (tuple(argument.whole), tuple(argument.tile))
+        else:
+            what, matrix = argument, None
+        if name not in places:
+            return argument
+        return _Memory(places[name], np.dtype(what.dtype).name, matrix)
+
+    results = _call.bind(
+        *operands, kernel=kernel, programs=programs, constants=tuple(constants.items()),
+        arguments=tuple(map(described, names, arguments)), aliases=tuple(aliases),
+        results=tuple((buffer.shape, np.dtype(buffer.dtype).name) for buffer in written),
+    )  # fmt: skip
+    for buffer, result in zip(written, results, strict=True):
+        buffer.value = result
+
+
+_call = Primitive("keras_xlstm_triton")
+_call.multiple_results = True
+
+
+@_call.def_impl
+def _(*operands, **parameters):
+    with jax.disable_jit(False):
+        return jax.jit(lambda *operands: _call.bind(*operands, **parameters))(*operands)
+
+
+@_call.def_abstract_eval
+def _(*operands, results, **parameters):
+    return [jax.core.ShapedArray(shape, np.dtype(dtype)) for shape, dtype in results]
+
+
+def _one_by_one(operands, axes, **parameters):
+    """Under vmap, whose axis the kernels do not know."""
+    mapped = [axis is not None for axis in axes]
+    moved = [jax.numpy.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)
+             if a is not None]  # fmt: skip
+
+    def one(rows):
+        rows = iter(rows)
+        given = [next(rows) if m else x for x, m in zip(operands, mapped, strict=True)]
+        return _call.bind(*given, **parameters)
+
+    results = lax.map(one, moved)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[_call] = _one_by_one
+
+
+def _signature(kernel, arguments, constants):
+    """As Triton's launcher would infer it: kinds, constants, divisible arguments."""
+    kinds, fixed, divisible = {}, {}, {}
+    for j, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = arguments[j] if j < len(arguments) else constants[name]
+        if parameter.is_constexpr or value is None:
+            kinds[name], fixed[(j,)] = "constexpr", value
+        elif isinstance(value, _Memory) and value.matrix:
+            layout = _layout(value.matrix[1])
+            kinds[name] = f"tensordesc<bf16{list(value.matrix[1])},{layout!r}>"
+        elif isinstance(value, _Memory):
+            kinds[name], divisible[(j,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            kinds[name] = "fp32" if isinstance(value, float) else "i32"
+    return kinds, fixed, divisible
+
+
+def _layout(tile):
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
+
+
+@functools.lru_cache(maxsize=1000)
+def _compiled(kernel, arguments, constants, capability):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source(kernel, *_signature(kernel, arguments, constants))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _ordered(ptx, name, keys):
+    """The kernel with its parameters in the order of `keys`, Triton's own two behind them: they are
+    read by name, and jaxlib passes operands, results, then numbers."""
+    start = ptx.index("(", ptx.index(f".entry {name}")) + 1
+    end = ptx.index(")", start)
+    lines = [line.strip() for line in ptx[start:end].split(",\n")]
+    assert len(lines) == len(keys) + 2, (lines, keys)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    lines = [lines[j] for j in order] + lines[len(keys) :]
+    return ptx[:start] + ",\n".join(lines) + ptx[end:], order
+
+
+def _lowered(kernel, programs, constants, arguments, capability):
+    """What jaxlib calls, serialised."""
+    lib = _jaxlib()
+    compiled = _compiled(kernel, arguments, constants, capability)
+    metadata = compiled.metadata
+    assert metadata.global_scratch_size == 0, metadata
+    descriptions = iter(metadata.tensordesc_meta or ())
+    keys, parameters = [], []
+
+    def add(parameter, place=None):
+        behind = 2 if place is None else place < 0
+        keys.append((behind, len(keys) if place is None else max(place, ~place)))
+        parameters.append(parameter)
+
+    for parameter, argument in zip(kernel.params, arguments, strict=False):
+        if parameter.is_constexpr or argument is None:
+            continue
+        if not isinstance(argument, _Memory):
+            kind = "fp32" if isinstance(argument, float) else "i32"
+            add(lib.create_scalar_parameter(argument, kind))
+        elif argument.matrix is None:
+            add(lib.create_array_parameter(0, 16), argument.place)
+        else:
+            (rows, columns), _ = argument.matrix
+            own = next(descriptions)
+            tma = lib.create_tma_descriptor_parameter(
+                elem_type=_BFLOAT16, swizzle=own["swizzle"], shape=[rows, columns],
+                strides=[columns, 1], block_shape=own["block_size"], oob_fill=0,
+            )  # fmt: skip
+            add(tma, argument.place)
+            for size, kind in ((rows, "i32"), (columns, "i32"), (columns, "i64"), (1, "i64")):
+                add(lib.create_scalar_parameter(size, kind))
+    ptx, order = _ordered(compiled.asm["ptx"], metadata.name, keys)
+    call = lib.TritonKernelCall(
+        lib.TritonKernel(
+            metadata.name, metadata.num_warps, 1, metadata.shared, ptx, "", capability
+        ),
+        programs, 1, 1, [parameters[j] for j in order],
+    )  # fmt: skip
+    return zlib.compress(call.to_proto(metadata.name, b""))
+
+
+def _lower(ctx, *operands, kernel, programs, constants, arguments, aliases, results):
+    opaque = _lowered(kernel, programs, constants, arguments, machine.capability())
+    rule = jax.ffi.ffi_lowering("triton_kernel_call_ffi", operand_output_aliases=dict(aliases))
+    return rule(ctx, *operands, opaque=opaque)
+
+
+mlir.register_lowering(_call, _lower, platform="cuda")
+
+
+def _interpreted(*operands, kernel, programs, constants, arguments, aliases, results):
+    """By Triton's interpreter, whose tensors are PyTorch's."""
+
+    def run(*operands):
+        import torch
+
+        given = [torch.from_numpy(np.array(x)) for x in operands]
+        # Poisoned, to be noticed where nothing was written.
+        made = [torch.full(s, -(2**30) if d == "int32" else torch.nan, dtype=getattr(torch, d))
+                for s, d in results]  # fmt: skip
+        for operand, result in aliases:
+            made[result] = given[operand]
+        values = [
+            (given[a.place] if a.place >= 0 else made[~a.place]) if isinstance(a, _Memory) else a
+            for a in arguments
+        ]
+        with _INTERPRETER:
+            kernel[(programs,)](*values, **dict(constants))
+        return [result.numpy() for result in made]
+
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
+    return jax.pure_callback(run, shapes, *operands, vmap_method="sequential")
+
+
+mlir.register_lowering(_call, mlir.lower_fun(_interpreted, multiple_results=True), platform="cpu")

@@ -1,0 +1,293 @@
+"""The mLSTM's launches, forward and backward, for whichever framework hosts them.
+
+The host has (backends/torch/mlstm_launches.py, backends/jax/mlstm_triton.py)
+
+    device                      what is launched on; see `Device`
+    launch(kernel, programs, **constants)   a function of a stream and the kernel's arguments
+    describe(*matrices)         a function that turns tensors into TMA descriptors, each of a matrix
+                                (rows, columns) and a tile
+    parts(*parts)               buffers side by side, each a shape, or a shape and a dtype's name:
+                                `new(like)` makes the memory, `of(memory, known)` the buffers
+
+What calls with tensors alike have in common (sizes, tiles, compiled kernels) is worked out once, as
+a small sequence's kernels run for less time than Python takes to ask for them.
+"""
+
+from typing import NamedTuple
+
+from keras_xlstm.backends import mlstm_tiles as tiles
+from keras_xlstm.backends.mlstm_tiles import power
+from keras_xlstm.backends.triton.mlstm_attend import attend
+from keras_xlstm.backends.triton.mlstm_gates import chunks, gate_gradients, gates
+from keras_xlstm.backends.triton.mlstm_kernels import borders, states
+
+_BLOCK = 1024  # elements of a state that one program of `borders` carries
+
+
+class Device(NamedTuple):
+    """What launches depend on."""
+
+    shared_memory: int  # bytes that a program may have
+    processors: int
+    hopper: bool  # whether kernels for NVIDIA's Hopper run
+    precision: str  # of products in the dtype at hand, as tl.dot names it
+
+
+class Call(NamedTuple):
+    """Sizes and options of one call."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    dtype: str
+    segments: bool
+    sigmoid: bool
+    chunk: int
+    aligned: bool = True  # every tensor's memory, to 16 bytes: TMA wants it
+
+
+class _Launches:
+    """Sizes and tiles of both passes."""
+
+    def __init__(self, host, call):
+        self.host, self.device = host, host.device
+        self.B, self.T, self.H, self.K, self.V, self.dtype, segments, sigmoid, chunk, _ = call
+        self.BH, self.NC, self.chunk = self.B * self.H, -(-self.T // chunk), chunk
+        self.aligned = call.aligned
+        self.sizes = self.T, self.H, self.NC, self.K**-0.5
+        self.common = {
+            "LC": chunk, "SEG": segments, "EVEN": self.T % chunk == 0,
+            "PREC": self.device.precision,
+        }  # fmt: skip
+        # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
+        self.gates_common = {
+            "LC": chunk, "LEAST": -float(min(1e5, 2**24 // chunk)), "SIGMOID": sigmoid,
+            "SEG": segments, "num_warps": 1 if chunk <= 128 else 4,
+        }  # fmt: skip
+        self.state_tiles = tiles.states(
+            self.K, self.V, self.dtype, chunk, self.device.shared_memory, triton=True
+        )
+        self.parts = -(-self.K // self.state_tiles["BX"]) * -(-self.V // self.state_tiles["BZ"])
+        # Serial programs read and write least, but there must be enough of them.
+        self.serial = 10 * self.BH * self.parts >= 9 * self.device.processors
+        self.programs = self.BH * self.parts * (1 if self.serial else self.NC)
+        if not self.serial:
+            self.parts = -(-self.K * self.V // _BLOCK) + -(-self.K // _BLOCK)
+        self.in_one = None  # or what the kernel for states and rows in one is called with
+        if self.device.hopper and not segments:
+            self.in_one = tiles.hopper_serial(
+                self.K, self.V, self.dtype, self.BH, self.T, chunk, self.device.processors
+            )
+        self.kept = kept(host, call)
+        self.launches = []
+
+    def launch(self, kernel, programs, **constants):
+        self.launches.append(launch := self.host.launch(kernel, programs, **constants))
+        return launch
+
+    def states(self, reverse, has_state):
+        """`states`, and `borders` or None."""
+        first = self.launch(
+            states, self.programs, DX=self.K, DZ=self.V, SERIAL=self.serial, REVERSE=reverse,
+            HAS_STATE=has_state, **self.common, **self.state_tiles,
+        )  # fmt: skip
+        if self.serial:
+            return first, None
+        return first, self.launch(
+            borders, self.BH * self.parts, KV=self.K * self.V, K=self.K, BLOCK=_BLOCK,
+            HAS_STATE=has_state, REVERSE=reverse, ST=3, num_warps=4,
+        )  # fmt: skip
+
+    def attend(self, role, DX, DZ):
+        if self.aligned and self.device.hopper:
+            constants = tiles.hopper(role, DX, DZ, self.dtype, self.T, self.chunk)
+            if constants:
+                return self._attend_hopper(role, DX, DZ, **constants)
+        memory = self.device.shared_memory
+        own = tiles.attend(role, DX, DZ, self.dtype, self.chunk, memory, triton=True)
+        rows = self.chunk // own["L"]
+        programs = self.BH * self.NC * rows * -(-DZ // own["BZ"])
+        return self.launch(attend, programs, ROLE=role, DX=DX, DZ=DZ, **self.common, **own)
+
+    def states_and_rows(self, reverse, has_state):
+        """Both in one, or None where that is not for these sizes."""
+        if not self.aligned or not self.in_one:
+            return None
+        return self._states_and_rows(reverse, has_state, **self.in_one)
+
+    def _states_and_rows(self, reverse, has_state, L, BZ, **constants):
+        from keras_xlstm.backends.triton.mlstm_hopper_serial import serial_hopper
+
+        K, V = self.K, self.V
+        self.parts = V // BZ * L + K
+        launch = self.launch(
+            serial_hopper, self.BH * (V // BZ), REVERSE=reverse, DX=K, DZ=V, BZ=BZ, L=L,
+            LC=self.chunk, HAS_STATE=has_state, **constants,
+        )  # fmt: skip
+        keys, values = (self.B * self.T, self.H * K), (self.B * self.T, self.H * V)
+        written, read = [(self.BH * (self.NC + n) * K, V) for n in (0 if reverse else 1, 1)]
+        # Of x, y, z, the states that are written and those that are read, out.
+        describe = self.host.describe(
+            (keys, (L, K)), (keys, (L, K)), (values, (L, BZ)), (written, (K, BZ)),
+            (read, (L, BZ)), (values, (L, BZ)),
+        )  # fmt: skip
+
+        def call(stream, *given):
+            launch(stream, *describe(given[:6]), *given[6:])
+
+        return call
+
+    def _attend_hopper(self, role, DX, DZ, BZ, BO, L, LN, PROGRAMS, **constants):
+        from keras_xlstm.backends.triton.mlstm_hopper import attend_hopper
+
+        turn = self.chunk // L * (DZ // BZ)
+        items = self.BH * self.NC * turn
+        # A multiple of `turn`, so that long blocks and short ones alternate.
+        programs = max(PROGRAMS * self.device.processors // turn, 1) * turn
+        launch = self.launch(
+            attend_hopper, min(items, programs), ROLE=role, DX=DX, DZ=DZ, BZ=BZ, BO=BO, L=L, LN=LN,
+            LC=self.chunk, SEG=self.common["SEG"], **constants,
+        )  # fmt: skip
+        steps = self.B * self.T, self.H * DX
+        out_steps = self.B * self.T, self.H * DZ
+        borders = self.BH * (self.NC + (1 if role in ("h", "dq") else 0))
+        if role in ("h", "dv"):
+            state, tile = (borders * DX, DZ), (LN, BZ)
+        else:
+            state, tile = (borders * DZ, DX), (DZ, LN)
+        # Of x, y, z, S, out and h.
+        describe = self.host.describe(
+            (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, BZ)), (state, tile),
+            (out_steps, (L, BO)), (steps, (LN, DX)),
+        )  # fmt: skip
+
+        def call(stream, x, y, z, s, n, out, own, dot, h, *rest):
+            *matrices, h = describe((x, y, z, s, out, h))
+            launch(stream, *matrices, n, own, dot, h, *rest, items)
+
+        return call
+
+    @property
+    def known(self):
+        """Whether the kernels are compiled, so that addresses serve as well as tensors."""
+        return all(launch.known for launch in self.launches)
+
+
+def _state_dtype(dtype):
+    """Of the states at the borders; float16's range would not do."""
+    return dtype if dtype == "bfloat16" else "float32"
+
+
+def kept(host, call):
+    """What the backward pass needs: five vectors (row exponents and signs, columns), chunk sums, m
+    at the borders, decays, what `chunks` says of parts, states and normalisers at the borders."""
+    BH, NC = call.B * call.H, -(-call.T // call.chunk)
+    return host.parts(
+        *[(BH, NC * call.chunk)] * 5, (BH, NC, 4), (BH, NC + 1), (BH, NC), (BH, NC, 4, 4),
+        ((BH, NC + 1, call.K, call.V), _state_dtype(call.dtype)), (BH, NC + 1, call.K),
+    )  # fmt: skip
+
+
+class Forward(_Launches):
+    """(q, k, v, i, f, C, n, m, segment_ids), results (h, C, n, m), eps -> what `kept` describes."""
+
+    def __init__(self, host, call, has_state):
+        super().__init__(host, call)
+        self.own = host.parts(*[(self.BH, self.NC * self.chunk)] * 3)
+        parts = self.chunk // self.in_one["L"] if self.in_one else 0
+        self.gates = self.launch(gates, self.BH * self.NC, PARTS=parts, **self.gates_common)
+        self.chunks = self.launch(
+            chunks, self.BH, HAS_STATE=has_state, N=128, PARTS=parts, num_warps=4
+        )  # fmt: skip
+        self.both = self.states_and_rows(False, has_state)
+        if not self.both:
+            self.first, self.second = self.states(False, has_state)
+            self.h = self.attend("h", self.K, self.V)
+
+    def __call__(self, stream, given, results, eps):
+        known, like = self.known, given[0]
+        kept, own = self.kept.new(like), self.own.new(like)
+        if known:
+            given, results = addresses(given), addresses(results)
+        q, k, v, i, f, C, n, m, seg = given
+        h, C_last, n_last, m_last = results
+        u, u_rest, row, row_rest, sign, sums, at, through, parts, S, N = self.kept.of(kept, known)
+        b, b_rest, peak = self.own.of(own, known)
+        T, H, NC, scale = self.sizes
+        self.gates(stream, i, f, seg, u, u_rest, b, b_rest, peak, sums, parts, T, H, NC)
+        self.chunks(stream, sums, m, at, through, m_last, parts, NC)
+        last, none = (C_last, n_last), (None, None, None)
+        if self.both:
+            self.both(
+                stream, q, k, v, S, None, h, N, C, n, *last, *none, sign, at, parts, row, row_rest,
+                u, u_rest, b, b_rest, peak, *self.sizes, eps,
+            )  # fmt: skip
+            return kept
+        self.first(
+            stream, k, v, u, u_rest, None, seg, sums, at, through, S, N, C, n, *last, *none,
+            *self.sizes,
+        )  # fmt: skip
+        if self.second:
+            self.second(stream, S, N, C, n, through, at, *last, *none, NC, scale)
+        self.h(
+            stream, q, k, v, S, N, h, *none, sign, None, seg, at, sums, row, row_rest, u, u_rest,
+            b, b_rest, peak, *self.sizes, eps,
+        )  # fmt: skip
+        return kept
+
+
+class Backward(_Launches):
+    """(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), results (dq, dk, dv, di, df, dC, dn)."""
+
+    def __init__(self, host, call, has_state):
+        super().__init__(host, call)
+        BH, NC, K, V = self.BH, self.NC, self.K, self.V
+        self.both = self.states_and_rows(True, has_state)
+        if not self.both:
+            self.first, self.second = self.states(True, has_state)
+            self.dv = self.attend("dv", K, V)
+        self.own = host.parts(
+            *[(BH, NC * self.chunk)] * 3, ((BH, NC, K, V), _state_dtype(self.dtype)), (BH, NC, K),
+            (BH, NC, self.parts),
+        )  # fmt: skip
+        self.dq, self.dk = self.attend("dq", V, K), self.attend("dk", V, K)
+        self.gate_gradients = self.launch(
+            gate_gradients, BH * NC, PARTS=self.parts, P=power(self.parts), **self.gates_common
+        )
+
+    def __call__(self, stream, given, results):
+        known, kept, own = self.known, given[-1], self.own.new(given[0])
+        if known:
+            given, results = addresses(given), addresses(results)
+        dh, dC, dn, q, k, v, i, f, seg, h, _ = given
+        dq, dk, dv, di, df, *d_first = results
+        u, u_rest, row, row_rest, sign, sums, at, through, parts, S, N = self.kept.of(kept, known)
+        rho, q_dot, k_dot, dS, dN, inner = self.own.of(own, known)
+        T, H, NC, scale = self.sizes
+        rows, cols, none = (row, row_rest), (u, u_rest), (None, None, None)
+        rest = *none, *self.sizes, 0.0
+        self.dq(
+            stream, dh, v, k, S, N, dq, q, q_dot, h, sign, rho, seg, at, sums, *rows, *cols, *rest
+        )
+        turned = None, None, rho, seg, at, sums, *cols, *rows, *rest
+        if self.both:
+            self.both(
+                stream, k, q, dh, dS, S, dv, dN, dC, dn, *d_first, N, inner, rho, None, at, parts,
+                *cols, *rows, *none, *self.sizes, 0.0,
+            )  # fmt: skip
+        else:
+            self.first(
+                stream, q, dh, *rows, rho, seg, sums, at, through, dS, dN, dC, dn, *d_first, S, N,
+                inner, *self.sizes,
+            )  # fmt: skip
+            if self.second:
+                self.second(stream, dS, dN, dC, dn, through, at, *d_first, S, N, inner, NC, scale)
+            self.dv(stream, k, q, dh, dS, dN, dv, None, None, *turned)
+        self.dk(stream, v, dh, q, dS, dN, dk, k, k_dot, *turned)
+        self.gate_gradients(stream, i, f, seg, q_dot, k_dot, inner, di, df, T, H, NC)
+
+
+def addresses(tensors):
+    return [None if t is None else t.data_ptr() for t in tensors]

@@ -1,0 +1,214 @@
+"""Our Triton kernels under JAX against the float64 oracle: on a GPU, or on the CPU by Triton's
+interpreter; and what jaxlib is to launch on Hopper, with no GPU there."""
+
+import importlib.util
+import types
+import zlib
+
+import keras
+import numpy as np
+import pytest
+from test_ops import MASKS, make_mask, make_segments, mLSTMCase
+from tools import BACKEND, array, assert_close, tensor
+
+if BACKEND != "jax" or not importlib.util.find_spec("triton"):
+    pytest.skip("Triton's kernels under JAX", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+from keras_xlstm.backends.jax import machine, mlstm_triton, triton_calls
+
+import keras_xlstm
+
+GPU = jax.default_backend() == "gpu"
+DTYPES = ["float32", "bfloat16", "float16"] if GPU else ["float32"]
+SIZES = [(5, 7), (20, 40)]
+if GPU:
+    SIZES += [(64, 128), (128, 256), (256, 512), (192, 96), (512, 64), (16, 1024)]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if not GPU:
+        pytest.importorskip("torch")  # whose tensors the interpreter takes
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def check(case, dtype="float32", factor=1.0, chunk_size=16, **options):
+    case.check(dtype, factor, chunk_size=chunk_size, implementation="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
+def test_outputs_gradients_and_states(dtype, state, rng):
+    check(mLSTMCase(rng, state=state), dtype)
+
+
+@pytest.mark.parametrize("T", [1, 16, 17, 65])
+def test_any_length(T, rng):
+    check(mLSTMCase(rng, B=2, T=T, H=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "V"), SIZES)
+def test_sizes(K, V, dtype, rng):
+    T, chunk_size = (600, None) if GPU else (20, 16)
+    check(mLSTMCase(rng, B=2, T=T, H=3, K=K, V=V), dtype, chunk_size=chunk_size)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("T", [256, 768, 1024])
+@pytest.mark.parametrize("many", [True, False], ids=["many heads", "few heads"])
+@pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 256), (256, 512)])
+def test_whole_chunks(K, V, many, T, rng, monkeypatch):
+    """On Hopper: kernels of its own, whose programs take a head through all chunks or not."""
+    monkeypatch.setattr(machine, "processors", lambda: 1 if many else 10**6)
+    check(mLSTMCase(rng, B=2, T=T, H=2, K=K, V=V), "bfloat16", chunk_size=None)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("segments", [None, "returning"])
+def test_masks_and_segments(mask, segments, rng):
+    B, T = 4, 37
+    mask = make_mask(mask, B, T, rng)
+    check(mLSTMCase(rng, B=B, T=T, H=1), mask=mask, segment_ids=make_segments(segments, B, T, rng))
+
+
+@pytest.mark.parametrize("segments", [None, "growing"])
+@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
+def test_states_by_chunks(segments, state, rng, monkeypatch):
+    """The way of few heads: every chunk's sum on its own, then along the borders."""
+    device = mlstm_triton._device
+
+    def many_processors(dtype):
+        memory, _, *rest = device(dtype)
+        return memory, 10**9, *rest
+
+    monkeypatch.setattr(mlstm_triton, "_device", many_processors)
+    ids = make_segments(segments, 2, 67, rng)
+    check(mLSTMCase(rng, B=2, T=67, K=20, V=30, state=state), segment_ids=ids)
+
+
+@pytest.mark.parametrize("options", [{"input_gate": "sigmoid"}, {"eps": 0.0}, {"eps": 0.1}])
+def test_options(options, rng):
+    check(mLSTMCase(rng), **options)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_extreme_gates(seed):
+    rng = np.random.default_rng(seed)
+    case = mLSTMCase(rng, T=40, H=2)
+    case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
+    for gate in "if":
+        case.inputs[gate] += 1e4 * (rng.integers(0, 3, case.inputs[gate].shape) - 1)
+    check(case, factor=5.0)  # as native's, in test_ops.py
+
+
+def test_a_step_is_a_sequence_of_one(rng):
+    case = mLSTMCase(rng, T=1, K=16, V=32)
+    check(case)  # which trains
+    inputs = [tensor(case.inputs[n]) for n in case.names]
+    ids = tensor(np.array([[0], [1], [0]]), "int32")
+    kernel, native = (
+        keras_xlstm.ops.mlstm(
+            *inputs[:5], inputs[5:], segment_ids=ids, return_state=True, implementation=name
+        )
+        for name in ("triton", "native")
+    )
+    for a, b in zip(keras.tree.flatten(kernel), keras.tree.flatten(native), strict=True):
+        assert_close(a, array(b), 2e-5)
+
+
+def _inputs(rng, B=2, T=20, H=2, K=4, V=6):
+    case = mLSTMCase(rng, B=B, T=T, H=H, K=K, V=V)
+    return [tensor(case.inputs[name]) for name in case.names[:5]]
+
+
+def _run(*inputs):
+    return keras_xlstm.ops.mlstm(*inputs, implementation="triton")
+
+
+def test_transformations(rng):
+    """jit, grad, remat, vmap."""
+    inputs = _inputs(rng)
+
+    def gradient(transform):
+        def loss(*inputs):
+            return jnp.sum(_run(*inputs) ** 2)
+
+        return jax.grad(transform(loss), argnums=(0, 1, 2, 3, 4))(*inputs)
+
+    want = gradient(lambda loss: loss)
+    for transform in (jax.jit, jax.checkpoint):
+        for a, b in zip(gradient(transform), want, strict=True):
+            assert_close(a, array(b), 1e-5)
+    stacked = [jnp.stack([x, 2 * x]) for x in inputs]
+    for axes, given in (
+        (0, stacked),
+        ((0, None, None, None, 0), [stacked[0], *inputs[1:4], stacked[4]]),
+    ):
+        got = jax.vmap(_run, axes)(*given)
+        for index in range(2):
+            one = [x[index] if x.ndim > y.ndim else x for x, y in zip(given, inputs, strict=True)]
+            assert_close(got[index], array(_run(*one)), 1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_shard_map(rng):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    inputs = _inputs(rng)
+    sharded = jax.shard_map(
+        _run, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False
+    )  # fmt: skip
+    assert_close(jax.jit(sharded)(*inputs), array(_run(*inputs)), 1e-5)
+
+
+@pytest.mark.parametrize("batch", [4, None], ids=["static", "symbolic"])
+def test_fit(batch, rng):
+    x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+
+    def losses(implementation):
+        keras.utils.set_random_seed(0)
+        layer = keras_xlstm.layers.mLSTM(8, num_heads=2)
+        model = keras.Sequential([keras.Input((20, 3), batch), layer, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        with keras_xlstm.backends.use(implementation):
+            return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+
+    np.testing.assert_allclose(losses("triton"), losses("native"), rtol=1e-4)
+
+
+def test_what_cannot_run_says_so(rng, monkeypatch):
+    inputs = _inputs(rng)
+    with pytest.raises(ValueError, match="its chunk sizes are 16, 32"):
+        keras_xlstm.ops.mlstm(*inputs, implementation="triton", chunk_size=20)
+    with pytest.raises(ValueError, match="up to 512 key and 1024 value dimensions"):
+        _run(*_inputs(rng, K=520))
+    with pytest.raises(ValueError, match="its dtypes are float32, bfloat16 and float16"):
+        _run(*(x.astype("float64") for x in inputs))
+    x, R = jnp.ones((2, 3, 4, 2, 8)), jnp.ones((2, 8, 4, 8))
+    with pytest.raises(ValueError, match="there is none for jax"):
+        keras_xlstm.ops.slstm(x, R, implementation="triton")
+    if not GPU:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="it needs arrays on a GPU, not on cpu"):
+            _run(*inputs)
+        reason = keras_xlstm.backends.available()["mlstm"]["triton"]
+        assert reason.startswith("it needs a GPU")
+
+
+def test_pallas_is_picked_where_it_is_better(monkeypatch):
+    q, v = jnp.ones((2, 20, 2, 4)), jnp.ones((2, 20, 2, 6))
+    monkeypatch.setattr(mlstm_triton.pallas, "unsupported", lambda *call: None)
+    for capability, T, words in (
+        (80, 20, "only on Hopper"),
+        (90, 1, "single steps"),
+        (90, 20, None),
+    ):
+        monkeypatch.setattr(machine, "capability", lambda capability=capability: capability)
+        reason = mlstm_triton.unwise(q[:, :T], v[:, :T])
+        assert words in reason if words else reason is None
+    monkeypatch.setattr(mlstm_triton.pallas, "unsupported", lambda *call: "it is gone")
+    monkeypatch.setattr(machine, "capability", lambda: 80)
+    assert mlstm_triton.unwise(q, v) is None
