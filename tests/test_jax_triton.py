@@ -2,8 +2,9 @@
 interpreter; and what jaxlib is to launch on Hopper, with no GPU there."""
 
 import importlib.util
-import types
-import zlib
+import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -212,3 +213,50 @@ def test_pallas_is_picked_where_it_is_better(monkeypatch):
     monkeypatch.setattr(mlstm_triton.pallas, "unsupported", lambda *call: "it is gone")
     monkeypatch.setattr(machine, "capability", lambda: 80)
     assert mlstm_triton.unwise(q, v) is None
+
+
+PTX = """.visible .entry k(
+\t.param .u64 .ptr .global .align 1 k_param_0,
+\t.param .align 64 .b8 k_param_1[128],
+\t.param .u32 k_param_2,
+\t.param .u64 .ptr .global .align 1 k_param_3,
+\t.param .u64 .ptr .global .align 1 k_param_4,
+\t.param .u64 .ptr .global .align 1 k_param_5
+)
+.reqntid 128
+{ ld.param.b32 %r1, [k_param_2]; }
+"""
+
+
+def test_parameters_come_as_they_are_passed():
+    # A result, an operand, a number, an operand; then two that Triton adds.
+    ptx, order = triton_calls._ordered(PTX, "k", [(1, 0), (0, 1), (2, 2), (0, 0)])
+    assert order == [3, 1, 0, 2]
+    places = [ptx.index(f"k_param_{j}") for j in (3, 1, 0, 2, 4, 5)]
+    assert places == sorted(places)
+    assert ptx.count(".param ") == 6
+    assert ptx[ptx.index(".reqntid") :] == PTX[PTX.index(".reqntid") :]
+
+
+@pytest.mark.skipif(GPU, reason="once, where nothing runs")
+def test_what_is_launched_on_hopper(monkeypatch):
+    """In a process of its own: here the kernels may be the interpreter's. Warps: also those that a
+    kernel specialises, which jaxlib must be told of."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    script = pathlib.Path(__file__).parent / "lower_for_hopper.py"
+    command = [sys.executable, str(script), "64", "128", "132", "128", "256", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = [line.split() for line in done.stdout.splitlines()]
+    names = [name for name, *_ in launches]
+    assert names[:7] == [
+        "gates", "chunks", "serial_hopper", "attend_hopper", "serial_hopper", "attend_hopper",
+        "gate_gradients",
+    ]  # fmt: skip
+    assert names[7:] == [
+        "gates", "chunks", "states", "borders", "attend_hopper", "attend_hopper", "states",
+        "borders", "attend_hopper", "attend_hopper", "gate_gradients",
+    ]  # fmt: skip
+    warps = {name: int(warps) for name, warps, *_ in launches}
+    assert warps["serial_hopper"] == 16
+    assert warps["attend_hopper"] == 12

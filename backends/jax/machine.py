@@ -1,6 +1,8 @@
-"""What the Pallas kernels ask of JAX and of the device."""
+"""What kernels, Pallas's and Triton's, ask of JAX and of the device."""
 
 import functools
+import importlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -54,6 +56,44 @@ def missing():
 def _has_pallas():
     # Asked last: the answer imports jax.experimental.pallas, half a second.
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+# In which Triton's internals that triton_calls.py uses were seen the same.
+_TRITON = (3, 6), (3, 10)
+
+
+def triton_interpreted():
+    """Whether Triton's kernels run by its interpreter, as tests do on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing_triton():
+    """Why no Triton kernel can run here, or None."""
+    if triton_interpreted():
+        return _not_installed()
+    reason = not_nvidia() or _not_installed()
+    if reason is None and not hasattr(jaxlib(), "create_tma_descriptor_parameter"):
+        reason = "this jaxlib cannot launch them all (0.11.2 can)"
+    return reason
+
+
+@functools.cache
+def _not_installed():
+    if importlib.util.find_spec("triton") is None:
+        return 'the package triton is not installed (pip install "keras-xlstm[triton]")'
+    version = importlib.metadata.version("triton")
+    if not _TRITON[0] <= tuple(map(int, version.split(".")[:2])) < _TRITON[1]:
+        return f"it knows triton 3.6 to 3.9, not {version}"
+    return None
+
+
+@functools.cache
+def jaxlib():
+    """What launches Triton's kernels, or None."""
+    try:
+        return importlib.import_module("jaxlib.gpu_triton")
+    except ImportError:
+        return None
 
 
 def unsupported(x, without=None, by_interpreter=None):

@@ -9,9 +9,8 @@ import importlib
 
 import jax.numpy as jnp
 from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.jax import differentiable, machine, triton_calls
+from keras_xlstm.backends.jax import differentiable, machine
 from keras_xlstm.backends.jax import mlstm as pallas
-from keras_xlstm.backends.jax.triton_calls import Buffer, Matrix
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import carried, holds_something
 
@@ -25,18 +24,18 @@ _IN_PLACE = {
 def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these arrays (None: here at all), or None."""
     if q is None:
-        return triton_calls.missing()
+        return machine.missing_triton()
     if not isinstance(q.shape[0], int):
         return f"its batch needs a size; the shape is {q.shape}"
     return (
-        machine.unsupported(q, triton_calls.missing, triton_calls.interpreted())
+        machine.unsupported(q, machine.missing_triton, machine.triton_interpreted())
         or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
         or _of_interpreter(q)
     )
 
 
 def _of_interpreter(q):
-    if triton_calls.interpreted() and q.dtype.name != "float32":
+    if machine.triton_interpreted() and q.dtype.name != "float32":
         return "Triton's interpreter computes float32 alone"
     return None
 
@@ -79,9 +78,13 @@ def _launches():
     return importlib.import_module("keras_xlstm.backends.triton.mlstm_launches")
 
 
+def _calls():
+    return importlib.import_module("keras_xlstm.backends.jax.triton_calls")
+
+
 def _device(dtype):
     precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
-    if triton_calls.interpreted():
+    if machine.triton_interpreted():
         return 1 << 18, 1, False, precision
     hopper = machine.capability() // 10 == 9
     return machine.shared_memory(), machine.processors(), hopper, precision
@@ -95,7 +98,7 @@ class _Launch:
 
     def __call__(self, stream, *arguments):
         in_place = _IN_PLACE.get(self.kernel.fn.__name__, ())
-        triton_calls.launch(self.kernel, self.programs, arguments, in_place, **self.constants)
+        _calls().launch(self.kernel, self.programs, arguments, in_place, **self.constants)
 
 
 class _Parts:
@@ -103,7 +106,7 @@ class _Parts:
         self.parts = [part if isinstance(part[0], tuple) else (part,) for part in parts]
 
     def new(self, like):
-        return [Buffer(*part) for part in self.parts]
+        return [_calls().Buffer(*part) for part in self.parts]
 
     def of(self, buffers, known):
         return buffers
@@ -118,7 +121,7 @@ class _Host:
     def describe(self, *matrices):
         def described(tensors):
             given = zip(tensors, matrices, strict=True)
-            return [None if t is None else Matrix(t, *matrix) for t, matrix in given]
+            return [None if t is None else _calls().Matrix(t, *matrix) for t, matrix in given]
 
         return described
 
@@ -134,6 +137,7 @@ def _forward(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, device):
     if m is not None:
         m = carried(m, holds_something(C, n))
     states = (B, H, K, v.shape[-1]), (B, H, K), (B, H)
+    Buffer = _calls().Buffer
     results = [Buffer(v.shape, v.dtype), *map(Buffer, states)]
     run = _launches().Forward(_Host(device), _call(q, v, ids, sigmoid, chunk), C is not None)
     kept = run(None, (q, k, v, i, f, C, n, m, ids), results, eps)
@@ -145,6 +149,7 @@ def _forward(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, device):
 def _backward(residuals, gradients, sigmoid, eps, chunk, device):
     q, k, v, i, f, C, n, ids, h, kept = residuals
     dh, dC, dn, _ = gradients
+    Buffer = _calls().Buffer
     states = [Buffer(d.shape) for d in (dC, dn)]
     results = [*(Buffer(x.shape, x.dtype) for x in (q, k, v, i, f)), *states]
     run = _launches().Backward(_Host(device), _call(q, v, ids, sigmoid, chunk), True)
@@ -165,9 +170,9 @@ def _step(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, device):
         C, n, m = (jnp.where(jnp.reshape(ids == 0, (-1,) + (1,) * (x.ndim - 1)), x, 0.0)
                    for x in (C, n, m))  # fmt: skip
     B, H, K, V = C.shape
-    results = [Buffer(x.shape, x.dtype) for x in (v, C, n, m)]
+    results = [_calls().Buffer(x.shape, x.dtype) for x in (v, C, n, m)]
     BV, warps = tiles.step(B * H, K, V)
-    triton_calls.launch(
+    _calls().launch(
         step, B * H * -(-V // BV), (q, k, v, i, f, C, n, m, *results, K**-0.5, eps),
         K=K, V=V, P=power(K), BV=BV, SIGMOID=sigmoid, num_warps=warps,
     )  # fmt: skip

@@ -1,15 +1,14 @@
 """Calls of Triton's kernels from JAX, by the custom call that jaxlib has for them.
 
 Triton compiles a kernel while a function is lowered; jaxlib launches it from XLA's thread, without
-Python. jax-triton does the same, and why it is not used: it launches a kernel whose warps are
-specialised (as all of ours for Hopper) with too few of them (0.4.1), it has results behind all
-operands where ours come in any order, and it wants Triton 3.7 where PyTorch 2.11 brings 3.6.
+Python. jax-triton does the same, and why it is not used: it launches as many warps as were asked
+for, not as many as a kernel has whose warps are specialised, like all of ours for Hopper (0.4.1);
+it has results behind all operands, where ours come in any order; it wants Triton 3.7, and Python
+3.12.
 """
 
 import functools
-import importlib.metadata
-import importlib.util
-import os
+import importlib
 import threading
 import zlib
 from typing import Any, NamedTuple
@@ -25,39 +24,6 @@ _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _BFLOAT16 = 9  # of CUDA's CUtensorMapDataType
 _INTERPRETER = threading.Lock()  # it changes Triton's language while it runs
-_VERSIONS = (3, 6), (3, 10)  # in which Triton's internals that are used here were seen the same
-
-
-def interpreted():
-    """Whether kernels run by Triton's interpreter, as tests do on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _installed():
-    if importlib.util.find_spec("triton") is None:
-        return 'the package triton is not installed (pip install "keras-xlstm[triton]")'
-    version = importlib.metadata.version("triton")
-    if not _VERSIONS[0] <= tuple(map(int, version.split(".")[:2])) < _VERSIONS[1]:
-        return f"it knows triton 3.6 to 3.9, not {version}"
-    return None
-
-
-def missing():
-    """Why none of these kernels can run here, or None."""
-    if interpreted():
-        return _installed()
-    reason = machine.not_nvidia() or _installed()
-    if reason is None and not hasattr(_jaxlib(), "create_tma_descriptor_parameter"):
-        reason = "this jaxlib cannot launch them all (0.11.2 can)"
-    return reason
-
-
-@functools.cache
-def _jaxlib():
-    from jaxlib import gpu_triton
-
-    return gpu_triton
 
 
 class Buffer:
@@ -181,6 +147,14 @@ def _layout(tile):
     return gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
 
 
+class _Compiled(NamedTuple):
+    ptx: str
+    name: str
+    warps: int  # all of them, also those that the kernel specialises
+    shared: int
+    swizzles_and_tiles: tuple  # of descriptors
+
+
 @functools.lru_cache(maxsize=1000)
 def _compiled(kernel, arguments, constants, capability):
     import triton
@@ -190,9 +164,18 @@ def _compiled(kernel, arguments, constants, capability):
 
     constants = dict(constants)
     options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
+    # That of CUDA 12.8, which jaxlib's own assembler knows; Triton's may be of a newer one.
+    options |= {"ptx_version": 87, "enable_fp_fusion": True}
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source(kernel, *_signature(kernel, arguments, constants))
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    metadata = compiled.metadata
+    assert metadata.global_scratch_size == 0, metadata
+    tensors = metadata.tensordesc_meta or ()
+    return _Compiled(
+        compiled.asm["ptx"], metadata.name, metadata.num_warps, metadata.shared,
+        tuple((own["swizzle"], list(own["block_size"])) for own in tensors),
+    )  # fmt: skip
 
 
 def _ordered(ptx, name, keys):
@@ -209,11 +192,9 @@ def _ordered(ptx, name, keys):
 
 def _lowered(kernel, programs, constants, arguments, capability):
     """What jaxlib calls, serialised."""
-    lib = _jaxlib()
+    lib = machine.jaxlib()
     compiled = _compiled(kernel, arguments, constants, capability)
-    metadata = compiled.metadata
-    assert metadata.global_scratch_size == 0, metadata
-    descriptions = iter(metadata.tensordesc_meta or ())
+    descriptions = iter(compiled.swizzles_and_tiles)
     keys, parameters = [], []
 
     def add(parameter, place=None):
@@ -231,22 +212,22 @@ def _lowered(kernel, programs, constants, arguments, capability):
             add(lib.create_array_parameter(0, 16), argument.place)
         else:
             (rows, columns), _ = argument.matrix
-            own = next(descriptions)
+            swizzle, tile = next(descriptions)
             tma = lib.create_tma_descriptor_parameter(
-                elem_type=_BFLOAT16, swizzle=own["swizzle"], shape=[rows, columns],
-                strides=[columns, 1], block_shape=own["block_size"], oob_fill=0,
+                elem_type=_BFLOAT16, swizzle=swizzle, shape=[rows, columns],
+                strides=[columns, 1], block_shape=tile, oob_fill=0,
             )  # fmt: skip
             add(tma, argument.place)
             for size, kind in ((rows, "i32"), (columns, "i32"), (columns, "i64"), (1, "i64")):
                 add(lib.create_scalar_parameter(size, kind))
-    ptx, order = _ordered(compiled.asm["ptx"], metadata.name, keys)
+    ptx, order = _ordered(compiled.ptx, compiled.name, keys)
     call = lib.TritonKernelCall(
         lib.TritonKernel(
-            metadata.name, metadata.num_warps, 1, metadata.shared, ptx, "", capability
+            compiled.name, compiled.warps, 1, compiled.shared, ptx, "", capability
         ),
         programs, 1, 1, [parameters[j] for j in order],
     )  # fmt: skip
-    return zlib.compress(call.to_proto(metadata.name, b""))
+    return zlib.compress(call.to_proto(compiled.name, b""))
 
 
 def _lower(ctx, *operands, kernel, programs, constants, arguments, aliases, results):
@@ -259,11 +240,10 @@ mlir.register_lowering(_call, _lower, platform="cuda")
 
 
 def _interpreted(*operands, kernel, programs, constants, arguments, aliases, results):
-    """By Triton's interpreter, whose tensors are PyTorch's."""
+    """By Triton's interpreter, in tests: its tensors are PyTorch's."""
 
     def run(*operands):
-        import torch
-
+        torch = importlib.import_module("torch")
         given = [torch.from_numpy(np.array(x)) for x in operands]
         # Poisoned, to be noticed where nothing was written.
         made = [torch.full(s, -(2**30) if d == "int32" else torch.nan, dtype=getattr(torch, d))
