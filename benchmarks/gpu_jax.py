@@ -1,5 +1,5 @@
-"""The Pallas kernels on one NVIDIA GPU, in bfloat16, beside plain XLA and beside our own Triton
-kernels on PyTorch; and training a whole model.
+"""Our kernels under JAX on one NVIDIA GPU, in bfloat16: Triton's (the mLSTM) and Pallas's, beside
+plain XLA and beside the Triton kernels on PyTorch; and training a whole model.
 
     python benchmarks/gpu_jax.py [--only mlstm,slstm,step,model]
 
@@ -23,7 +23,7 @@ from gpu_torch import SHAPES, STEPS, cell, figures, run
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-FAMILIES = ("pallas", "native", "xla")
+FAMILIES = ("triton", "pallas", "native", "xla")
 
 
 def bench(f, *arguments, calls=10):
@@ -175,28 +175,29 @@ def measure_model():
 
 def table():
     results = {f: figures(run(__file__, "--family", f, errors=None)) for f in FAMILIES}
-    results["triton"] = figures(gpu_torch.run_family("ours"))
-    print("\nms; in brackets how many times pallas is faster\n")
-    print("| B heads T d_qk/d_v | | pallas | plain XLA | native | our Triton, on torch |")
-    print("|---|---|---|---|---|---|")
+    results["torch"] = figures(gpu_torch.run_family("ours"))
+    print("\nms; in brackets how many times triton is faster\n")
+    print("| B heads T d_qk/d_v | | triton | pallas | plain XLA | native | triton on torch |")
+    print("|---|---|---|---|---|---|---|")
     for n, (B, H, T, K, V) in enumerate(SHAPES):
-        rows(n, f"{B} {H} {T} {K}/{V}", results, ("xla", "native", "triton"))
+        rows(n, f"{B} {H} {T} {K}/{V}", results, FAMILIES[0], ("pallas", "xla", "native", "torch"))
 
 
 def slstm_table():
     results = {
-        f: figures(run(__file__, "--family", f"slstm {f}", errors=None)) for f in FAMILIES[:2]
+        f: figures(run(__file__, "--family", f"slstm {f}", errors=None))
+        for f in ("pallas", "native")
     }
-    results["triton"] = figures(run(gpu_slstm.__file__, "ours", gpu_slstm.ALL))
-    print("\n| sLSTM, B T heads x units | | pallas | native | our Triton, on torch |")
+    results["torch"] = figures(run(gpu_slstm.__file__, "ours", gpu_slstm.ALL))
+    print("\n| sLSTM, B T heads x units | | pallas | native | Triton on torch |")
     print("|---|---|---|---|---|")
     for n, (B, T, H, D) in enumerate(gpu_slstm.SHAPES):
-        rows(n, f"{B} {T} {H}x{D}", results, ("native", "triton"))
+        rows(n, f"{B} {T} {H}x{D}", results, "pallas", ("native", "torch"))
 
 
-def rows(n, shape, results, peers):
+def rows(n, shape, results, own, peers):
     for name, words in (("forward", "fw"), ("both", "fw+bw")):
-        ours = results["pallas"].get((n, name))
+        ours = results[own].get((n, name))
         others = [cell(results[p].get((n, name)), ours) for p in peers]
         print(f"| {shape} | {words} | {cell(ours, None)} | {' | '.join(others)} |", flush=True)
 

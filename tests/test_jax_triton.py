@@ -260,3 +260,12 @@ def test_what_is_launched_on_hopper(monkeypatch):
     warps = {name: int(warps) for name, warps, *_ in launches}
     assert warps["serial_hopper"] == 16
     assert warps["attend_hopper"] == 12
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorflow"), reason="needs tensorflow")
+def test_triton_after_tensorflow():
+    """Both bring an LLVM, and TensorFlow shows its own to all that is loaded later."""
+    code = "import tensorflow, keras_xlstm.backends.triton, triton; print('both')"
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == ["both"], done.stderr[-2000:]
