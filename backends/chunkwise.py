@@ -48,21 +48,21 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True,
         return (new_C, new_n), (_swap(h),), (r, C, n) if keep else ()
 
     carry = (C * rest_in[..., None, None], n * rest_in[..., None])
-    last, (h,), states = framework.scan_chunks(step, carry, (q, k, v), weights.per_chunk())
+    per_chunk = weights.per_chunk()
+    last, (h,), states = framework.scan_chunks(step, carry, (q, k, v), per_chunk)
     rest_out = ops.exp(ops.round(m) - m)
     outputs = (h, last[0] * rest_out[..., None, None], last[1] * rest_out[..., None], reported(m))
-    return outputs, (inputs, h, states, m_in, m, last, initial, rest_in, rest_out)
+    return outputs, (inputs, h, states, per_chunk, last, initial, rest_in, rest_out)
 
 
 def backward(residuals, gradients, eps, chunk_size):
     """The gradients of i and f follow from those of q and k: scaling i_j scales k_j, and scaling
     f_t scales every k before t against every q from t on."""
-    inputs, h, states, m_in, m, last, initial, rest_in, rest_out = residuals
+    inputs, h, states, per_chunk, last, initial, rest_in, rest_out = residuals
     dh, dC, dn, _ = gradients
     q, k, v, *_ = inputs
     scale = q.shape[-1] ** -0.5
-    weights = _LogWeights(inputs, chunk_size)
-    weights.settle(m_in, m)
+    weights = _Within(inputs, chunk_size)
 
     def step(carry, xs):
         dC, dn = carry
@@ -102,7 +102,7 @@ def backward(residuals, gradients, eps, chunk_size):
     carry = (dC * rest_out[..., None, None], dn * rest_out[..., None])
     leaving = _inner(last[0], carry[0], last[1], carry[1])[None]
     (dC, dn), gradients, (di, across, entering) = framework.scan_chunks(
-        step, carry, (q, k, v, h, dh), (*states, *weights.per_chunk()), reverse=True
+        step, carry, (q, k, v, h, dh), (*states, *per_chunk), reverse=True
     )
     dlog_f = weights.after(across, ops.concatenate([entering[1:], leaving], axis=0))
     gradients = (*gradients, _steps(di), _steps(dlog_f))
@@ -118,7 +118,43 @@ def _as_it_is(x):
     return x
 
 
-class _LogWeights:
+class _Within:
+    """What both passes make of a chunk's weights: those of its pairs of steps, and sums."""
+
+    def __init__(self, inputs, L):
+        *_, log_f, ids = inputs
+        causal = ops.tril(ops.ones((L, L), "bool"))
+        self.future = ops.cast(ops.where(causal, 0.0, NEVER), log_f.dtype)
+        self.ids = None
+        if ids is not None:
+            self.ids = ids = _chunks(ids, L)  # (N, B, 1, L)
+            last = ids[..., -1:]
+            before = ops.concatenate([ops.zeros_like(last[:1]), last[:-1]], axis=0)
+            self.continues = ids == before  # the segment of the state that enters
+            self.survives = ids == last  # to the chunk's end
+
+    def within(self, row_b, b_rest, u, u_rest, ids=None):
+        """(B, H, L, L) of one chunk: the weight of step j at step i."""
+        log = row_b[..., :, None] + u[..., None, :]
+        log += u_rest[..., None, :]
+        log += b_rest[..., :, None]
+        log += self.future
+        if ids is not None:
+            log = ops.where(ids[..., :, None] == ids[..., None, :], log, NEVER)
+        return framework.exp(log)
+
+    def after(self, x, leaving):
+        """(N, B, H, L): sums of x from each step on, with what leaves, within the segment."""
+        x = _running(ops.add, x, 0.0, self.ids, reverse=True)
+        if self.ids is None:
+            return x + leaving[..., None]
+        x = x + ops.where(self.survives, leaving[..., None], 0.0)
+        inside = self.ids[..., 1:] == self.ids[..., :-1]
+        inside = ops.concatenate([self.continues[..., :1], inside], axis=-1)
+        return ops.where(inside, x, 0.0)  # a segment's first f reaches nothing
+
+
+class _LogWeights(_Within):
     """The log weights of all chunks, as sums of whole numbers and small rests.
 
     Gates of 1e4 leave a float32 sum no digits for its small terms, so i and log f are split into
@@ -129,7 +165,8 @@ class _LogWeights:
 
     def __init__(self, inputs, L, reference=_as_it_is):
         """`reference` takes every m, which cancels out of what it stands in."""
-        *_, i, log_f, ids = inputs
+        super().__init__(inputs, L)
+        *_, i, log_f, _ = inputs
         self.reference = reference
         i, log_f = _chunks(i, L), _chunks(log_f, L)  # (N, B, H, L)
         f_whole, i_whole = ops.round(log_f), ops.round(i)
@@ -137,17 +174,9 @@ class _LogWeights:
         self.b_rest = _running(ops.add, log_f - f_whole, 0.0)
         self.u = i_whole - self.b
         self.u_rest = (i - i_whole) - self.b_rest
-        causal = ops.tril(ops.ones((L, L), "bool"))
-        self.future = ops.cast(ops.where(causal, 0.0, NEVER), i.dtype)
         self.total, self.total_rest = self.b[..., -1], self.b_rest[..., -1]
         self.end, self.end_rest = self.b[..., -1:] + self.u, self.b_rest[..., -1:] + self.u_rest
-        self.ids = None
-        if ids is not None:
-            self.ids = ids = _chunks(ids, L)  # (N, B, 1, L)
-            last = ids[..., -1:]
-            before = ops.concatenate([ops.zeros_like(last[:1]), last[:-1]], axis=0)
-            self.continues = ids == before  # the segment of the state that enters
-            self.survives = ids == last  # to the chunk's end
+        if self.ids is not None:
             self.end = ops.where(self.survives, self.end, NEVER)
             self.total = ops.where(self.continues[..., -1], self.total, NEVER)
 
@@ -183,26 +212,6 @@ class _LogWeights:
         weights = (self.entering, self.to_end, self.through, self.floor, self.row_eps)
         rows = (self.row_b, self.b_rest, self.u, self.u_rest)
         return (*weights, *rows) if self.ids is None else (*weights, *rows, self.ids)
-
-    def within(self, row_b, b_rest, u, u_rest, ids=None):
-        """(B, H, L, L) of one chunk: the weight of step j at step i."""
-        log = row_b[..., :, None] + u[..., None, :]
-        log += u_rest[..., None, :]
-        log += b_rest[..., :, None]
-        log += self.future
-        if ids is not None:
-            log = ops.where(ids[..., :, None] == ids[..., None, :], log, NEVER)
-        return framework.exp(log)
-
-    def after(self, x, leaving):
-        """(N, B, H, L): sums of x from each step on, with what leaves, within the segment."""
-        x = _running(ops.add, x, 0.0, self.ids, reverse=True)
-        if self.ids is None:
-            return x + leaving[..., None]
-        x = x + ops.where(self.survives, leaving[..., None], 0.0)
-        inside = self.ids[..., 1:] == self.ids[..., :-1]
-        inside = ops.concatenate([self.continues[..., :1], inside], axis=-1)
-        return ops.where(inside, x, 0.0)  # a segment's first f reaches nothing
 
 
 def _running(op, x, fill, ids=None, reverse=False):

@@ -1,26 +1,24 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
-import contextlib
 from collections import OrderedDict
 
 import keras
 from keras import ops
 
-from keras_xlstm import backends
 from keras_xlstm._checks import check_segments
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
-from keras_xlstm.layers.parts import SoftCap, check_positive, soft_cap
+from keras_xlstm.layers.parts import check_positive
+from keras_xlstm.models.compiling import CompilesBlocks
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 
 
-class StackModel(keras.Model):
+class StackModel(CompilesBlocks, keras.Model):
     """A functional model of blocks with optional inputs for padding and packed documents.
 
     A subclass sets `_main`, the name of its first input, and `_outer_dim`.
     """
 
     _optional = ("padding_mask", "segment_ids")
-    _recorded = None  # on torch, the compiled training step
     quantization = None
 
     @staticmethod
@@ -102,63 +100,6 @@ class StackModel(keras.Model):
     def compute_output_spec(self, inputs, training=None, mask=None):
         x = self._named(inputs)[self._main]
         return keras.KerasTensor((*x.shape[:2], self._outer_dim), dtype=self.outputs[0].dtype)
-
-    # ------------------------------------------------------------------ training
-
-    def compile(self, *args, **kwargs):
-        """`keras.Model.compile`. On TensorFlow and torch, `jit_compile=True` compiles a block of
-        each kind for all. On torch it also records the step as a CUDA graph, on a CUDA device: a
-        step's memory stays its own, and Python beside the tensors is left out. On TensorFlow, what
-        is around the blocks runs as a graph, and Adam's update is one operator."""
-        super().compile(*args, **kwargs)
-        backends.fuse(self.optimizer)
-        by_region = bool(backends.regions is not None and self.jit_compile)
-        recorded = by_region and backends.training is not None
-        if by_region:
-            self.jit_compile = False
-        self._recorded = backends.training.RecordedStep(self) if recorded else None
-        if recorded:
-            backends.training.fuse(self.optimizer)
-        regions = backends.regions.by_kind(self.blocks) if by_region else {}
-        self._set_regions([regions.get(type(block)) for block in self.blocks])
-        for layer in self.layers:
-            if isinstance(layer, SoftCap):
-                layer.compute = backends.regions.compiled(soft_cap) if recorded else soft_cap
-
-    def _set_regions(self, regions):
-        for block, region in zip(self.blocks, regions, strict=True):
-            block._region = region
-
-    @contextlib.contextmanager
-    def _plain_blocks(self):
-        """Inside, blocks run without what `compile` compiled."""
-        regions = [block._region for block in self.blocks]
-        self._set_regions([None] * len(regions))
-        try:
-            yield
-        finally:
-            self._set_regions(regions)
-
-    def export(self, *args, **kwargs):
-        """`keras.Model.export`."""
-        with self._plain_blocks():
-            return super().export(*args, **kwargs)
-
-    def stateless_call(self, *args, **kwargs):
-        """`keras.Model.stateless_call`."""
-        with self._plain_blocks():  # they read the variables' own values
-            return super().stateless_call(*args, **kwargs)
-
-    def train_step(self, *arguments):
-        """`keras.Model.train_step`."""
-        if self._recorded is None:
-            return super().train_step(*arguments)
-        return self._recorded(super().train_step, *arguments)
-
-    def compile_from_config(self, config):
-        """What `keras.models.load_model` calls; Keras's own refuses where `compile` is not its."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     # ------------------------------------------------------------------ states
 
