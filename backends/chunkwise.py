@@ -37,7 +37,7 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True,
         S = q @ _transposed(k)  # (B, H, L, L)
         S *= weights.within(*rows)
         q_in = q * entering[..., None]
-        r = framework.total(S, axis=-1) + framework.total(q_in * n[..., None, :], axis=-1)
+        r = framework.total(S, axis=-1) + _by_column(q_in, n)
         h = S @ v
         h += q_in @ C
         h /= (framework.maximum(abs(r), floor) + eps * row_eps)[..., None]
@@ -95,7 +95,7 @@ def backward(residuals, gradients, eps, chunk_size):
         q_in = q * entering
         dC_in = _turned(q_in) @ U
         dC_in += through[..., None, None] * dC
-        dn_in = through[..., None] * dn + framework.total(q_in * dr[..., None], axis=-2)
+        dn_in = through[..., None] * dn + _by_row(dr, q_in)
         dq, dk, dv = (_swap(a) for a in (dq * scale, dk, dv))
         return (dC_in, dn_in), (dq, dk, dv), (di, across, _inner(C, dC_in, n, dn_in))
 
@@ -252,6 +252,20 @@ def _swap(x):
 
 def _transposed(x):
     return framework.swapaxes(x, -1, -2)
+
+
+def _by_column(x, y):
+    """The rows of x (..., L, K) times y (..., K)."""
+    if framework.fuses_sums:
+        return framework.total(x * y[..., None, :], axis=-1)
+    return (x @ y[..., None])[..., 0]
+
+
+def _by_row(y, x):
+    """y (..., L) times the columns of x (..., L, K)."""
+    if framework.fuses_sums:
+        return framework.total(x * y[..., None], axis=-2)
+    return (y[..., None, :] @ x)[..., 0, :]
 
 
 # Of the first operand of a product.

@@ -12,6 +12,8 @@ constant = jax.lax.stop_gradient
 # Products with both halves of a kernel, not one that is cut in two: XLA puts the gradient of both
 # halves together in passes over the largest array of a block.
 by_halves = True
+# Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
+fuses_sums = True
 # Modules here: of each implementation, by op; the first that fits is picked.
 own = {"triton": {"mlstm": "mlstm_triton"}, "pallas": {"mlstm": "mlstm", "slstm": "slstm"}}
 by_region = False  # whole steps are compiled

@@ -15,6 +15,8 @@ swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 as_written = tf.autograph.experimental.do_not_convert
 by_halves = False  # as on JAX
+# Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
+fuses_sums = False
 # Modules here: of each implementation, by op; the first that fits is picked.
 own = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
 by_region = True  # as on torch

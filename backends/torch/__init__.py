@@ -12,6 +12,8 @@ tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
 total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach
 by_halves = False  # as on JAX
+# Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
+fuses_sums = False
 # Modules here: of each implementation, by op; the first that fits is picked.
 own = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
 by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
