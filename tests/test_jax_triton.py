@@ -180,6 +180,28 @@ def test_fit(batch, rng):
     np.testing.assert_allclose(losses("triton"), losses("native"), rtol=1e-4)
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_fit_over_two_devices(rng):
+    """Each device runs the kernels on its part of the batch."""
+    x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+
+    def losses(devices):
+        keras.utils.set_random_seed(0)
+        names = keras.distribution.list_devices()[:devices]
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names))
+        try:
+            memory = keras_xlstm.layers.mLSTM(8, num_heads=2)
+            model = keras.Sequential([keras.Input((20, 3)), memory, keras.layers.Dense(1)])
+            model.compile("sgd", "mse")
+            options = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+            with keras_xlstm.backends.use("triton"):
+                return model.fit(x, y, **options).history["loss"]
+        finally:
+            keras.distribution.set_distribution(None)
+
+    np.testing.assert_allclose(losses(2), losses(1), rtol=1e-5)
+
+
 def test_what_cannot_run_says_so(rng, monkeypatch):
     inputs = _inputs(rng)
     with pytest.raises(ValueError, match="its chunk sizes are 16, 32"):
@@ -201,6 +223,9 @@ def test_what_cannot_run_says_so(rng, monkeypatch):
 
 def test_pallas_is_picked_where_it_is_better(monkeypatch):
     q, v = jnp.ones((2, 20, 2, 4)), jnp.ones((2, 20, 2, 6))
+    if not GPU:
+        assert mlstm_triton.unwise(q, v) == "Triton's interpreter is for tests"
+        monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(mlstm_triton.pallas, "unsupported", lambda *call: None)
     for capability, T, words in (
         (80, 20, "only on Hopper"),

@@ -70,7 +70,8 @@ def triton_interpreted():
 def missing_triton():
     """Why no Triton kernel can run here, or None."""
     if triton_interpreted():
-        return _not_installed()
+        on_cpu = _device().platform == "cpu"
+        return _not_installed() if on_cpu else "TRITON_INTERPRET=1 runs it on CPUs alone"
     reason = not_nvidia() or _not_installed()
     if reason is None and not hasattr(jaxlib(), "create_tma_descriptor_parameter"):
         reason = "this jaxlib cannot launch them all (0.11.2 can)"

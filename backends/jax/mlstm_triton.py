@@ -41,7 +41,9 @@ def _of_interpreter(q):
 
 
 def unwise(q=None, v=None, chunk_size=None):
-    """Why Pallas's kernels are better picked, or None."""
+    """Why Pallas's kernels, or none, are better picked, or None."""
+    if machine.triton_interpreted():
+        return "Triton's interpreter is for tests"
     if pallas.unsupported(q, v, chunk_size):
         return None
     if machine.capability() // 10 != 9:
