@@ -78,17 +78,18 @@ class Job:
         return self.buffers[key]
 
     def run_all(self):
-        self.launches.Forward(self.forward[0], False, self.chunk)(None, *self.forward)
-        self.launches.Backward(self.backward[0], False, self.chunk)(None, *self.backward)
+        self.launches.forward(self.forward[0], False, self.chunk)(None, *self.forward)
+        self.launches.backward(self.backward[0], False, self.chunk)(None, *self.backward)
 
     def stage(self, stage, tiles, alone=None):
         """A function that launches it and returns what it writes; `alone` in place of the call."""
         back = stage in ("dq", "dk", "dv", "reverse")
         arguments = self.backward if back else self.forward
-        table, self.launches.tiles = self.launches.tiles, _Tiles(stage, tiles)
-        kind = self.launches.Backward if back else self.launches.Forward
+        common = self.launches.launches
+        table, common.tiles = common.tiles, _Tiles(stage, tiles)
+        kind = self.launches.backward if back else self.launches.forward
         plan = kind(arguments[0], False, self.chunk)
-        self.launches.tiles = table
+        common.tiles = table
         name = "first" if stage in ("states", "reverse") else stage
         for launch in plan.launches:
             if launch is not getattr(plan, name):
