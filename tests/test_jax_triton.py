@@ -9,7 +9,14 @@ import sys
 import keras
 import numpy as np
 import pytest
-from test_ops import MASKS, make_mask, make_segments, mLSTMCase
+from test_ops import (
+    MASKS,
+    assert_a_step_resets,
+    make_mask,
+    make_segments,
+    mLSTMCase,
+    with_extreme_gates,
+)
 from tools import BACKEND, array, assert_close, tensor
 
 if BACKEND != "jax" or not importlib.util.find_spec("triton"):
@@ -97,27 +104,13 @@ def test_options(options, rng):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_extreme_gates(seed):
-    rng = np.random.default_rng(seed)
-    case = mLSTMCase(rng, T=40, H=2)
-    case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
-    for gate in "if":
-        case.inputs[gate] += 1e4 * (rng.integers(0, 3, case.inputs[gate].shape) - 1)
-    check(case, factor=5.0)  # as native's, in test_ops.py
+    check(with_extreme_gates(seed), factor=5.0)  # as native's, in test_ops.py
 
 
 def test_a_step_is_a_sequence_of_one(rng):
     case = mLSTMCase(rng, T=1, K=16, V=32)
     check(case)  # which trains
-    inputs = [tensor(case.inputs[n]) for n in case.names]
-    ids = tensor(np.array([[0], [1], [0]]), "int32")
-    kernel, native = (
-        keras_xlstm.ops.mlstm(
-            *inputs[:5], inputs[5:], segment_ids=ids, return_state=True, implementation=name
-        )
-        for name in ("triton", "native")
-    )
-    for a, b in zip(keras.tree.flatten(kernel), keras.tree.flatten(native), strict=True):
-        assert_close(a, array(b), 2e-5)
+    assert_a_step_resets(case, "triton")
 
 
 def _inputs(rng, B=2, T=20, H=2, K=4, V=6):

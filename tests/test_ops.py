@@ -226,6 +226,30 @@ def test_uncompiled(case, rng):
     case(rng, T=9).check("float64", compiled=False)
 
 
+def with_extreme_gates(seed):
+    """An mLSTM's case for kernels: gates of +-1e4 in any mixture; no cotangents of states."""
+    rng = np.random.default_rng(seed)
+    case = mLSTMCase(rng, T=40, H=2)
+    case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
+    for gate in "if":
+        case.inputs[gate] += 1e4 * (rng.integers(0, 3, case.inputs[gate].shape) - 1)
+    return case
+
+
+def assert_a_step_resets(case, implementation):
+    """A single step whose row may begin a document, beside the native form."""
+    inputs = [tensor(case.inputs[n]) for n in case.names]
+    ids = tensor(np.array([[0], [1], [0]]), "int32")
+    kernel, native = (
+        keras_xlstm.ops.mlstm(
+            *inputs[:5], inputs[5:], segment_ids=ids, return_state=True, implementation=name
+        )
+        for name in (implementation, "native")
+    )
+    for a, b in zip(keras.tree.flatten(kernel), keras.tree.flatten(native), strict=True):
+        assert_close(a, array(b), 2e-5)
+
+
 @both
 @pytest.mark.parametrize("seed", range(3))
 def test_extreme_gates(case, seed):

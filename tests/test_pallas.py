@@ -6,7 +6,14 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from test_ops import MASKS, make_mask, make_segments, mLSTMCase
+from test_ops import (
+    MASKS,
+    assert_a_step_resets,
+    make_mask,
+    make_segments,
+    mLSTMCase,
+    with_extreme_gates,
+)
 from tools import HAS_PALLAS, array, assert_close, call, tensor
 
 if not HAS_PALLAS:
@@ -118,12 +125,7 @@ def test_options(options, rng):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_extreme_gates(seed):
-    rng = np.random.default_rng(seed)
-    case = mLSTMCase(rng, T=40, H=2)
-    case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
-    for gate in "if":
-        case.inputs[gate] += 1e4 * (rng.integers(0, 3, case.inputs[gate].shape) - 1)
-    check(case, factor=5.0)  # as native's, in test_ops.py
+    check(with_extreme_gates(seed), factor=5.0)  # as native's, in test_ops.py
 
 
 def test_a_row_that_starts_fresh(rng):
@@ -290,16 +292,7 @@ def test_steps_are_the_sequence(options, own, rng, monkeypatch):
 def test_a_step_may_reset_and_has_gradients(rng):
     case = mLSTMCase(rng, T=1, K=16, V=32)
     check(case)
-    inputs = [tensor(case.inputs[n]) for n in case.names]
-    ids = tensor(np.array([[0], [1], [0]]), "int32")
-    kernel, native = (
-        keras_xlstm.ops.mlstm(
-            *inputs[:5], inputs[5:], segment_ids=ids, return_state=True, implementation=name
-        )
-        for name in ("pallas", "native")
-    )
-    for a, b in zip(keras.tree.flatten(kernel), keras.tree.flatten(native), strict=True):
-        assert_close(a, array(b), 2e-5)
+    assert_a_step_resets(case, "pallas")
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")

@@ -24,7 +24,7 @@ import torch
 from keras_xlstm.backends import mlstm_tiles as tiles
 from keras_xlstm.backends.torch import machine
 from keras_xlstm.backends.torch import mlstm as kernels
-from test_ops import MASKS, make_mask, make_segments, mLSTMCase
+from test_ops import MASKS, make_mask, make_segments, mLSTMCase, with_extreme_gates
 
 import keras_xlstm
 
@@ -239,12 +239,7 @@ def test_options(rng):
 @runs
 @pytest.mark.parametrize("seed", range(3))
 def test_extreme_gates(seed):
-    rng = np.random.default_rng(seed)
-    case = mLSTMCase(rng, T=40, H=2)
-    case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
-    for gate in "if":
-        case.inputs[gate] += 1e4 * (rng.integers(0, 3, case.inputs[gate].shape) - 1)
-    check(case, factor=5.0)  # as native's, in test_ops.py
+    check(with_extreme_gates(seed), factor=5.0)  # as native's, in test_ops.py
 
 
 @runs

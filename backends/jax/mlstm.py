@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.jax import differentiable, machine
+from keras_xlstm.backends.jax import machine
+from keras_xlstm.backends.jax.mlstm_call import call
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import NEVER, carried, holds_something, reported
 
@@ -25,26 +26,12 @@ def unsupported(q=None, v=None, chunk_size=None):
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None."""
-    if state is not None:
-        state = tuple(x.astype(jnp.float32) for x in state)
-    tensors = (q, k, v, i, f, *(state or (None,) * 3), segment_ids)
     whole = all(size == power(size) for size in (q.shape[-1], v.shape[-1]))
-    alone = _step if q.shape[1] == 1 and state is not None and whole else None
-    chunk = chunk_size or tiles.chunk_steps(
-        q.shape[1], q.shape[-1], v.shape[-1], q.dtype.name
+    return call(
+        _forward, _backward, _step if whole else None, q, k, v, i, f, state, segment_ids,
+        input_gate, eps, chunk_size, processors=machine.processors(),
+        interpret=machine.interpreted(),
     )  # fmt: skip
-    options = {
-        "sigmoid": input_gate == "sigmoid", "eps": float(eps), "chunk": chunk,
-        "processors": machine.processors(), "interpret": machine.interpreted(),
-    }  # fmt: skip
-
-    def run(*tensors):
-        return differentiable(_forward, _backward, tensors, alone, **options)
-
-    state_axes = ("BHKV", "BHK", "BH")
-    axes = (*("BTHK",) * 2, "BTHV", *("BTH",) * 2, *state_axes, "BT")
-    h, *state = machine.over_devices(run, tensors, axes, ("BTHV", *state_axes))
-    return h, tuple(state)
 
 
 def _kernels(file="kernels"):

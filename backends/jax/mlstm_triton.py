@@ -9,8 +9,9 @@ import importlib
 
 import jax.numpy as jnp
 from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.jax import differentiable, machine
+from keras_xlstm.backends.jax import machine
 from keras_xlstm.backends.jax import mlstm as pallas
+from keras_xlstm.backends.jax.mlstm_call import call
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import carried, holds_something
 
@@ -53,27 +54,10 @@ def unwise(q=None, v=None, chunk_size=None):
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None."""
-    if state is not None:
-        state = tuple(x.astype(jnp.float32) for x in state)
-    if segment_ids is not None:
-        segment_ids = segment_ids.astype(jnp.int32)
-    tensors = (q, k, v, i, f, *(state or (None,) * 3), segment_ids)
-    alone = _step if q.shape[1] == 1 and state is not None else None
-    chunk = chunk_size or tiles.chunk_steps(
-        q.shape[1], q.shape[-1], v.shape[-1], q.dtype.name
+    return call(
+        _forward, _backward, _step, q, k, v, i, f, state, segment_ids, input_gate, eps,
+        chunk_size, device=_device(q.dtype.name),
     )  # fmt: skip
-    options = {
-        "sigmoid": input_gate == "sigmoid", "eps": float(eps), "chunk": chunk,
-        "device": _device(q.dtype.name),
-    }  # fmt: skip
-
-    def run(*tensors):
-        return differentiable(_forward, _backward, tensors, alone, **options)
-
-    state_axes = ("BHKV", "BHK", "BH")
-    axes = (*("BTHK",) * 2, "BTHV", *("BTH",) * 2, *state_axes, "BT")
-    h, *state = machine.over_devices(run, tensors, axes, ("BTHV", *state_axes))
-    return h, tuple(state)
 
 
 def _launches():
