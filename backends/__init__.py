@@ -27,8 +27,16 @@ __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 compiled, by_halves = framework.compiled, framework.by_halves
 apart = getattr(framework, "apart", lambda x: x)
+# x (B, T, D) by a float32 kernel (D, 2, H), H small, where that has a faster way than two products.
+narrow_product = getattr(framework, "narrow_product", None)
+# x and a kernel whose product the compiler must not join with others of x.
+alone = getattr(framework, "alone", None)
+# Cross-entropy of every token by fewer passes than Keras's, where compiled with all around it.
+token_losses = getattr(framework, "token_losses", None)
 # Marks a function that tf.function must trace as it stands.
 as_written = getattr(framework, "as_written", lambda function: function)
+# Equal for tensors that need no converting and are alike in sizes and dtypes; None for all others.
+alike = getattr(framework, "alike", lambda *tensors: None)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 _active = f"{__name__}.{keras.backend.backend()}"

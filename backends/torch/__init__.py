@@ -3,7 +3,7 @@
 import keras
 import torch
 from keras_xlstm.backends.torch import replay
-from keras_xlstm.backends.torch.operators import transforms
+from keras_xlstm.backends.torch.operators import PLAIN, transforms
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
@@ -24,6 +24,21 @@ once = torch.compiler.assume_constant_result
 LOG2_E = 1.4426950408889634
 
 
+def alike(first, *others):
+    """Sizes and dtypes of tensors on Keras's device, whose checks a small call on a GPU waits for
+    longer than for the kernels; None where something has to be converted, or is traced."""
+    if torch.compiler.is_compiling() or type(first) not in PLAIN:
+        return None
+    if keras.ops.convert_to_tensor(first) is not first:  # it is to go to another device
+        return None
+    device, key = first.device, [first.shape, first.dtype]
+    for x in others:
+        if type(x) not in PLAIN or x.device != device:
+            return None
+        key += x.shape, x.dtype
+    return tuple(key)
+
+
 def exp(x):
     """exp of a fresh tensor of numbers that are at most small."""
     if torch.compiler.is_compiling() or not x.is_cpu:
@@ -31,6 +46,65 @@ def exp(x):
     # PyTorch's exp on CPU is MKL's, twenty times slower than its exp2 where results underflow, as
     # they do above a causal diagonal.
     return x.mul_(LOG2_E).exp2_()
+
+
+def narrow_product(x, kernel):
+    """x (B, T, D) times kernel (D, 2, H), in the kernel's dtype, H small.
+
+    For bfloat16 on a GPU by products of bfloat16, summed in float32: the kernel is cut into three
+    such numbers, whose sum it is, and so is the gradient. A float32 copy of x would be four times
+    the bytes, in every product.
+    """
+    if x.dtype == torch.bfloat16 and kernel.dtype == torch.float32 and x.is_cuda:
+        if not transforms():
+            return _ByParts.apply(x, kernel)
+    return torch.tensordot(x.to(kernel.dtype), kernel, 1)
+
+
+def _parts(x, count):
+    """Numbers that bfloat16 holds and that sum up to x (float32)."""
+    found = []
+    for _ in range(count):
+        # By its bits: compilers may leave out casts there and back.
+        found.append((x.view(torch.int32) & -(1 << 16)).view(torch.float32))
+        x = x - found[-1]
+    return found
+
+
+def _side_by_side(parts, rows):
+    """(rows, all columns of all parts), bfloat16."""
+    return torch.stack(parts, 1).reshape(rows, -1).bfloat16()
+
+
+def _wide(x, y):
+    """x @ y of bfloat16, in float32."""
+    if x.is_cuda:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()
+
+
+class _ByParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel):
+        ctx.save_for_backward(x, kernel)
+        D = x.shape[-1]
+        y = _wide(x.reshape(-1, D), _side_by_side(_parts(kernel, 3), D))
+        high, middle, low = y.reshape(*x.shape[:2], 3, *kernel.shape[1:]).unbind(2)
+        return high + (middle + low)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, kernel = ctx.saved_tensors
+        D, steps = x.shape[-1], x.shape[0] * x.shape[1]
+        high, middle, low = _parts(dy.contiguous().reshape(steps, *kernel.shape[1:]), 3)
+        dkernel = _wide(x.reshape(steps, D).mT, _side_by_side([high, middle, low], steps))
+        first, second, third = dkernel.reshape(D, 3, *kernel.shape[1:]).unbind(1)
+        # dx is bfloat16: high by high and both high by middle are more than it holds.
+        columns, rest = _parts(kernel, 2)
+        rows = _side_by_side([high, middle, high], steps)
+        dx = rows @ _side_by_side([columns, columns, rest], D).mT
+        return dx.reshape(x.shape), first + (second + third)
 
 
 def scan(step, init, xs, reverse=False):

@@ -1,11 +1,12 @@
 """Functions as PyTorch operators, and launches of Triton kernels."""
 
-import inspect
 import math
 
 import torch
+from keras_xlstm.backends.torch import driver
 from torch.autograd import forward_ad
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("keras_xlstm", "FRAGMENT")
 
 
@@ -52,16 +53,12 @@ class _Operator:
         function = self.function
 
         class Differentiable(torch.autograd.Function):
+            # Not with a setup_context of PyTorch's, for which it looks at every argument.
             @staticmethod
-            def forward(*inputs):
-                return tuple(function(*inputs))
-
-            # PyTorch asks for it at every call, and finding it takes longer than a kernel.
-            forward.__func__.__signature__ = inspect.signature(forward.__func__)
-
-            @staticmethod
-            def setup_context(ctx, inputs, output):
+            def forward(ctx, *inputs):
+                output = tuple(function(*inputs))
                 setup_context(ctx, inputs, output)
+                return output
 
             @staticmethod
             def backward(ctx, *gradients):
@@ -72,8 +69,7 @@ class _Operator:
 
 def _plain(arguments):
     """Not what stands for a tensor while something is traced."""
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return all(not isinstance(a, torch.Tensor) or type(a) in plain for a in arguments)
+    return all(not isinstance(a, torch.Tensor) or type(a) in PLAIN for a in arguments)
 
 
 def no_second_derivative(operator, name):
@@ -122,7 +118,7 @@ class Launch:
 
     def __call__(self, stream, *arguments):
         if self.known:
-            self.known(*arguments, *self.values, stream=stream)
+            self.known(stream, arguments)
         else:
             self._first(stream, arguments)
 
@@ -131,9 +127,13 @@ class Launch:
         if hasattr(compiled, "result"):  # it may be compiled in the background
             compiled = compiled.result()
         if compiled is not None:  # it is not interpreted
-            names = [p.name for p in self.kernel.params[len(arguments) :]]
-            self.values = [self.constants[name] for name in names]
-            self.known = compiled[self.programs, 1, 1]
+            self.known = driver.launcher(compiled, self.programs) or self._by_triton(
+                compiled[self.programs, 1, 1], len(arguments)
+            )
+
+    def _by_triton(self, run, count):
+        values = [self.constants[p.name] for p in self.kernel.params[count:]]
+        return lambda stream, arguments: run(*arguments, *values, stream=stream)
 
 
 class Parts:

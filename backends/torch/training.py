@@ -29,7 +29,13 @@ class RecordedStep:
 
     def __init__(self, model):
         self._model, self._refused = model, False
+        self._variables = None
         self._forget(None)
+
+    def look_again(self):
+        """Once there is a recording, which variables there are is not asked again until this: for a
+        large model that takes several milliseconds, while the device waits."""
+        self._variables = None
 
     def _forget(self, place):
         self._place, self._seen, self._recordings = place, collections.Counter(), {}
@@ -39,7 +45,9 @@ class RecordedStep:
         _log.info("Training runs one kernel at a time: no CUDA graph could be made. %s", reason)
 
     def __call__(self, step, data):
-        weight = self._model.variables[0]._value
+        if self._variables is None or not self._recordings:  # the first step makes some
+            self._variables = [*self._model.variables, *self._model.optimizer.variables]
+        weight = self._variables[0]._value
         if not recordable(weight):
             return step(data)
         data = keras.tree.map_structure(lambda x: _sent(x, weight.device), data)
@@ -55,7 +63,7 @@ class RecordedStep:
 
     def _draws(self):
         """What changes with every draw of a layer's."""
-        seeds = (v for v in self._model.variables if v.path.endswith("seed_generator_state"))
+        seeds = (v for v in self._variables if v.path.endswith("seed_generator_state"))
         return [seed._value._version for seed in seeds]
 
     def _recording(self, step, data):
@@ -82,9 +90,9 @@ class RecordedStep:
 
     def _where(self):
         """What a recording holds fast besides shapes."""
-        variables = [*self._model.variables, *self._model.optimizer.variables]
         stream = torch.cuda.current_stream().cuda_stream
-        return stream, tuple((v._value.data_ptr(), v.trainable) for v in variables)
+        places = [v._value.data_ptr() for v in self._variables]
+        return stream, places, [v.trainable for v in self._variables]
 
 
 class Recording:

@@ -10,7 +10,9 @@ from keras_xlstm.layers.block import Block, dense
 from keras_xlstm.layers.parts import (
     GatedFeedForward,
     MultiHeadNorm,
+    both_gates,
     check_cap,
+    each_alone,
     rounded_up,
     soft_cap,
 )
@@ -164,12 +166,14 @@ class xLSTMLargeBlock(Block):
             return ops.reshape(x, (batch, time, self.num_heads, x.shape[-1] // self.num_heads))
 
         u = self.norm(x)
+        input_gate, forget_gate = both_gates(u, self.input_gate, self.forget_gate)
+        q, k, v, gate = each_alone(u, self.query, self.key, self.value, self.output_gate)
         h, state = xlstm_ops.mlstm(
-            heads(self.query(u)),
-            heads(self.key(u)),
-            heads(self.value(u)),
-            soft_cap(self.input_gate(u), self.gate_soft_cap),
-            soft_cap(self.forget_gate(u), self.gate_soft_cap),
+            heads(q),
+            heads(k),
+            heads(v),
+            soft_cap(input_gate, self.gate_soft_cap),
+            soft_cap(forget_gate, self.gate_soft_cap),
             initial_state=state,
             mask=mask,
             segment_ids=segment_ids,
@@ -178,7 +182,7 @@ class xLSTMLargeBlock(Block):
             implementation=backends.prefer(self.use_kernel),
         )
         h = self.head_norm(ops.reshape(h, (batch, time, self.values)))
-        y = self.output_projection(h * ops.sigmoid(self.output_gate(u)))
+        y = self.output_projection(h * ops.sigmoid(gate))
         x = x + (y if dropped is None else y * dropped)
         return x + self.feed_forward(self.feed_forward_norm(x)), list(state)
 

@@ -8,7 +8,14 @@ from keras import ops
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_flag, last_real_step
-from keras_xlstm.layers.parts import MultiHeadNorm, check_cap, check_heads, check_positive, soft_cap
+from keras_xlstm.layers.parts import (
+    MultiHeadNorm,
+    both_gates,
+    check_cap,
+    check_heads,
+    check_positive,
+    soft_cap,
+)
 from keras_xlstm.layers.recurrent import Recurrent
 
 
@@ -220,12 +227,12 @@ class mLSTM(Recurrent):
             x = ops.cast(x, self.compute_dtype)
             return ops.reshape(x, (batch, time, self.num_heads, size))
 
+        gates = both_gates(sequences, self.input_gate, self.forget_gate)
         h, state = xlstm_ops.mlstm(
             heads(self.query(sequences), self._K),
             heads(self.key(sequences), self._K),
             heads(self.value(sequences), self._V),
-            soft_cap(self.input_gate(sequences), self.gate_soft_cap),
-            soft_cap(self.forget_gate(sequences), self.gate_soft_cap),
+            *(soft_cap(gate, self.gate_soft_cap) for gate in gates),
             initial_state=state,
             mask=mask,
             return_state=True,

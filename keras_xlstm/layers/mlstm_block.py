@@ -10,6 +10,7 @@ from keras_xlstm.layers.block import Block, block_diagonal, dense, layer_norm
 from keras_xlstm.layers.convolution import CausalConv1D
 from keras_xlstm.layers.parts import (
     MultiHeadNorm,
+    both_gates,
     check_cap,
     check_positive,
     rounded_up,
@@ -175,12 +176,13 @@ class mLSTMBlock(Block):
         q, k = projected(self.query, convolved), projected(self.key, convolved)
         v = projected(self.value, cell)
         qkv = ops.concatenate([q, k, v], axis=-1)
+        input_gate, forget_gate = both_gates(qkv, self.input_gate, self.forget_gate)
         h, state = xlstm_ops.mlstm(
             heads(q),
             heads(k),
             heads(v),
-            soft_cap(self.input_gate(qkv), self.gate_soft_cap),
-            soft_cap(self.forget_gate(qkv), self.gate_soft_cap),
+            soft_cap(input_gate, self.gate_soft_cap),
+            soft_cap(forget_gate, self.gate_soft_cap),
             initial_state=state,
             mask=mask,
             segment_ids=segment_ids,

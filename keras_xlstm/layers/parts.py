@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm._checks import freeze
-from keras_xlstm.backends import apart, by_halves
+from keras_xlstm.backends import alone, apart, by_halves, narrow_product
 
 
 def check_positive(name, value):
@@ -121,9 +121,34 @@ class MultiHeadNorm(keras.layers.Layer):
         return {**super().get_config(), "num_heads": self.num_heads, "epsilon": self.epsilon}
 
 
-def _is_plain(dense):
-    """Whether a Dense is its kernel and bias alone: no low-rank update, not quantised."""
-    return not dense.lora_enabled and dense.quantization_mode is None
+def _are_plain(*layers):
+    """Whether Dense layers are kernels and biases alone: no low-rank updates, not quantised."""
+    return not any(layer.lora_enabled or layer.quantization_mode for layer in layers)
+
+
+def both_gates(x, first, second):
+    """first(x) and second(x) for two Dense layers of as many units, in float32: where the backend
+    has a faster way, by one product."""
+    both = None
+    if narrow_product is not None and _are_plain(first, second):
+        # Heads last, where model parallelism divides them.
+        both = narrow_product(x, ops.stack([first.kernel, second.kernel], axis=1))
+    if both is None:
+        return first(x), second(x)
+    return both[:, :, 0] + first.bias, both[:, :, 1] + second.bias
+
+
+def each_alone(x, *layers):
+    """[layer(x) for layer in layers], for Dense layers without activation."""
+    if alone is None or x.shape[1] == 1 or not _are_plain(*layers):
+        return [layer(x) for layer in layers]
+
+    def product(layer):
+        dtype = layer.compute_dtype
+        y = ops.matmul(*alone(ops.cast(x, dtype), ops.cast(layer.kernel, dtype)))
+        return y + ops.cast(layer.bias, dtype) if layer.use_bias else y
+
+    return [product(layer) for layer in layers]
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -177,7 +202,7 @@ class GatedFeedForward(keras.layers.Layer):
 
     def call(self, inputs):
         many = len(inputs.shape) > 2 and inputs.shape[-2] != 1
-        if by_halves and many and _is_plain(self.up_projection):
+        if by_halves and many and _are_plain(self.up_projection):
             # Not for a single step, where the kernel is the largest array, not what it makes.
             kernel = ops.cast(self.up_projection.kernel, self.compute_dtype)
             gate, up = (ops.matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))

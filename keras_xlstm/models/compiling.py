@@ -57,6 +57,12 @@ class CompilesBlocks:
         with self._plain_blocks():  # they read the variables' own values
             return super().stateless_call(*args, **kwargs)
 
+    def make_train_function(self, *args, **kwargs):
+        """`keras.Model.make_train_function`: `fit` and `train_on_batch` begin with it."""
+        if self._recorded is not None:
+            self._recorded.look_again()
+        return super().make_train_function(*args, **kwargs)
+
     def train_step(self, *arguments):
         """`keras.Model.train_step`."""
         if self._recorded is None:

@@ -139,34 +139,36 @@ class xLSTMLanguageModel(Generates, StackModel):
 
     # ------------------------------------------------------------------ loss
 
-    _token_losses = None  # on torch, compiled
+    _token_losses = None
 
     def compile(self, *args, **kwargs):
         """`keras.Model.compile`."""
         super().compile(*args, **kwargs)
         given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
         config = self.loss.get_config() if isinstance(self.loss, keras.losses.Loss) else {}
-        compiles = (
-            self._recorded is not None
-            and given.get("loss_weights") is None
+        plain = (
+            given.get("loss_weights") is None
             and config.get("from_logits", False)
             and config.get("ignore_class") is None
         )
-        fast = backends.regions.compiled(backends.training.token_losses) if compiles else None
-        self._token_losses = fast
+        fast = backends.token_losses
+        if self._recorded is not None:
+            fast = backends.regions.compiled(backends.training.token_losses)
+        self._token_losses = fast if plain else None
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """`keras.Model.compute_loss`."""
-        if keras.backend.backend() == "torch" and self._tokens_count_alike(
-            y, y_pred, sample_weight
-        ):
-            # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
-            # across the vocabulary at strides, and was a third of the time of a training step.
-            y, y_pred = ops.reshape(y, (-1,)), ops.reshape(y_pred, (-1, y_pred.shape[-1]))
-            sample_weight = None if sample_weight is None else ops.reshape(sample_weight, (-1,))
+        backend = keras.backend.backend()
+        if backend != "tensorflow" and self._tokens_count_alike(y, y_pred, sample_weight):
+            if backend == "torch":
+                # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
+                # across the vocabulary at strides, and was a third of the time of a training step.
+                y, y_pred = ops.reshape(y, (-1,)), ops.reshape(y_pred, (-1, y_pred.shape[-1]))
+                sample_weight = None if sample_weight is None else ops.reshape(sample_weight, (-1,))
             # Not while Keras works out shapes, which makes its own loss ready.
-            if self._token_losses is not None and y_pred.device.type != "meta":
-                return self._compiled_loss(y, y_pred, sample_weight)
+            ready = self._compile_loss.built if backend == "jax" else y_pred.device.type != "meta"
+            if self._token_losses is not None and ready:
+                return self._given_loss(y, y_pred, sample_weight)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def _tokens_count_alike(self, y, y_pred, sample_weight):
@@ -180,7 +182,7 @@ class xLSTMLanguageModel(Generates, StackModel):
             and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
         )
 
-    def _compiled_loss(self, y, y_pred, sample_weight):
+    def _given_loss(self, y, y_pred, sample_weight):
         """The loss by Keras, from the tokens' own, which are computed in fewer passes."""
         given = _Given(reduction=self.loss.reduction, dtype=self.loss.dtype)
         losses = self._token_losses(y_pred, y, self.loss.dtype)

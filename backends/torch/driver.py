@@ -1,0 +1,162 @@
+"""Launches of Triton's compiled kernels by the CUDA driver itself.
+
+Triton's own launcher takes longer in Python than a small sequence's kernel runs, above all where
+it makes TMA descriptors, anew at every launch.
+"""
+
+import ctypes
+import functools
+import operator
+import re
+import struct
+import threading
+
+import torch
+
+# Of a parameter, by its type: as `struct` packs it, and its bytes.
+_NUMBERS = {"i32": ("i", 4), "i64": ("q", 8), "fp32": ("f", 4)}
+_POINTER, _DESCRIPTOR = ("Q", 8), ("152s", 128)  # a descriptor's shape and strides lie behind it
+_BEHIND = (("i", 4), ("i", 4), ("q", 8), ("q", 8))
+_BFLOAT16, _L2_128_BYTES = 9, 2  # of CUDA's CUtensorMapDataType, CUtensorMapL2promotion
+_NO_CONTEXT = 201  # this thread has not used the device yet
+
+
+def launcher(compiled, programs):
+    """`function(stream, arguments)` for what Triton compiled, or None where only Triton's own
+    launcher will do. Arguments are all of a kernel that are no constants of the call, in order:
+    tensors or addresses, numbers, None, `TensorDescriptor`s that are used again."""
+    metadata = compiled.metadata
+    plain = {"num_ctas": 1, "launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+    if torch.version.hip or any(getattr(metadata, n, v) != v for n, v in plain.items()):
+        return None
+    parameters = _parameters(compiled)
+    if parameters is None or not isinstance(compiled.function, int):
+        return None
+    return _Launch(compiled, programs, parameters)
+
+
+def _parameters(compiled):
+    """[(place among arguments, how it is packed)], if the program has just these."""
+    found, sizes = [], []
+    for place, kind in enumerate(compiled.src.signature.values()):
+        if kind == "constexpr":
+            continue
+        if not isinstance(kind, str):
+            return None
+        descriptor = kind.startswith("tensordesc")
+        known = _POINTER if kind[0] == "*" else _DESCRIPTOR if descriptor else _NUMBERS.get(kind)
+        if known is None:
+            return None
+        found.append((place, known[0]))
+        sizes += [known[1], *(size for _, size in _BEHIND * descriptor)]
+    # Behind them Triton has two of its own, for memory that none of our kernels asks for.
+    return found if _sizes(compiled.asm["ptx"], compiled.metadata.name) == [*sizes, 8, 8] else None
+
+
+def _sizes(ptx, name):
+    """Bytes of each of a program's parameters."""
+    start = ptx.index("(", ptx.index(f".entry {name}")) + 1
+    declared = re.findall(r"\.param ([^,]*)", ptx[start : ptx.index(")", start)])
+    sizes = []
+    for one in declared:
+        kind = re.search(r"\.[usbf](\d+)\b", one)
+        count = re.search(r"\[(\d+)\]", one)
+        sizes.append(int(kind[1]) // 8 * (int(count[1]) if count else 1))
+    return sizes
+
+
+class _Launch:
+    def __init__(self, compiled, programs, parameters):
+        metadata = compiled.metadata
+        cooperative = getattr(metadata, "launch_cooperative_grid", False)
+        self.call = _driver().cuLaunchCooperativeKernel if cooperative else _driver().cuLaunchKernel
+        threads = 32 * metadata.num_warps
+        self.sizes = compiled.function, programs, 1, 1, threads, 1, 1, metadata.shared
+        self.end = () if cooperative else (None,)
+        places, kinds = zip(*parameters, strict=True)
+        self.pick = operator.itemgetter(*places) if len(places) > 1 else lambda a: (a[places[0]],)
+        self.pointers = [n for n, kind in enumerate(kinds) if kind == "Q"]
+        swizzles = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        self.descriptors = [
+            (n, next(swizzles)) for n, kind in enumerate(kinds) if kind == _DESCRIPTOR[0]
+        ]
+        self._place(kinds)
+        # The memory is this launch's: threads take turns.
+        self.lock = threading.Lock()
+
+    def _place(self, kinds):
+        """Memory for the parameters' values, each at its alignment, and their addresses."""
+        layout, places, size = "<", [], 0
+        for kind in kinds:
+            unit = 64 if kind == _DESCRIPTOR[0] else struct.calcsize("<" + kind)
+            layout += f"{-size % unit}x"
+            size += -size % unit
+            parts = (0, 128, 132, 136, 144) if kind == _DESCRIPTOR[0] else (0,)
+            places += [size + part for part in parts]
+            layout += kind
+            size += struct.calcsize("<" + kind)
+        self.packed = struct.Struct(layout)
+        own = (size + 7) // 8 * 8  # Triton's own two
+        self.memory = ctypes.create_string_buffer(own + 16 + 64)
+        start = ctypes.addressof(self.memory)
+        self.offset = -start % 64
+        places = [start + self.offset + place for place in (*places, own, own + 8)]
+        self.places = (ctypes.c_void_p * len(places))(*places)
+
+    def __call__(self, stream, arguments):
+        values = list(self.pick(arguments))
+        for n, meta in self.descriptors:
+            values[n] = _encoded(values[n], meta)
+        for n in self.pointers:
+            value = values[n]
+            if type(value) is not int:
+                values[n] = value.data_ptr()
+        with self.lock:
+            self.packed.pack_into(self.memory, self.offset, *values)
+            error = self.call(*self.sizes, stream, self.places, *self.end)
+            if error == _NO_CONTEXT:
+                torch.cuda.set_device(torch.cuda.current_device())
+                error = self.call(*self.sizes, stream, self.places, *self.end)
+        if error:
+            raise RuntimeError(f"A Triton kernel could not be launched: {_message(error)}.")
+
+
+def _encoded(descriptor, meta):
+    """What a kernel gets for a TensorDescriptor: CUDA's own, its shape, its strides."""
+    found = getattr(descriptor, "_keras_xlstm_encoded", None)
+    if found is None:
+        found = descriptor._keras_xlstm_encoded = _encode(descriptor, meta)
+    return found
+
+
+def _encode(descriptor, meta):
+    (rows, columns), block = descriptor.shape, meta["block_size"]
+    memory = ctypes.create_string_buffer(192)
+    place = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
+    error = _driver().cuTensorMapEncodeTiled(
+        place, _BFLOAT16, 2, descriptor.base.data_ptr(), (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(block[1], block[0]),
+        (ctypes.c_uint32 * 2)(1, 1), 0, meta["swizzle"], _L2_128_BYTES, 0,
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(f"CUDA makes no descriptor of {descriptor}: {_message(error)}.")
+    return ctypes.string_at(place, 128) + struct.pack("<iiqq", rows, columns, columns, 1)
+
+
+@functools.cache
+def _driver():
+    driver = ctypes.CDLL("libcuda.so.1")
+    word, address = ctypes.c_uint, ctypes.c_void_p
+    launch = [address, *[word] * 7, address, address]
+    driver.cuLaunchCooperativeKernel.argtypes = launch
+    driver.cuLaunchKernel.argtypes = [*launch, address]
+    driver.cuTensorMapEncodeTiled.argtypes = [
+        address, ctypes.c_int, word, address, *[address] * 4, *[ctypes.c_int] * 4,
+    ]  # fmt: skip
+    return driver
+
+
+def _message(error):
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(error, ctypes.byref(text))
+    return text.value.decode() if text.value else f"CUDA's error {error}"
