@@ -195,17 +195,18 @@ def _working(like, *tensors):
 
 def mlstm(
     q, k, v, i, f, state=None, segment_ids=None, *,
-    input_gate="exp", eps=1e-6, chunk_size=None, implementation=None,
+    input_gate="exp", eps=1e-6, chunk_size=None, implementation=None, states=True,
 ):  # fmt: skip
     """`ops.mlstm` below its checks: masks are in the gates, `segment_ids` never fall from 0.
 
     Returns:
-        h (B, T, H, V) in v's dtype and (C, n, m) in float32.
+        h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
-        return _own[chosen]["mlstm"].mlstm(q, k, v, i, f, state, segment_ids, **options)
+        run = _own[chosen]["mlstm"].mlstm
+        return run(q, k, v, i, f, state, segment_ids, states=states, **options)
     run = _own["xla"]["mlstm"].mlstm if chosen == "xla" else native.mlstm
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)

@@ -129,6 +129,7 @@ def mlstm(
     h, state = backends.mlstm(
         q, k, v, i, f, state, segment_ids,
         input_gate=input_gate, eps=eps, chunk_size=chunk_size, implementation=implementation,
+        states=return_state,
     )  # fmt: skip
     return (h, state) if return_state else h
 

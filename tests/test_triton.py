@@ -355,8 +355,8 @@ def _small(rng, **sizes):
 def test_operators_are_well_formed(rng):
     inputs = _small(rng, B=1, T=18)
     segments = torch.zeros(1, 18, dtype=torch.int32, device=inputs[0].device)
-    for state, ids in ((inputs[5:], segments), ([None] * 3, None)):
-        arguments = (*inputs[:5], *state, ids, False, 1e-6, 16, True)
+    for state, ids, last in ((inputs[5:], segments, True), ([None] * 3, None, False)):
+        arguments = (*inputs[:5], *state, ids, False, 1e-6, 16, True, last)
         with poisoned():  # what it keeps has gaps, whose bytes would be any
             torch.library.opcheck(kernels._forward.call, arguments)
 

@@ -24,8 +24,9 @@ def unsupported(q=None, v=None, chunk_size=None):
     return machine.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
 
 
-def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
-    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None."""
+def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
+    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None. The last
+    state comes without `states`, too: XLA leaves out what nobody reads."""
     whole = all(size == power(size) for size in (q.shape[-1], v.shape[-1]))
     return call(
         _forward, _backward, _step if whole else None, q, k, v, i, f, state, segment_ids,

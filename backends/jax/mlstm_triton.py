@@ -52,8 +52,9 @@ def unwise(q=None, v=None, chunk_size=None):
     return "single steps are Pallas's" if q.shape[1] == 1 else None
 
 
-def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
-    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None."""
+def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
+    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None. The last
+    state comes without `states`, too: XLA leaves out what nobody reads."""
     return call(
         _forward, _backward, _step, q, k, v, i, f, state, segment_ids, input_gate, eps,
         chunk_size, device=_device(q.dtype.name),

@@ -11,7 +11,9 @@ tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
 # Several times as fast to call as keras.ops', which small chunks feel.
 total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach
-by_halves = False  # as on JAX
+# Products with both halves of a kernel, not one that is cut in two: the compiler puts the gradient
+# of both together in a pass that works out each for both.
+by_halves = True
 # Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
 fuses_sums = False
 # Modules here: of each implementation, by op; the first that fits is picked.

@@ -26,8 +26,9 @@ def launcher(compiled, programs):
     launcher will do. Arguments are all of a kernel that are no constants of the call, in order:
     tensors or addresses, numbers, None, `TensorDescriptor`s that are used again."""
     metadata = compiled.metadata
-    plain = {"num_ctas": 1, "launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0}
-    if torch.version.hip or any(getattr(metadata, n, v) != v for n, v in plain.items()):
+    more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
+    more = getattr(metadata, "num_ctas", 1) != 1 or any(getattr(metadata, n, 0) for n in more)
+    if torch.version.hip or more:
         return None
     parameters = _parameters(compiled)
     if parameters is None or not isinstance(compiled.function, int):

@@ -30,8 +30,9 @@ def unsupported(q=None, v=None, chunk_size=None):
     return machine.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
 
 
-def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
-    """As `native.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None."""
+def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
+    """As `native.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None. Without
+    `states` the last state is None."""
     tensors = (q, k, v, i, f, *(state or ()))
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     q, k, v, i, f = (t.contiguous() for t in (q, k, v, i, f))
@@ -49,9 +50,10 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size):
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int32).contiguous()
     h, *state = _forward(
-        q, k, v, i, f, C, n, m, segment_ids, input_gate == "sigmoid", float(eps), chunk, trains
-    )[:4]
-    return h, tuple(state)
+        q, k, v, i, f, C, n, m, segment_ids, input_gate == "sigmoid", float(eps), chunk, trains,
+        states,
+    )  # fmt: skip
+    return h, tuple(state[:3]) if states else None
 
 
 def _kept(t, keep):
@@ -67,64 +69,72 @@ def _launches():
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C: Tensor | None, n: Tensor | None, m: Tensor | None, segment_ids: Tensor | None,
-    sigmoid: bool, eps: float, chunk: int, trains: bool,
+    sigmoid: bool, eps: float, chunk: int, trains: bool, states: bool,
 ) -> list[Tensor]:  # fmt: skip
+    """h, with `states` the last C, n, m, and if it trains what the backward pass needs."""
     given = q, k, v, i, f, C, n, m, segment_ids
-    run, results = known(_launches().forward, given, sigmoid, chunk), _results(q, v)
-    kept = on_stream(q.device, run, given, results, eps)
-    return [*results, kept if trains else kept.new_empty(0)]
+    run = known(_launches().forward, given, sigmoid, chunk)
+    results = _results(q, v, states)
+    memory = None if states else run.unread.new(q)
+    unread = [] if states else run.unread.of(memory, run.known)
+    kept = on_stream(q.device, run, given, [*results, *unread], eps)
+    return [*results, kept] if trains else results
 
 
-def _results(q, v):
+def _results(q, v, states):
     """Empty tensors: h, the last C, n, m."""
     B, _, H, K = q.shape
-    states = (B, H, K, v.shape[-1]), (B, H, K), (B, H)
-    return [torch.empty_like(v), *(q.new_empty(s, dtype=torch.float32) for s in states)]
+    shapes = [(B, H, K, v.shape[-1]), (B, H, K), (B, H)] if states else []
+    return [torch.empty_like(v), *(q.new_empty(s, dtype=torch.float32) for s in shapes)]
 
 
 @_forward.register_fake
-def _(q, k, v, i, f, C, n, m, segment_ids, sigmoid, eps, chunk, trains):
-    kept = _launches().kept(q, v, chunk).new(q) if trains else q.new_empty(0, dtype=torch.uint8)
-    return [*_results(q, v), kept]
+def _(q, k, v, i, f, C, n, m, segment_ids, sigmoid, eps, chunk, trains, states):
+    kept = [_launches().kept(q, v, chunk).new(q)] if trains else []
+    return _results(q, v, states) + kept
 
 
 @operator("mlstm_backward")
 def _backward(
     dh: Tensor, dC: Tensor | None, dn: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, segment_ids: Tensor | None, h: Tensor,
-    kept: Tensor, sigmoid: bool, chunk: int,
+    kept: Tensor, sigmoid: bool, chunk: int, states: bool,
 ) -> list[Tensor]:  # fmt: skip
-    given, gradients = (dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), _gradients(q, k, v, i, f)
+    """Gradients of q, k, v, i, f, and with `states` of the first C and n."""
+    given = dh, dC, dn, q, k, v, i, f, segment_ids, h, kept
     run = known(_launches().backward, given, sigmoid, chunk)
-    on_stream(q.device, run, given, gradients)
+    gradients = _gradients(q, k, v, i, f, states)
+    memory = None if states else run.unread.new(q)
+    unread = [] if states else run.unread.of(memory, run.known)[:2]
+    on_stream(q.device, run, given, [*gradients, *unread])
     return gradients
 
 
-def _gradients(q, k, v, i, f):
+def _gradients(q, k, v, i, f, states):
     B, _, H, K = q.shape
+    shapes = [(B, H, K, v.shape[-1]), (B, H, K)] if states else []
     outputs = [torch.empty_like(t) for t in (q, k, v, i, f)]
-    states = (B, H, K, v.shape[-1]), (B, H, K)
-    return outputs + [q.new_empty(shape, dtype=torch.float32) for shape in states]
+    return outputs + [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 @_backward.register_fake
-def _(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept, sigmoid, chunk):
-    return _gradients(q, k, v, i, f)
+def _(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept, sigmoid, chunk, states):
+    return _gradients(q, k, v, i, f, states)
 
 
 no_second_derivative(_backward, "mLSTM")
 
 
 def _save(ctx, inputs, output):
-    q, k, v, i, f, C, n, _, segment_ids, sigmoid, _, chunk, _ = inputs
-    h, _, _, _, kept = output
+    q, k, v, i, f, C, n, _, segment_ids, sigmoid, _, chunk, *_ = inputs
+    h, kept = output[0], output[-1]
     ctx.save_for_backward(q, k, v, i, f, segment_ids, h, kept, C, n)
     ctx.options = sigmoid, chunk
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, gradients):
-    dh, dC, dn, *_ = gradients
+    dh, dC, dn = gradients[:3] if len(gradients) > 2 else (gradients[0], None, None)
     *saved, C, n = ctx.saved_tensors
     dh = torch.zeros_like(saved[6]) if dh is None else dh.contiguous()
     dC, dn = (None if d is None else d.contiguous() for d in (dC, dn))
@@ -133,12 +143,13 @@ def _gradient(ctx, gradients):
         shape = (B, H, K, saved[2].shape[-1])
         dC = dh.new_zeros(shape, dtype=torch.float32) if dC is None else dC
         dn = dh.new_zeros(shape[:3], dtype=torch.float32) if dn is None else dn
-    *gradients, dC, dn = _backward(dh, dC, dn, *saved, *ctx.options)
+    gradients = _backward(dh, dC, dn, *saved, *ctx.options, C is not None)
     if C is None:
-        return *gradients, *[None] * 8
+        return *gradients, *[None] * 9
+    *gradients, dC, dn = gradients
     # The state's true value is (C, n) exp(m).
     dm = (C * dC).sum((-2, -1)) + (n * dn).sum(-1)
-    return *gradients, dC, dn, dm, *[None] * 5
+    return *gradients, dC, dn, dm, *[None] * 6
 
 
 _forward.register_autograd(_gradient, setup_context=_save)

@@ -33,14 +33,22 @@ class _Operator:
     def __init__(self, name, function):
         self.name, self.function = f"keras_xlstm::{name}", function
         self.call = getattr(torch.ops.keras_xlstm, name).default
-        self.differentiable = None
+        self.differentiable = self.transformable = None
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or not _plain(arguments):
+        if torch.compiler.is_compiling():
             return self.call(*arguments)
+        trains = False
+        for a in arguments:
+            if isinstance(a, torch.Tensor):
+                if type(a) not in PLAIN:  # it stands for one while something is traced
+                    return self.call(*arguments)
+                trains = trains or a.requires_grad
         if self.differentiable is None or not torch.is_grad_enabled():
             return self.function(*arguments)
-        return self.differentiable.apply(*arguments)
+        if torch._C._functorch.peek_interpreter_stack():
+            return self.transformable.apply(*arguments)
+        return self.differentiable.apply(*arguments) if trains else self.function(*arguments)
 
     def register_fake(self, function):
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
@@ -53,7 +61,6 @@ class _Operator:
         function = self.function
 
         class Differentiable(torch.autograd.Function):
-            # Not with a setup_context of PyTorch's, for which it looks at every argument.
             @staticmethod
             def forward(ctx, *inputs):
                 output = tuple(function(*inputs))
@@ -64,12 +71,17 @@ class _Operator:
             def backward(ctx, *gradients):
                 return backward(ctx, gradients)
 
+        def transformable(*inputs):
+            return tuple(function(*inputs))
+
+        # For torch.func, in which PyTorch looks at every argument of every call.
+        members = {
+            "forward": staticmethod(transformable),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(Differentiable.backward),
+        }  # fmt: skip
+        self.transformable = type("Transformable", (torch.autograd.Function,), members)
         self.differentiable = Differentiable
-
-
-def _plain(arguments):
-    """Not what stands for a tensor while something is traced."""
-    return all(not isinstance(a, torch.Tensor) or type(a) in PLAIN for a in arguments)
 
 
 def no_second_derivative(operator, name):
@@ -166,8 +178,10 @@ _KNOWN = {}
 
 def known(kind, tensors, *options):
     """`kind(tensors, *options)`, once for all tensors alike."""
-    shapes = [None if t is None else t.shape for t in tensors]
-    return _once((kind, options, *shapes, *map(_alike, tensors)), kind, tensors, *options)
+    key = [kind, options, tensors[0].device]
+    for t in tensors:
+        key += (None,) if t is None else (t.shape, t.dtype, t.data_ptr() % 16)
+    return _once(tuple(key), kind, tensors, *options)
 
 
 def launch(kernel, programs, *arguments, **constants):
@@ -200,4 +214,10 @@ def on_stream(device, function, *arguments):
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return on_stream(device, function, *arguments)
-    return function(torch.cuda.current_stream(device).cuda_stream, *arguments)
+    return function(_stream(device.index), *arguments)
+
+
+# PyTorch's own compiler calls it; the public way makes an object first.
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)

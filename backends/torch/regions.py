@@ -11,10 +11,6 @@ import keras
 import torch
 
 
-# Parts of one tensor are written one by one: as one kernel each part is worked out for both.
-_CAT = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
-
-
 def compiled(function):
     """`function` of tensors and numbers, compiled where its tensors hold something."""
     fast = torch.compile(function)
@@ -40,11 +36,7 @@ def region(template):
     # Code of its own for every kind of block: PyTorch counts how often it compiles one again.
     code = compute.__code__.replace(co_name=f"compute_{type(template).__name__}")
     cells = compute.__closure__
-    known = torch._inductor.config.get_config_copy()
-    compiled = torch.compile(
-        types.FunctionType(code, globals(), code.co_name, None, cells),
-        options={name: 0 for name in _CAT if name in known},
-    )
+    compiled = torch.compile(types.FunctionType(code, globals(), code.co_name, None, cells))
 
     def run(block, *arguments):
         if arguments[0].device.type == "meta":  # Keras works out shapes

@@ -6,11 +6,14 @@ than the device runs them. Recorded once, they are launched as one.
 """
 
 import collections
+import contextlib
 import logging
 
 import keras
+import numpy as np
 import torch
 from keras_xlstm.backends.torch.replay import NumbersAsKernels, recordable, recorded
+from torch.overrides import TorchFunctionMode
 
 _BEFORE = 2  # steps of some shapes that run as they are: kernels are compiled and tuned by them
 _KEPT = 2  # recordings of one model: each holds the memory of a step
@@ -29,13 +32,39 @@ class RecordedStep:
 
     def __init__(self, model):
         self._model, self._refused = model, False
-        self._variables = None
+        self._variables = self._feeding = None
         self._forget(None)
 
     def look_again(self):
         """Once there is a recording, which variables there are is not asked again until this: for a
         large model that takes several milliseconds, while the device waits."""
         self._variables = None
+
+    @contextlib.contextmanager
+    def feeding(self):
+        """Inside, arrays become tensors on the device without waiting for it: Keras makes the next
+        batch while a step runs, and would wait for its end."""
+        if self._feeding is not None:
+            yield
+            return
+        self._feeding = _Feeding()
+        try:
+            with self._feeding:
+                yield
+        finally:
+            self._feeding = None
+
+    @contextlib.contextmanager
+    def not_feeding(self):
+        """Inside, nothing of that: what is compiled is compiled anew under another mode."""
+        if self._feeding is None:
+            yield
+            return
+        self._feeding.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._feeding.__enter__()
 
     def _forget(self, place):
         self._place, self._seen, self._recordings = place, collections.Counter(), {}
@@ -118,6 +147,16 @@ class Recording:
         return keras.tree.map_structure(
             lambda x: x.clone() if isinstance(x, torch.Tensor) else x, self._logs
         )
+
+
+class _Feeding(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.as_tensor and isinstance(args[0], np.ndarray):
+            device = torch.device(kwargs.get("device") or "cpu")
+            if device.type == "cuda":
+                return _sent(torch.as_tensor(args[0], dtype=kwargs.get("dtype")), device)
+        return func(*args, **kwargs)
 
 
 def _sent(x, device):

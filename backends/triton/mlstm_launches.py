@@ -81,6 +81,9 @@ class _Launches:
                 self.K, self.V, self.dtype, self.BH, self.T, chunk, self.device.processors
             )
         self.kept = kept(host, call)
+        # Of states that are written, but that nobody will read.
+        B, H, K, V = self.B, self.H, self.K, self.V
+        self.unread = host.parts((B, H, K, V), (B, H, K), (B, H))
         self.launches = []
 
     def launch(self, kernel, programs, **constants):
@@ -290,4 +293,4 @@ class Backward(_Launches):
 
 
 def addresses(tensors):
-    return [None if t is None else t.data_ptr() for t in tensors]
+    return [t if t is None or type(t) is int else t.data_ptr() for t in tensors]

@@ -182,7 +182,7 @@ class xLSTMLargeBlock(Block):
             implementation=backends.prefer(self.use_kernel),
         )
         h = self.head_norm(ops.reshape(h, (batch, time, self.values)))
-        y = self.output_projection(h * ops.sigmoid(gate))
+        y = self.output_projection(h * ops.sigmoid(backends.apart(gate)))
         x = x + (y if dropped is None else y * dropped)
         return x + self.feed_forward(self.feed_forward_norm(x)), list(state)
 

@@ -1,6 +1,7 @@
 """How models of blocks compile: a block of each kind for all that are alike."""
 
 import contextlib
+import functools
 
 import keras
 
@@ -63,11 +64,33 @@ class CompilesBlocks:
             self._recorded.look_again()
         return super().make_train_function(*args, **kwargs)
 
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, **kwargs):
+        if self._recorded is None:
+            return super().fit(*args, **kwargs)
+        with self._recorded.feeding():
+            return super().fit(*args, **kwargs)
+
     def train_step(self, *arguments):
         """`keras.Model.train_step`."""
         if self._recorded is None:
             return super().train_step(*arguments)
-        return self._recorded(super().train_step, *arguments)
+        with self._recorded.not_feeding():
+            return self._recorded(super().train_step, *arguments)
+
+    def test_step(self, *arguments):
+        """`keras.Model.test_step`."""
+        with self._not_feeding():
+            return super().test_step(*arguments)
+
+    def predict_step(self, *arguments):
+        """`keras.Model.predict_step`."""
+        with self._not_feeding():
+            return super().predict_step(*arguments)
+
+    def _not_feeding(self):
+        recorded = self._recorded
+        return contextlib.nullcontext() if recorded is None else recorded.not_feeding()
 
     def compile_from_config(self, config):
         """What `keras.models.load_model` calls; Keras's own refuses where `compile` is not its."""

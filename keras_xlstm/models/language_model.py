@@ -210,7 +210,7 @@ class xLSTMLanguageModel(Generates, StackModel):
         self._check_ids(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
-    fit, train_on_batch = _checked(keras.Model.fit), _checked(keras.Model.train_on_batch)
+    fit, train_on_batch = _checked(StackModel.fit), _checked(keras.Model.train_on_batch)
     evaluate, test_on_batch = _checked(keras.Model.evaluate), _checked(keras.Model.test_on_batch)
     predict, predict_on_batch = (
         _checked(keras.Model.predict), _checked(keras.Model.predict_on_batch)
