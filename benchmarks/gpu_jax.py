@@ -1,5 +1,5 @@
-"""Our kernels under JAX on one NVIDIA GPU, in bfloat16: Triton's (the mLSTM) and Pallas's, beside
-plain XLA and beside the Triton kernels on PyTorch; and training a whole model.
+"""Our kernels under JAX on one NVIDIA GPU, in bfloat16: Triton's and Pallas's, beside plain XLA and
+beside the Triton kernels on PyTorch; and training a whole model.
 
     python benchmarks/gpu_jax.py [--only mlstm,slstm,step,model]
 
@@ -184,15 +184,13 @@ def table():
 
 
 def slstm_table():
-    results = {
-        f: figures(run(__file__, "--family", f"slstm {f}", errors=None))
-        for f in ("pallas", "native")
-    }
+    families = ("triton", "pallas", "native")
+    results = {f: figures(run(__file__, "--family", f"slstm {f}", errors=None)) for f in families}
     results["torch"] = figures(run(gpu_slstm.__file__, "ours", gpu_slstm.ALL))
-    print("\n| sLSTM, B T heads x units | | pallas | native | Triton on torch |")
-    print("|---|---|---|---|---|")
+    print("\n| sLSTM, B T heads x units | | triton | pallas | native | triton on torch |")
+    print("|---|---|---|---|---|---|")
     for n, (B, T, H, D) in enumerate(gpu_slstm.SHAPES):
-        rows(n, f"{B} {T} {H}x{D}", results, "pallas", ("native", "torch"))
+        rows(n, f"{B} {T} {H}x{D}", results, "triton", ("pallas", "native", "torch"))
 
 
 def rows(n, shape, results, own, peers):

@@ -1,5 +1,5 @@
-"""Lowers a training step of the mLSTM under JAX for a Hopper GPU that need not be there, by our
-Triton kernels: python tests/lower_for_hopper.py [K V heads ...]
+"""Lowers training steps of the mLSTM (K/V/heads) and the sLSTM (units/heads) under JAX for a Hopper
+GPU that need not be there, by our Triton kernels: python tests/lower_for_hopper.py [64/128/132 ...]
 
 Prints of every launch its kernel, warps, operands and results, and numbers. What jaxlib would
 compile is compiled by ptxas.
@@ -70,13 +70,19 @@ class Jaxlib:
 JAXLIB = Jaxlib()
 
 
-def lower(K, V, heads, T=512):
-    shapes = [(1, T, heads, K), (1, T, heads, K), (1, T, heads, V), (1, T, heads), (1, T, heads)]
+def lower(*sizes, T=512):
+    if len(sizes) == 3:
+        K, V, H = sizes
+        op, shapes = keras_xlstm.ops.mlstm, [(1, T, H, K), (1, T, H, K), (1, T, H, V)]
+        shapes += [(1, T, H), (1, T, H)]
+    else:
+        D, H = sizes
+        op, shapes = keras_xlstm.ops.slstm, [(16, T, 4, H, D), (H, D, 4, D), (4, H, D)]
     arguments = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
 
     def step(*inputs):
         def run(*inputs):
-            return keras_xlstm.ops.mlstm(*inputs, implementation="triton")
+            return op(*inputs, implementation="triton")
 
         h, gradient = jax.vjp(run, *inputs)
         return gradient(h)
@@ -93,6 +99,5 @@ if __name__ == "__main__":
     machine.shared_memory = lambda: 232_448
     machine.jaxlib = lambda: JAXLIB
     assert mlstm_triton.unsupported() is None
-    sizes = list(map(int, sys.argv[1:])) or [64, 128, 132]
-    for given in zip(*[iter(sizes)] * 3, strict=True):
-        print(*lower(*given), sep="\n", flush=True)
+    for sizes in sys.argv[1:] or ["64/128/132", "64/12", "192/4"]:
+        print(*lower(*map(int, sizes.split("/"))), sep="\n", flush=True)

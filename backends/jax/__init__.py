@@ -16,7 +16,10 @@ by_halves = True
 # Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
 fuses_sums = True
 # Modules here: of each implementation, by op; the first that fits is picked.
-own = {"triton": {"mlstm": "mlstm_triton"}, "pallas": {"mlstm": "mlstm", "slstm": "slstm"}}
+own = {
+    "triton": {"mlstm": "mlstm_triton", "slstm": "slstm_triton"},
+    "pallas": {"mlstm": "mlstm", "slstm": "slstm"},
+}
 by_region = False  # whole steps are compiled
 recorded = False
 

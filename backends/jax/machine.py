@@ -82,10 +82,15 @@ def missing_triton():
 def _not_installed():
     if importlib.util.find_spec("triton") is None:
         return 'the package triton is not installed (pip install "keras-xlstm[triton]")'
-    version = importlib.metadata.version("triton")
-    if not _TRITON[0] <= tuple(map(int, version.split(".")[:2])) < _TRITON[1]:
-        return f"it knows triton 3.6 to 3.9, not {version}"
+    if not _TRITON[0] <= triton_version() < _TRITON[1]:
+        return f"it knows triton 3.6 to 3.9, not {importlib.metadata.version('triton')}"
     return None
+
+
+@functools.cache
+def triton_version():
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache

@@ -20,7 +20,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from keras_xlstm.backends.jax import machine
 
-_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+_TYPES = {
+    "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int8": "*i8",
+}  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _BFLOAT16 = 9  # of CUDA's CUtensorMapDataType
 _INTERPRETER = threading.Lock()  # it changes Triton's language while it runs

@@ -4,10 +4,9 @@ The native form is slstm_loop.py's. Triton itself is imported on the first launc
 """
 
 import functools
-import importlib
 
 import torch
-from keras_xlstm.backends.mlstm_tiles import power
+from keras_xlstm.backends import slstm_launches as launches
 from keras_xlstm.backends.torch import machine
 from keras_xlstm.backends.torch.machine import precision
 from keras_xlstm.backends.torch.operators import launch, no_second_derivative, operator
@@ -20,11 +19,9 @@ def unsupported(x=None):
     if x is None:
         return machine.missing()
     reason = machine.unsupported(x)
-    if reason is None and x.shape[-1] > 1024:
-        reason = f"it takes up to 1024 units a head, not {x.shape[-1]}"
-    if reason is None and not _split(x.shape[-1], 8, x.dtype, machine.shared_memory(x.device)):
-        reason = f"heads of {x.shape[-1]} units are too large for the device's shared memory"
-    return reason
+    return reason or launches.unsupported(
+        x.shape[-1], x.dtype.itemsize, machine.shared_memory(x.device)
+    )
 
 
 def slstm(
@@ -48,99 +45,18 @@ def slstm(
     return h, tuple(last)
 
 
-@functools.cache
-def _kernels(file="kernels"):
-    return importlib.import_module(f"keras_xlstm.backends.triton.slstm_{file}")
+def _launches(x):
+    B, T, _, H, D = x.shape
+    device = launches.Device(
+        machine.shared_memory(x.device), machine.processors(x.device), precision(x.dtype),
+        machine.triton_version(), True, machine.all_shared_memory(x.device),
+    )  # fmt: skip
+    return launches.Launches(launch, device, B, T, H, D, x.dtype.itemsize)
 
 
-def _whole(D, BB, dtype, shared_memory):
-    """Whether one program can hold the recurrent kernel of a head; float32's is there in parts."""
-    DP, size = power(D), dtype.itemsize
-    needed = (4 * DP * DP * size + 16 * DP * BB) * size // 2
-    return DP <= (64 if dtype == torch.float32 else 128) and needed <= shared_memory
-
-
-def _split(D, BB, dtype, shared_memory):
-    """Units of a program, units of a round, bytes of shared memory; or None: nothing fits."""
-    size = dtype.itemsize
-    KR = min(power(D), 256 if size == 2 else 128)
-    rows = max(16, BB * size // 2)
-    for BU in (16, 8) if size == 2 else (8,):
-        needed = 4 * size * KR * (BU * -(-D // KR) + rows) + 2048
-        if needed <= shared_memory:
-            return BU, KR, needed
-    return None
-
-
-def _warps(D, BB, dtype):
-    """Of a program of `split`: as few as have registers enough. Triton holds the recurrent kernel
-    in them from 3.9 on, in shared memory before."""
-    if BB == 32 or dtype == torch.float32 or (D > 512 and machine.triton_version() >= (3, 9)):
-        return 8
-    return 4
-
-
-class _Plan:
-    """How the work of a call is cut: rows and units of a program, programs of a launch."""
-
-    def __init__(self, B, H, D, dtype, device):
-        self.B, self.H, self.D = B, H, D
-        self.processors = self.resident = machine.processors(device)
-        memory = machine.shared_memory(device)
-        self.whole = _whole(D, 8, dtype, memory)
-        # Few rows: less work in each step's chain of dependent operations, as long as there are
-        # processors for all the programs.
-        cut = _split(D, 8, dtype, memory)
-        for BB in (8, 16) if dtype == torch.float32 else (8, 16, 32):
-            larger = _split(D, BB, dtype, memory)
-            if not (_whole(D, BB, dtype, memory) if self.whole else larger):
-                break
-            self.BB, cut = BB, larger or cut
-            self.tiles = 1 if self.whole else -(-D // cut[0])
-            if self.groups * self.tiles <= self.processors:
-                break
-        if self.whole:
-            self.forward = {"DP": power(D), "BB": self.BB, "num_warps": 8}
-            self.backward = dict(self.forward)
-        else:
-            BU, KR, needed = cut
-            S = _warps(D, self.BB, dtype)
-            self.forward = {"KR": KR, "BB": self.BB, "BU": BU, "num_warps": S}
-            self.backward = self.forward | {"S": S}
-            if S == 4:  # then the registers, too, are enough for two programs a processor
-                self.resident *= max(1, min(2, machine.all_shared_memory(device) // needed))
-        for constants in (self.forward, self.backward):
-            constants |= {"D": D, "PREC": precision(dtype), "num_stages": 1}
-        # Programs that wait for each other must all be resident.
-        self.waits = self.tiles <= self.resident
-
-    @property
-    def groups(self):
-        """Parts of the work that do not meet: a head's rows."""
-        return self.H * -(-self.B // self.BB)
-
-    def launch_split(self, kernel, arguments, start, stop, reverse=False, **constants):
-        """Groups side by side, as many as are resident at once; or, where the programs of one
-        group are not, a launch for each step. `arguments(start, stop, first group)`."""
-        constants |= self.backward if reverse else self.forward
-        if not self.waits:
-            for t in reversed(range(start, stop)) if reverse else range(start, stop):
-                programs = self.groups * self.tiles
-                launch(kernel, programs, *arguments(t, t + 1, 0), WAIT=False, **constants)
-            return
-        together = self.resident // self.tiles
-        for group in range(0, self.groups, together):
-            launch(
-                kernel, min(together, self.groups - group) * self.tiles,
-                *arguments(start, stop, group), WAIT=True, launch_cooperative_grid=True,
-                **constants,
-            )  # fmt: skip
-
-    def missing(self, t):
-        """Fills what programs exchange with a NaN that they never write."""
-        if self.waits and not self.whole:
-            t.view(torch.int16 if t.itemsize == 2 else torch.int32).fill_(-1)
-        return t
+def _missing(t):
+    """Fills what programs exchange with a NaN that they never write."""
+    return t.view(torch.int16 if t.itemsize == 2 else torch.int32).fill_(-1)
 
 
 @operator("slstm_triton_forward")
@@ -150,26 +66,13 @@ def _forward(
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     exp_forget: bool, clip: float, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
-    B, T, _, H, D = x.shape
-    plan = _Plan(B, H, D, x.dtype, x.device)
-    outputs = _outputs(x, exp_forget, trains)
+    run, outputs = _launches(x), _outputs(x, exp_forget, trains)
     h_all, *last, saved = outputs
-    R, saved = recurrent_kernel.to(x.dtype), saved if trains else None
-    given = (x, R, bias, hold, reset, recurrent_scale)
-    if plan.whole:
-        launch(
-            _kernels("whole").forward, plan.groups, *given, h, c, n, m, h_all, saved, *last,
-            B, T, H, EXP_FORGET=exp_forget, **plan.forward,
-        )  # fmt: skip
-        return outputs
-    plan.missing(h_all)
+    if run.exchanges:
+        _missing(h_all)
+    given = x, recurrent_kernel.to(x.dtype), bias, hold, reset, recurrent_scale
     first = None if h is None else h.to(x.dtype)
-
-    def arguments(start, stop, group):
-        before = (h, c, n, m) if start == 0 else last
-        return *given, first, *before, h_all, saved, *last, B, T, H, start, stop, group
-
-    plan.launch_split(_kernels("split").forward, arguments, 0, T, EXP_FORGET=exp_forget)
+    run.forward(given, first, (h, c, n, m), h_all, saved if trains else None, last, exp_forget)
     return outputs
 
 
@@ -197,37 +100,16 @@ def _backward(
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     h: Tensor, c: Tensor, n: Tensor, saved: Tensor, exp_forget: bool, clip: float,
 ) -> list[Tensor]:  # fmt: skip
-    B, T, _, H, D = x.shape
-    plan = _Plan(B, H, D, x.dtype, x.device)
-    R = recurrent_kernel.to(x.dtype)
-    dx = plan.missing(torch.empty_like(x))
+    run, dx = _launches(x), torch.empty_like(x)
+    if run.exchanges:
+        _missing(dx)
     d_first = [torch.empty_like(c) for _ in range(3)]
-    given = (dh, saved, R, hold, reset, recurrent_scale, c0, n0)
-    options = {"EXP_FORGET": exp_forget, "CLIP": clip > 0}
-    if plan.whole:
-        launch(
-            _kernels("whole").backward, plan.groups, *given, dh_last, dc, dn, c, n, dx, *d_first,
-            B, T, H, clip, **options, **plan.backward,
-        )  # fmt: skip
-    else:
-
-        def arguments(start, stop, group):
-            after = (dh_last, dc, dn) if stop == T else d_first
-            return *given, *after, c, n, dx, *d_first, B, T, H, start, stop, group, clip
-
-        plan.launch_split(_kernels("split").backward, arguments, -1, T, True, **options)
+    R = recurrent_kernel.to(x.dtype)
+    given = dh, saved, R, hold, reset, recurrent_scale, c0, n0
+    run.backward(given, (dh_last, dc, dn), c, n, dx, d_first, exp_forget, clip)
     first = None if h0 is None else h0.to(x.dtype)
-    tile = {"BK": min(64, power(D)), "BN": min(64, power(D)), "L": 64}
-    if x.dtype == torch.float32:
-        tile["L"] = 32
-    programs = 4 * H * -(-D // tile["BK"]) * -(-D // tile["BN"])
-    splits = max(1, min(2 * plan.processors // programs, B * T // 256))
-    rows = -(-B * T // (splits * tile["L"])) * tile["L"]
-    dR = x.new_empty(splits, H, D, 4, D, dtype=torch.float32)
-    launch(
-        _kernels().kernel_gradient, splits * programs, h, dx, first, reset, recurrent_scale, dR,
-        B, T, H, rows, D=D, PREC=precision(x.dtype), num_warps=4, **tile,
-    )  # fmt: skip
+    new = functools.partial(x.new_empty, dtype=torch.float32)
+    dR = run.kernel_gradient(h, dx, first, reset, recurrent_scale, new)
     dR = dR.sum(0).to(recurrent_kernel.dtype)
     dbias = x.new_empty(0)
     if bias is not None:

@@ -1,0 +1,175 @@
+"""The launches of the sLSTM's Triton kernels, for whichever framework hosts them.
+
+`launch(kernel, programs, *arguments, **constants)` is the host's (backends/torch/slstm.py,
+backends/jax/slstm_triton.py). Programs that share a head wait for each other, so all of a launch
+must be on the device at once. Where the host can say so, that launch is cooperative: then CUDA
+refuses what would never end.
+"""
+
+import importlib
+from typing import NamedTuple
+
+from keras_xlstm.backends.mlstm_tiles import power
+
+
+class Device(NamedTuple):
+    """What launches depend on."""
+
+    shared_memory: int  # bytes that a program may have
+    processors: int
+    precision: str  # of products in the dtype at hand, as tl.dot names it
+    triton: tuple  # its version
+    cooperative: bool = False  # whether launches can be
+    all_shared_memory: int = 0  # bytes that programs of a processor may have together
+
+
+def unsupported(D, itemsize, shared_memory):
+    """Why the kernels cannot run heads of D units, or None."""
+    if D > 1024:
+        return f"it takes up to 1024 units a head, not {D}"
+    if not _split(D, 8, itemsize, shared_memory):
+        return f"heads of {D} units are too large for the device's shared memory"
+    return None
+
+
+def _kernels(file="kernels"):
+    return importlib.import_module(f"keras_xlstm.backends.triton.slstm_{file}")
+
+
+def _whole(D, BB, itemsize, shared_memory):
+    """Whether one program can hold the recurrent kernel of a head; float32's is there in parts."""
+    DP = power(D)
+    needed = (4 * DP * DP * itemsize + 16 * DP * BB) * itemsize // 2
+    return DP <= (64 if itemsize == 4 else 128) and needed <= shared_memory
+
+
+def _split(D, BB, itemsize, shared_memory):
+    """Units of a program, units of a round, bytes of shared memory; or None: nothing fits."""
+    KR = min(power(D), 256 if itemsize == 2 else 128)
+    rows = max(16, BB * itemsize // 2)
+    for BU in (16, 8) if itemsize == 2 else (8,):
+        needed = 4 * itemsize * KR * (BU * -(-D // KR) + rows) + 2048
+        if needed <= shared_memory:
+            return BU, KR, needed
+    return None
+
+
+def _warps(D, BB, itemsize, triton):
+    """Of a program of `split`: as few as have registers enough. Triton holds the recurrent kernel
+    in them from 3.9 on, in shared memory before."""
+    return 8 if BB == 32 or itemsize == 4 or (D > 512 and triton >= (3, 9)) else 4
+
+
+class Launches:
+    """How the work of a call is cut, rows and units of a program, and its launches."""
+
+    def __init__(self, launch, device, B, T, H, D, itemsize):
+        self.launch, self.device = launch, device
+        self.B, self.T, self.H, self.D, self.itemsize = B, T, H, D, itemsize
+        self.processors = self.resident = device.processors
+        memory = device.shared_memory
+        self.whole = _whole(D, 8, itemsize, memory)
+        # Few rows: less work in each step's chain of dependent operations, as long as there are
+        # processors for all the programs.
+        cut = _split(D, 8, itemsize, memory)
+        for BB in (8, 16) if itemsize == 4 else (8, 16, 32):
+            larger = _split(D, BB, itemsize, memory)
+            if not (_whole(D, BB, itemsize, memory) if self.whole else larger):
+                break
+            self.BB, cut = BB, larger or cut
+            self.tiles = 1 if self.whole else -(-D // cut[0])
+            if self.groups * self.tiles <= self.processors:
+                break
+        if self.whole:
+            self.forward_constants = {"DP": power(D), "BB": self.BB, "num_warps": 8}
+            self.backward_constants = dict(self.forward_constants)
+        else:
+            BU, KR, needed = cut
+            S = _warps(D, self.BB, itemsize, device.triton)
+            self.forward_constants = {"KR": KR, "BB": self.BB, "BU": BU, "num_warps": S}
+            self.backward_constants = self.forward_constants | {"S": S}
+            if S == 4:  # then the registers, too, are enough for two programs a processor
+                self.resident *= max(1, min(2, device.all_shared_memory // needed))
+        for constants in (self.forward_constants, self.backward_constants):
+            constants |= {"D": D, "PREC": device.precision, "num_stages": 1}
+        # Programs that wait for each other must all be resident.
+        self.waits = self.tiles <= self.resident
+        # Whether what programs exchange must hold a NaN of all bits that they never write.
+        self.exchanges = self.waits and not self.whole
+
+    @property
+    def groups(self):
+        """Parts of the work that do not meet: a head's rows."""
+        return self.H * -(-self.B // self.BB)
+
+    @property
+    def together(self):
+        """Groups of one launch."""
+        return self.resident // self.tiles
+
+    def forward(self, given, first, states, h, saved, last, exp_forget):
+        """`given` (x, R, bias, hold, reset, scale), `first` h before in x's dtype, `states` (h, c,
+        n, m) before; writes h, what the backward pass needs, and the states after."""
+        sizes = self.B, self.T, self.H
+        if self.whole:
+            self.launch(
+                _kernels("whole").forward, self.groups, *given, *states, h, saved, *last, *sizes,
+                EXP_FORGET=exp_forget, **self.forward_constants,
+            )  # fmt: skip
+            return
+
+        def arguments(start, stop, group):
+            before = states if start == 0 else last
+            return *given, first, *before, h, saved, *last, *sizes, start, stop, group
+
+        self._launch_split(_kernels("split").forward, arguments, 0, False, EXP_FORGET=exp_forget)
+
+    def backward(self, given, after, c, n, dx, d_first, exp_forget, clip):
+        """`given` (dh, saved, R, hold, reset, scale, c and n before), `after` gradients of h, c, n
+        after; writes dx, and the gradients of h, c, n before."""
+        options = {"EXP_FORGET": exp_forget, "CLIP": clip > 0}
+        sizes = self.B, self.T, self.H
+        if self.whole:
+            self.launch(
+                _kernels("whole").backward, self.groups, *given, *after, c, n, dx, *d_first,
+                *sizes, clip, **options, **self.backward_constants,
+            )  # fmt: skip
+            return
+
+        def arguments(start, stop, group):
+            behind = after if stop == self.T else d_first
+            return *given, *behind, c, n, dx, *d_first, *sizes, start, stop, group, clip
+
+        self._launch_split(_kernels("split").backward, arguments, -1, True, **options)
+
+    def _launch_split(self, kernel, arguments, start, reverse, **constants):
+        """Groups side by side, as many as are resident at once; or, where the programs of one
+        group are not, a launch for each step. `arguments(start, stop, first group)`."""
+        constants |= self.backward_constants if reverse else self.forward_constants
+        steps = range(start, self.T)
+        if not self.waits:
+            for t in reversed(steps) if reverse else steps:
+                programs = self.groups * self.tiles
+                self.launch(kernel, programs, *arguments(t, t + 1, 0), WAIT=False, **constants)
+            return
+        if self.device.cooperative:
+            constants["launch_cooperative_grid"] = True
+        for group in range(0, self.groups, self.together):
+            programs = min(self.together, self.groups - group) * self.tiles
+            self.launch(kernel, programs, *arguments(start, self.T, group), WAIT=True, **constants)
+
+    def kernel_gradient(self, h, dx, first, reset, scale, new):
+        """The recurrent kernel's, in parts (parts, H, D, 4, D) that `new(shape)` makes room for."""
+        B, T, H, D = self.B, self.T, self.H, self.D
+        tile = {"BK": min(64, power(D)), "BN": min(64, power(D)), "L": 64}
+        if self.itemsize == 4:
+            tile["L"] = 32
+        programs = 4 * H * -(-D // tile["BK"]) * -(-D // tile["BN"])
+        splits = max(1, min(2 * self.processors // programs, B * T // 256))
+        rows = -(-B * T // (splits * tile["L"])) * tile["L"]
+        dR = new((splits, H, D, 4, D))
+        self.launch(
+            _kernels().kernel_gradient, splits * programs, h, dx, first, reset, scale, dR,
+            B, T, H, rows, D=D, PREC=self.device.precision, num_warps=4, **tile,
+        )  # fmt: skip
+        return dR
