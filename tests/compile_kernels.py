@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import triton
-from keras_xlstm.backends.torch import machine, mlstm, operators, slstm
+from keras_xlstm.backends.torch import driver, machine, mlstm, operators, slstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -76,7 +76,11 @@ class Compiler:
         assert "atomic" not in compiled.asm["ttgir"], kernel
         for buffers in in_flight(compiled.asm["ttgir"]) if not gluon else ():  # it waits itself
             assert set(buffers) <= {compiled.metadata.num_stages}, (kernel, role, buffers)
-        used = resources(compiled) if self.target.backend == "cuda" else {}
+        used = {}
+        if self.target.backend == "cuda":
+            used = resources(compiled)
+            # What a launch by the driver itself takes a program to have.
+            assert driver._parameters(compiled) is not None, (kernel, compiled.src.signature)
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
         file = kernel.fn.__module__.rpartition("_")[2]
         name = f"{file}.{kernel.fn.__name__} {role} {flags}"

@@ -83,7 +83,7 @@ def test_small_devices(processors, rng, monkeypatch):
     monkeypatch.setattr(machine, "processors", lambda device: processors)
     monkeypatch.setattr(machine, "all_shared_memory", machine.shared_memory)
     T, D = (6, 200) if GPU else (3, 136)  # more units than one round has, and a rest
-    plan = kernels._Plan(9, 2, D, torch.float32, tensor(np.zeros(1)).device)
+    plan = kernels._launches(tensor(np.zeros((9, T, 4, 2, D))))
     assert plan.waits == (plan.tiles <= plan.resident)
     mask = make_mask("holes", 9, T, rng)
     ids = make_segments("growing", 9, T, rng)
