@@ -7,14 +7,13 @@ from keras import ops
 from tools import BACKEND, array
 
 from keras_xlstm import backends
-from keras_xlstm.layers.parts import both_gates, each_alone
+from keras_xlstm.layers import large, mLSTM, mlstm, mlstm_block, mLSTMBlock, xLSTMLargeBlock
+from keras_xlstm.layers.parts import Gate, both_gates, each_alone
 from keras_xlstm.models import xLSTMLanguageModel
 
 
-def dense(units, dim, use_bias=True, dtype="float32"):
-    layer = keras.layers.Dense(
-        units, use_bias=use_bias, bias_initializer="random_normal", dtype=dtype
-    )
+def dense(units, dim, use_bias=True, dtype="float32", kind=keras.layers.Dense):
+    layer = kind(units, use_bias=use_bias, bias_initializer="random_normal", dtype=dtype)
     layer.build((None, None, dim))
     return layer
 
@@ -23,7 +22,7 @@ def dense(units, dim, use_bias=True, dtype="float32"):
 @pytest.mark.parametrize("time", [1, 7])
 def test_gates_are_those_of_both_layers(dtype, time, rng):
     x = ops.cast(rng.normal(size=(2, time, 16)), dtype)
-    layers = dense(4, 16), dense(4, 16)
+    layers = dense(4, 16, kind=Gate), dense(4, 16, kind=Gate)
     for lora in (False, True):
         if lora:
             layers[1].enable_lora(2)
@@ -31,6 +30,36 @@ def test_gates_are_those_of_both_layers(dtype, time, rng):
         for got, layer in zip(both_gates(x, *layers), layers):
             assert keras.backend.standardize_dtype(got.dtype) == "float32"
             np.testing.assert_allclose(array(got), array(layer(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "module"),
+    [
+        (lambda: mLSTM(8, num_heads=2, dtype="mixed_bfloat16"), mlstm),
+        (lambda: mLSTMBlock(num_heads=2, dtype="mixed_bfloat16"), mlstm_block),
+        (lambda: xLSTMLargeBlock(num_heads=2, dtype="mixed_bfloat16"), large),
+    ],
+)
+def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):
+    """Inside a layer that computes in bfloat16 Keras reads other layers' weights as such."""
+    seen = []
+
+    def spy(x, *layers):
+        gates = both_gates(x, *layers)
+        seen.append((x, layers, gates))
+        return gates
+
+    monkeypatch.setattr(module, "both_gates", spy)
+    layer = make()
+    layer.build((2, 5, 16))
+    for gate in (layer.input_gate, layer.forget_gate):
+        gate.kernel.assign(rng.normal(size=gate.kernel.shape))
+    layer(ops.convert_to_tensor(rng.normal(size=(2, 5, 16)), "bfloat16"))
+    [(x, layers, gates)] = seen
+    x = array(ops.cast(x, "float32")).astype("float64")
+    for gate, got in zip(layers, gates):
+        want = x @ array(gate.kernel).astype("float64") + array(gate.bias)
+        np.testing.assert_allclose(array(got), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,6 +5,7 @@ import functools
 import jax
 import keras
 import numpy as np
+from keras_xlstm.backends.jax import machine
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
@@ -30,7 +31,7 @@ def apart(x):
     XLA makes one Triton kernel of a row's sums and all that is done to the row; for the rows of a
     norm per head it was ten times slower than the sums by themselves (benchmarks/RESULTS.md).
     """
-    return x if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(x)
+    return x if machine.platform() == "cpu" else jax.lax.optimization_barrier(x)
 
 
 def narrow_product(x, kernel):
@@ -41,7 +42,7 @@ def narrow_product(x, kernel):
     Instead the kernel is cut into three bfloat16 numbers, whose sum it is: products of bfloat16 are
     summed in float32. So is the gradient.
     """
-    if jax.default_backend() == "cpu" or x.dtype != "bfloat16" or x.shape[1] == 1:
+    if machine.platform() == "cpu" or x.dtype != "bfloat16" or x.shape[1] == 1:
         return None
     return _by_parts(x, kernel)
 
@@ -67,7 +68,7 @@ def _sum_of_three(x, axis):
 
 def _product(x, y, axes, batch=()):
     """The product over axes[0] of x and axes[1] of y, of bfloat16, in float32."""
-    if jax.default_backend() == "cpu":  # in tests; it has no such product
+    if machine.platform() == "cpu":  # in tests; it has no such product
         x, y = x.astype("float32"), y.astype("float32")
     return jax.lax.dot_general(x, y, (axes, (batch, batch)), preferred_element_type="float32")
 
@@ -95,7 +96,7 @@ _by_parts.defvjp(lambda x, kernel: (_by_parts(x, kernel), (x, kernel)), _by_part
 def alone(x, kernel):
     """Both, for a product that XLA leaves by itself. Several products of one x it makes one of, and
     cuts the result, and in the gradient joins what it multiplies: copies of all of it."""
-    if jax.default_backend() == "cpu":
+    if machine.platform() == "cpu":
         return x, kernel
     return jax.lax.optimization_barrier((x, kernel))
 

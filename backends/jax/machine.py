@@ -28,6 +28,10 @@ def _device():
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 
+def platform():
+    return _device().platform
+
+
 def not_nvidia():
     """Why JAX computes on nothing that kernels are for, or None."""
     device = _device()

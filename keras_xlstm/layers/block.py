@@ -8,7 +8,7 @@ from keras import ops
 from keras_xlstm import initializers
 from keras_xlstm._checks import check_flag, freeze, load_variables, mask_and_segments
 from keras_xlstm.layers.base import StateLayer
-from keras_xlstm.layers.parts import check_positive, check_rate, check_use_kernel
+from keras_xlstm.layers.parts import Gate, check_positive, check_rate, check_use_kernel
 
 
 class Block(StateLayer):
@@ -108,8 +108,8 @@ class Block(StateLayer):
         return initializers.reseeded(initializer, offset + 100 * self.block_index)
 
     def _gate(self, name, width, bias_initializer):
-        # In float32 whatever the policy: a gate is an exponent.
-        layer = keras.layers.Dense(
+        # In float32 whatever the policy.
+        layer = Gate(
             self.num_heads,
             kernel_initializer="zeros",
             bias_initializer=bias_initializer,

@@ -9,6 +9,7 @@ from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_flag, last_real_step
 from keras_xlstm.layers.parts import (
+    Gate,
     MultiHeadNorm,
     both_gates,
     check_cap,
@@ -195,8 +196,8 @@ class mLSTM(Recurrent):
         )
 
     def _gate(self, name, bias_initializer):
-        # In float32 whatever the policy: a gate is an exponent.
-        return keras.layers.Dense(
+        # In float32 whatever the policy.
+        return Gate(
             self.num_heads,
             kernel_initializer="zeros",
             bias_initializer=bias_initializer,

@@ -126,9 +126,17 @@ def _are_plain(*layers):
     return not any(layer.lora_enabled or layer.quantization_mode for layer in layers)
 
 
+class Gate(keras.layers.Dense):
+    """A Dense whose weights are read as they are, also where the block around computes in half
+    precision: a gate is an exponent."""
+
+    def add_weight(self, *args, **kwargs):
+        return super().add_weight(*args, **{**kwargs, "autocast": False})
+
+
 def both_gates(x, first, second):
-    """first(x) and second(x) for two Dense layers of as many units, in float32: where the backend
-    has a faster way, by one product."""
+    """first(x) and second(x) for two `Gate`s of as many units: where the backend has a faster way,
+    by one product."""
     both = None
     if narrow_product is not None and _are_plain(first, second):
         # Heads last, where model parallelism divides them.
