@@ -130,6 +130,29 @@ def test_a_stack(recordings, rng):
     assert len(recordings) == 1
 
 
+@pytest.mark.skipif(GPU, reason="asks for a device that is not there")
+def test_batches_are_sent_ahead(monkeypatch):
+    """Inside `fit`, and in nothing that it runs."""
+    model, sent = model_of(), []
+    monkeypatch.setattr(training, "_sent", lambda x, device: sent.append((x, device.type)) or x)
+    step, ids = model._recorded, np.arange(3, dtype="int32")
+
+    def asked():
+        return torch.as_tensor(ids, dtype=torch.int64, device="cuda")
+
+    with step.feeding():
+        with step.feeding():  # validation in between
+            assert asked().dtype == torch.int64
+        torch.as_tensor(ids)
+        torch.as_tensor([1.0])
+        with step.not_feeding(), pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+            asked()
+        asked()
+    assert [(x.tolist(), kind) for x, kind in sent] == [([0, 1, 2], "cuda")] * 2
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        asked()
+
+
 class Deciding(keras.optimizers.SGD):
     """Reads a gradient on the host, as no recorded step can."""
 

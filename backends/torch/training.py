@@ -152,7 +152,7 @@ class Recording:
 class _Feeding(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.as_tensor and isinstance(args[0], np.ndarray):
+        if func is torch.as_tensor and len(args) == 1 and isinstance(args[0], np.ndarray):
             device = torch.device(kwargs.get("device") or "cpu")
             if device.type == "cuda":
                 return _sent(torch.as_tensor(args[0], dtype=kwargs.get("dtype")), device)
