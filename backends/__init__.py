@@ -27,6 +27,7 @@ __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 compiled, by_halves = framework.compiled, framework.by_halves
 apart = getattr(framework, "apart", lambda x: x)
+matmul = getattr(framework, "matmul", ops.matmul)
 # x (B, T, D) by a float32 kernel (D, 2, H), H small, where that has a faster way than two products.
 narrow_product = getattr(framework, "narrow_product", None)
 # x and a kernel whose product the compiler must not join with others of x.

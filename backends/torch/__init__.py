@@ -7,7 +7,7 @@ from keras_xlstm.backends.torch.operators import PLAIN, transforms
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
-tanh, maximum, largest = torch.tanh, torch.maximum, torch.amax
+tanh, maximum, largest, matmul = torch.tanh, torch.maximum, torch.amax, torch.matmul
 # Several times as fast to call as keras.ops', which small chunks feel.
 total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm._checks import freeze
-from keras_xlstm.backends import alone, apart, by_halves, narrow_product
+from keras_xlstm.backends import alone, apart, by_halves, matmul, narrow_product
 
 
 def check_positive(name, value):
@@ -153,7 +153,7 @@ def each_alone(x, *layers):
 
     def product(layer):
         dtype = layer.compute_dtype
-        y = ops.matmul(*alone(ops.cast(x, dtype), ops.cast(layer.kernel, dtype)))
+        y = matmul(*alone(ops.cast(x, dtype), ops.cast(layer.kernel, dtype)))
         return y + ops.cast(layer.bias, dtype) if layer.use_bias else y
 
     return [product(layer) for layer in layers]
@@ -213,7 +213,7 @@ class GatedFeedForward(keras.layers.Layer):
         if by_halves and many and _are_plain(self.up_projection):
             # Not for a single step, where the kernel is the largest array, not what it makes.
             kernel = ops.cast(self.up_projection.kernel, self.compute_dtype)
-            gate, up = (ops.matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))
+            gate, up = (matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))
         else:
             gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
         return self.down_projection(self.activation(gate) * up)
