@@ -101,11 +101,15 @@ def alone(x, kernel):
     return jax.lax.optimization_barrier((x, kernel))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def token_losses(logits, y, dtype):
-    """Cross-entropy of every token, (B, T), of logits (B, T, vocabulary) and integers (B, T); of
-    ids beyond the vocabulary zero, as Keras has it. Its sum over one-hot vectors XLA works out
-    where it makes the gradient, in a kernel that then takes twice as long."""
+    """Cross-entropy of every token, (B, T), of logits (B, T, vocabulary) and ids (B, T), numbers of
+    any dtype; of ids beyond the vocabulary zero, as Keras has it. Its sum over one-hot vectors XLA
+    works out where it makes the gradient, in a kernel that then takes twice as long."""
+    return _cross_entropy(logits, y.astype("int32"), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cross_entropy(logits, y, dtype):
     return _token_losses(logits, y, dtype)[0]
 
 
@@ -123,11 +127,11 @@ def _token_losses_backward(dtype, residuals, d):
     p = jax.numpy.exp(logits.astype(dtype) - total[..., None])
     d = jax.numpy.where(known, d, 0.0)[..., None]
     vocabulary = jax.lax.broadcasted_iota("int32", logits.shape, logits.ndim - 1)
-    dlogits = jax.numpy.where(vocabulary == y[..., None].astype("int32"), p - 1.0, p) * d
+    dlogits = jax.numpy.where(vocabulary == y[..., None], p - 1.0, p) * d
     return dlogits.astype(logits.dtype), np.zeros(y.shape, jax.dtypes.float0)
 
 
-token_losses.defvjp(_token_losses, _token_losses_backward)
+_cross_entropy.defvjp(_token_losses, _token_losses_backward)
 
 
 def once(function):

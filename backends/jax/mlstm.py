@@ -25,12 +25,12 @@ def unsupported(q=None, v=None, chunk_size=None):
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
-    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None. The last
-    state comes without `states`, too: XLA leaves out what nobody reads."""
+    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None.
+    Without `states` the last state is None."""
     whole = all(size == power(size) for size in (q.shape[-1], v.shape[-1]))
     return call(
         _forward, _backward, _step if whole else None, q, k, v, i, f, state, segment_ids,
-        input_gate, eps, chunk_size, processors=machine.processors(),
+        input_gate, eps, chunk_size, states, processors=machine.processors(),
         interpret=machine.interpreted(),
     )  # fmt: skip
 

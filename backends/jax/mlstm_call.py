@@ -10,10 +10,11 @@ _AXES = (*("BTHK",) * 2, "BTHV", *("BTH",) * 2, *_STATE, "BT")
 
 def call(
     forward, backward, step, q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size,
-    **options,
+    states, **options,
 ):  # fmt: skip
     """As `native.mlstm`, by `forward` and `backward` on each device, or, where `step` is not None,
-    by that for a single step from a state that is not trained through."""
+    by that for a single step from a state that is not trained through. Without `states` the last
+    state is None."""
     if state is not None:
         state = tuple(x.astype(jnp.float32) for x in state)
     if segment_ids is not None:
@@ -30,4 +31,4 @@ def call(
         return differentiable(forward, backward, tensors, alone, **options)
 
     h, *state = machine.over_devices(run, tensors, _AXES, ("BTHV", *_STATE))
-    return h, tuple(state)
+    return h, tuple(state) if states else None

@@ -53,11 +53,11 @@ def unwise(q=None, v=None, chunk_size=None):
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
-    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None. The last
-    state comes without `states`, too: XLA leaves out what nobody reads."""
+    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None.
+    Without `states` the last state is None."""
     return call(
         _forward, _backward, _step, q, k, v, i, f, state, segment_ids, input_gate, eps,
-        chunk_size, device=_device(q.dtype.name),
+        chunk_size, states, device=_device(q.dtype.name),
     )  # fmt: skip
 
 

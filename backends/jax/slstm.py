@@ -9,13 +9,10 @@ import importlib
 
 import jax.numpy as jnp
 from jax import lax
-from keras_xlstm.backends.jax import differentiable, machine
+from keras_xlstm.backends.jax import machine
+from keras_xlstm.backends.jax.slstm_call import AXES, RESULTS, call
 from keras_xlstm.backends.mlstm_tiles import power
 from keras_xlstm.backends.parts import carried, reported
-
-# Of x, the recurrent kernel, the bias, h, c, n, m, the flags and the scale; of h and the states.
-_AXES = ("BTGHD", "HDGE", "GHD", *("BHD",) * 4, "BT", "BT", "BHD")
-_RESULTS = ("BTHD", *("BHD",) * 4)
 
 
 def unsupported(x=None):
@@ -65,21 +62,12 @@ def slstm(
 
     The recurrent kernel meets h in x's dtype, with sums in float32.
     """
-    state = (None,) * 4 if state is None else tuple(a.astype(jnp.float32) for a in state)
-    tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale)
-    options = {
-        "exp_forget": forget_gate == "exp", "clip": recurrent_gradient_clip or 0.0,
-        "interpret": machine.interpreted(),
-    }  # fmt: skip
-
-    def run(*tensors):
-        return differentiable(_forward, _backward, tensors, _alone, **options)
-
-    def in_rounds(*tensors):
-        return _in_rounds(run, tensors)
-
-    h, *state = machine.over_devices(in_rounds, tensors, _AXES, _RESULTS)
-    return h, tuple(state)
+    return call(
+        _forward, _backward, _alone, x, recurrent_kernel, bias, state, hold, reset,
+        recurrent_scale, forget_gate, recurrent_gradient_clip,
+        around=lambda run: lambda *tensors: _in_rounds(run, tensors),
+        interpret=machine.interpreted(),
+    )  # fmt: skip
 
 
 def _in_rounds(run, tensors):
@@ -100,7 +88,7 @@ def _in_rounds(run, tensors):
     more = rounds * -(-B // rounds) - B
     tensors = [
         t if t is None or axes[0] != "B" else jnp.pad(t, [(0, more)] + [(0, 0)] * (t.ndim - 1))
-        for t, axes in zip(tensors, _AXES, strict=True)
+        for t, axes in zip(tensors, AXES, strict=True)
     ]
     return [y[:B] for y in _mapped(run, "B", rounds, *tensors)]
 
@@ -113,7 +101,7 @@ def _rows(D, dtype):
 def _mapped(run, letter, count, *tensors):
     """run, for `count` parts of the tensors along the axis of that letter."""
     parts = []
-    for t, axes in zip(tensors, _AXES, strict=True):
+    for t, axes in zip(tensors, AXES, strict=True):
         axis = axes.find(letter)
         if t is not None and axis >= 0:
             t = jnp.reshape(t, (*t.shape[:axis], count, -1, *t.shape[axis + 1 :]))
@@ -130,7 +118,7 @@ def _mapped(run, letter, count, *tensors):
         return jnp.reshape(y, (*y.shape[:axis], -1, *y.shape[axis + 2 :]))
 
     results = lax.map(part, parts)
-    return [joined(y, axes.index(letter)) for y, axes in zip(results, _RESULTS, strict=True)]
+    return [joined(y, axes.index(letter)) for y, axes in zip(results, RESULTS, strict=True)]
 
 
 def _kernels():

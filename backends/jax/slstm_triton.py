@@ -10,8 +10,9 @@ import importlib
 import jax.numpy as jnp
 from jax import lax
 from keras_xlstm.backends import slstm_launches as launches
-from keras_xlstm.backends.jax import differentiable, machine
+from keras_xlstm.backends.jax import machine
 from keras_xlstm.backends.jax import slstm as pallas
+from keras_xlstm.backends.jax.slstm_call import call
 
 # What the launches for one part of the heads or steps leave for the next one's.
 _IN_PLACE = (
@@ -28,7 +29,7 @@ def unsupported(x=None):
         return f"its batch needs a size; the shape is {x.shape}"
     reason = machine.unsupported(x, machine.missing_triton, machine.triton_interpreted())
     reason = reason or launches.unsupported(
-        x.shape[-1], x.dtype.itemsize, _device("").shared_memory
+        x.shape[-1], x.dtype.itemsize, _device(x.dtype.name).shared_memory
     )
     if reason is not None:
         return reason
@@ -67,20 +68,14 @@ def slstm(
 
     The recurrent kernel meets h in x's dtype, with sums in float32.
     """
-    state = (None,) * 4 if state is None else tuple(a.astype(jnp.float32) for a in state)
     hold, reset = (None if flag is None else flag.astype(jnp.int8) for flag in (hold, reset))
-    if bias is not None:
-        bias = bias.astype(jnp.float32)
-    if recurrent_scale is not None:
-        recurrent_scale = recurrent_scale.astype(jnp.float32)
-    tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale)
-    options = {"exp_forget": forget_gate == "exp", "clip": float(recurrent_gradient_clip or 0.0)}
-
-    def run(*tensors):
-        return differentiable(_forward, _backward, tensors, _alone, **options)
-
-    h, *state = machine.over_devices(run, tensors, pallas._AXES, pallas._RESULTS)
-    return h, tuple(state)
+    bias, recurrent_scale = (
+        None if x is None else x.astype(jnp.float32) for x in (bias, recurrent_scale)
+    )
+    return call(
+        _forward, _backward, _alone, x, recurrent_kernel, bias, state, hold, reset,
+        recurrent_scale, forget_gate, recurrent_gradient_clip,
+    )  # fmt: skip
 
 
 def _calls():

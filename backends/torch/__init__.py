@@ -54,8 +54,8 @@ def narrow_product(x, kernel):
     """x (B, T, D) times kernel (D, 2, H), in the kernel's dtype, H small.
 
     For bfloat16 on a GPU by products of bfloat16, summed in float32: the kernel is cut into three
-    such numbers, whose sum it is, and so is the gradient. A float32 copy of x would be four times
-    the bytes, in every product.
+    such numbers, whose sum it is, and so is the gradient. A float32 copy of x would be twice the
+    bytes to write, and to read in every product.
     """
     if x.dtype == torch.bfloat16 and kernel.dtype == torch.float32 and x.is_cuda:
         if not transforms():
