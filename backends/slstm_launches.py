@@ -21,6 +21,8 @@ class Device(NamedTuple):
     triton: tuple  # its version
     cooperative: bool = False  # whether launches can be
     all_shared_memory: int = 0  # bytes that programs of a processor may have together
+    clusters: int = 0  # programs of the largest cluster for kernels in PTX; 0: it takes no PTX
+    interpreted: bool = False
 
 
 def unsupported(D, itemsize, shared_memory):
@@ -60,6 +62,22 @@ def _warps(D, BB, itemsize, triton):
     return 8 if BB == 32 or itemsize == 4 or (D > 512 and triton >= (3, 9)) else 4
 
 
+def clustered(T, D, itemsize, device):
+    """Programs of a head and their warps, forwards and backwards, by the kernels in PTX; or None.
+
+    A warp's lanes have 8 units forwards; backwards four warps 16. One warp for each of a processor's
+    four schedulers is the fastest: units of more cluster, up to what registers can hold of R.
+    """
+    if itemsize != 2 or D % 32 or D > 256 or T == 1:
+        return None
+    if device.interpreted:  # tensors' sizes are powers of two, and programs run one after another
+        return None if D & (D - 1) else ((1, D // 8), (1, D // 4))
+    programs = D // 32
+    if programs <= device.clusters:
+        return (programs, 4), (programs, 8)
+    return ((1, 8), (1, 16)) if D == 64 and device.clusters else None
+
+
 class Launches:
     """How the work of a call is cut, rows and units of a program, and its launches."""
 
@@ -68,6 +86,10 @@ class Launches:
         self.B, self.T, self.H, self.D, self.itemsize = B, T, H, D, itemsize
         self.processors = self.resident = device.processors
         memory = device.shared_memory
+        self.clustered = clustered(T, D, itemsize, device)
+        if self.clustered:
+            self.whole, self.waits, self.exchanges = False, True, False
+            return
         self.whole = _whole(D, 8, itemsize, memory)
         # Few rows: less work in each step's chain of dependent operations, as long as there are
         # processors for all the programs.
@@ -97,6 +119,19 @@ class Launches:
         # Whether what programs exchange must hold a NaN of all bits that they never write.
         self.exchanges = self.waits and not self.whole
 
+    def saved(self, exp_forget):
+        """The shape of what the backward pass needs."""
+        planes = 6 if exp_forget else 7
+        shape = self.B, self.T, self.H, self.D
+        return (*shape, 8) if self.clustered else (planes, *shape)
+
+    @property
+    def memory(self):
+        """Words that stand for shared memory, where kernels in PTX are interpreted."""
+        if not (self.clustered and self.device.interpreted):
+            return 0
+        return self.H * -(-self.B // 8) * 3 * max(16 * self.D, 32 * self.D)
+
     @property
     def groups(self):
         """Parts of the work that do not meet: a head's rows."""
@@ -107,10 +142,25 @@ class Launches:
         """Groups of one launch."""
         return self.resident // self.tiles
 
-    def forward(self, given, first, states, h, saved, last, exp_forget):
+    def _launch_clustered(self, kernel, sizes, arguments, **constants):
+        programs, warps = sizes
+        if programs > 1:
+            constants["cluster"] = programs
+        self.launch(
+            kernel, self.H * -(-self.B // 8) * programs, *arguments, D=self.D, N=programs, W=warps,
+            num_warps=warps, num_stages=1, **constants,
+        )  # fmt: skip
+
+    def forward(self, given, first, states, h, saved, last, exp_forget, memory=None):
         """`given` (x, R, bias, hold, reset, scale), `first` h before in x's dtype, `states` (h, c,
         n, m) before; writes h, what the backward pass needs, and the states after."""
         sizes = self.B, self.T, self.H
+        if self.clustered:
+            self._launch_clustered(
+                _kernels("cluster").forward, self.clustered[0],
+                (*given, *states, h, saved, *last, memory, *sizes), EXP_FORGET=exp_forget,
+            )  # fmt: skip
+            return
         if self.whole:
             self.launch(
                 _kernels("whole").forward, self.groups, *given, *states, h, saved, *last, *sizes,
@@ -124,11 +174,17 @@ class Launches:
 
         self._launch_split(_kernels("split").forward, arguments, 0, False, EXP_FORGET=exp_forget)
 
-    def backward(self, given, after, c, n, dx, d_first, exp_forget, clip):
+    def backward(self, given, after, c, n, dx, d_first, exp_forget, clip, memory=None):
         """`given` (dh, saved, R, hold, reset, scale, c and n before), `after` gradients of h, c, n
         after; writes dx, and the gradients of h, c, n before."""
         options = {"EXP_FORGET": exp_forget, "CLIP": clip > 0}
         sizes = self.B, self.T, self.H
+        if self.clustered:
+            self._launch_clustered(
+                _kernels("cluster").backward, self.clustered[1],
+                (*given, *after, dx, *d_first, memory, *sizes, clip), **options,
+            )  # fmt: skip
+            return
         if self.whole:
             self.launch(
                 _kernels("whole").backward, self.groups, *given, *after, c, n, dx, *d_first,

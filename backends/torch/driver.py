@@ -18,12 +18,13 @@ _NUMBERS = {"i32": ("i", 4), "i64": ("q", 8), "fp32": ("f", 4)}
 _POINTER, _DESCRIPTOR = ("Q", 8), ("152s", 128)  # a descriptor's shape and strides lie behind it
 _BEHIND = (("i", 4), ("i", 4), ("q", 8), ("q", 8))
 _BFLOAT16, _L2_128_BYTES = 9, 2  # of CUDA's CUtensorMapDataType, CUtensorMapL2promotion
+_CLUSTER_DIMENSION = 4  # of its CUlaunchAttributeID
 _NO_CONTEXT = 201  # this thread has not used the device yet
 
 
-def launcher(compiled, programs):
+def launcher(compiled, programs, cluster=1):
     """`function(stream, arguments)` for what Triton compiled, or None where only Triton's own
-    launcher will do. Arguments are all of a kernel that are no constants of the call, in order:
+    launcher will do. `cluster`: so many programs hear each other. Arguments are all of a kernel that are no constants of the call, in order:
     tensors or addresses, numbers, None, `TensorDescriptor`s that are used again."""
     metadata = compiled.metadata
     more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
@@ -33,7 +34,7 @@ def launcher(compiled, programs):
     parameters = _parameters(compiled)
     if parameters is None or not isinstance(compiled.function, int):
         return None
-    return _Launch(compiled, programs, parameters)
+    return _Launch(compiled, programs, parameters, cluster)
 
 
 def _parameters(compiled):
@@ -67,10 +68,12 @@ def _sizes(ptx, name):
 
 
 class _Launch:
-    def __init__(self, compiled, programs, parameters):
+    def __init__(self, compiled, programs, parameters, cluster):
         metadata = compiled.metadata
         cooperative = getattr(metadata, "launch_cooperative_grid", False)
         self.call = _driver().cuLaunchCooperativeKernel if cooperative else _driver().cuLaunchKernel
+        if cluster > 1:
+            self.call = _in_clusters(cluster)
         threads = 32 * metadata.num_warps
         self.sizes = compiled.function, programs, 1, 1, threads, 1, 1, metadata.shared
         self.end = () if cooperative else (None,)
@@ -122,6 +125,36 @@ class _Launch:
             raise RuntimeError(f"A Triton kernel could not be launched: {_message(error)}.")
 
 
+class _Attribute(ctypes.Structure):
+    """CUDA's CUlaunchAttribute."""
+
+    _fields_ = (("kind", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+def _in_clusters(programs):
+    """Called as cuLaunchKernel is."""
+    attribute = _Attribute(_CLUSTER_DIMENSION)
+    attribute.value[:3] = programs, 1, 1
+    config = _Config(attributes=ctypes.pointer(attribute), count=1)
+    launch = _driver().cuLaunchKernelEx
+
+    def call(function, *arguments):
+        *sizes, stream, places, more = arguments
+        config.sizes[:], config.stream = sizes, stream
+        return launch(ctypes.byref(config), function, places, more)
+
+    return call
+
+
 def _encoded(descriptor, meta):
     """What a kernel gets for a TensorDescriptor: CUDA's own, its shape, its strides."""
     found = getattr(descriptor, "_keras_xlstm_encoded", None)
@@ -151,6 +184,7 @@ def _driver():
     launch = [address, *[word] * 7, address, address]
     driver.cuLaunchCooperativeKernel.argtypes = launch
     driver.cuLaunchKernel.argtypes = [*launch, address]
+    driver.cuLaunchKernelEx.argtypes = [address] * 4
     driver.cuTensorMapEncodeTiled.argtypes = [
         address, ctypes.c_int, word, address, *[address] * 4, *[ctypes.c_int] * 4,
     ]  # fmt: skip

@@ -37,8 +37,9 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unsupported(x):
-    """Why no kernel can run on this tensor, or None."""
+def unsupported(x, halves=False):
+    """Why no kernel can run on this tensor, or None. `halves`: kernels whose numbers of 16 bits
+    Triton's interpreter knows, too."""
     if x.device.type == "meta":
         return "it needs tensors with values"
     if exporting():
@@ -47,7 +48,7 @@ def unsupported(x):
         return "torch.func.vmap and forward-mode derivatives see PyTorch's own operators alone"
     if x.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, not {name(x.dtype)}"
-    if x.dtype != torch.float32 and interpreted():
+    if x.dtype != torch.float32 and interpreted() and not halves:
         return "Triton's interpreter computes float32 alone"
     return missing(x.device.type, x.device.index)
 
@@ -83,6 +84,16 @@ def hopper(device):
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9 and (3, 6) <= triton_version() < (3, 10)
+
+
+@functools.cache
+def clusters(device):
+    """Programs of the largest cluster that kernels in PTX may have; 0 where there is no PTX."""
+    if device.type != "cuda":
+        return 1 if interpreted() else 0
+    if torch.version.hip is not None:
+        return 0
+    return 8 if hopper(device) else 1
 
 
 @functools.cache

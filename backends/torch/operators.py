@@ -124,8 +124,9 @@ class Launch:
     not specialised (see the kernels).
     """
 
-    def __init__(self, kernel, programs, **constants):
+    def __init__(self, kernel, programs, cluster=1, **constants):
         self.kernel, self.programs, self.constants = kernel, programs, constants
+        self.cluster = cluster  # programs that hear each other
         self.known = None
 
     def __call__(self, stream, *arguments):
@@ -135,6 +136,17 @@ class Launch:
             self._first(stream, arguments)
 
     def _first(self, stream, arguments):
+        if self.cluster > 1:  # of which Triton's launcher knows nothing
+            compiled = self.kernel.warmup(*arguments, grid=(1,), **self.constants)
+            compiled[1, 1, 1]  # loads it
+            self.known = driver.launcher(compiled, self.programs, self.cluster)
+            if self.known is None:
+                raise RuntimeError(
+                    "This version of Triton compiles what is not known how to launch in clusters. "
+                    'Use implementation="native", and please report it.'
+                )
+            self.known(stream, arguments)
+            return
         compiled = self.kernel[self.programs,](*arguments, **self.constants)
         if hasattr(compiled, "result"):  # it may be compiled in the background
             compiled = compiled.result()

@@ -18,7 +18,8 @@ def unsupported(x=None):
     """Why the kernels cannot run on this tensor (None: here at all), or None."""
     if x is None:
         return machine.missing()
-    reason = machine.unsupported(x)
+    interpreted = machine.interpreted() and x.dtype.itemsize == 2 and bool(_launches(x).clustered)
+    reason = machine.unsupported(x, halves=interpreted)
     return reason or launches.unsupported(
         x.shape[-1], x.dtype.itemsize, machine.shared_memory(x.device)
     )
@@ -50,6 +51,7 @@ def _launches(x):
     device = launches.Device(
         machine.shared_memory(x.device), machine.processors(x.device), precision(x.dtype),
         machine.triton_version(), True, machine.all_shared_memory(x.device),
+        machine.clusters(x.device), machine.interpreted(),
     )  # fmt: skip
     return launches.Launches(launch, device, B, T, H, D, x.dtype.itemsize)
 
@@ -67,13 +69,20 @@ def _forward(
     exp_forget: bool, clip: float, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
     run, outputs = _launches(x), _outputs(x, exp_forget, trains)
+    bias = None if bias is None else bias.float()
     h_all, *last, saved = outputs
     if run.exchanges:
         _missing(h_all)
     given = x, recurrent_kernel.to(x.dtype), bias, hold, reset, recurrent_scale
     first = None if h is None else h.to(x.dtype)
-    run.forward(given, first, (h, c, n, m), h_all, saved if trains else None, last, exp_forget)
+    saved = saved if trains else None
+    memory = _memory(run, x)
+    run.forward(given, first, (h, c, n, m), h_all, saved, last, exp_forget, memory)
     return outputs
+
+
+def _memory(run, like):
+    return like.new_zeros(run.memory, dtype=torch.int32) if run.memory else None
 
 
 def _outputs(x, exp_forget, trains):
@@ -81,7 +90,7 @@ def _outputs(x, exp_forget, trains):
     B, T, _, H, D = x.shape
     outputs = [x.new_empty(B, T, H, D)]
     outputs += [x.new_empty(B, H, D, dtype=torch.float32) for _ in range(4)]
-    saved = (6 if exp_forget else 7, B, T, H, D) if trains else (0,)
+    saved = _launches(x).saved(exp_forget) if trains else (0,)
     return [*outputs, x.new_empty(saved, dtype=torch.float32)]
 
 
@@ -106,7 +115,8 @@ def _backward(
     d_first = [torch.empty_like(c) for _ in range(3)]
     R = recurrent_kernel.to(x.dtype)
     given = dh, saved, R, hold, reset, recurrent_scale, c0, n0
-    run.backward(given, (dh_last, dc, dn), c, n, dx, d_first, exp_forget, clip)
+    after = dh_last, dc, dn
+    run.backward(given, after, c, n, dx, d_first, exp_forget, clip, _memory(run, x))
     first = None if h0 is None else h0.to(x.dtype)
     new = functools.partial(x.new_empty, dtype=torch.float32)
     dR = run.kernel_gradient(h, dx, first, reset, recurrent_scale, new)

@@ -1,0 +1,354 @@
+"""What single lanes of a warp do: loads, stores, products, messages between programs.
+
+Tensors have one axis, an element a lane, so that a lane's registers are where the tensor cores'
+instruction m16n8k16 wants them: with g = lane // 4 and q = lane % 4, a lane holds rows g and g + 8
+of a (registers 0 and 1; two columns each), row g of b, and columns 2 q, 2 q + 1 of rows g and
+g + 8 of the result. No tensor changes its layout, no step waits for a whole program. Each function
+is a line or two of PTX; interpreted, the same in Triton's own terms.
+
+`at` is a mask of whole numbers. Shared memory is addressed in words of 32 bits; where programs form
+a cluster of N, all of them hear what is sent. Interpreted, `memory` is an array of the caller's.
+"""
+
+import triton
+import triton.language as tl
+
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+MISSING = tl.constexpr(-1)  # two numbers that no arithmetic makes: NaN of all bits
+
+
+@triton.jit
+def exp(x):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], tl.float32, True, 1
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def log(x):
+    if PTX:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        return y * 0.6931471805599453
+    else:
+        return tl.log(x)
+
+
+@triton.jit
+def reciprocal(x):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def load(p, at):
+    """float32"""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1];}",
+            "=&f,l,r", [p, at], tl.float32, False, 1,
+        )  # fmt: skip
+    else:
+        return tl.load(p, mask=at != 0, other=0.0)
+
+
+@triton.jit
+def load_four(p, at):
+    """Four float32 side by side, at a multiple of 16 bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{.reg .pred p; setp.ne.s32 p, $5, 0;
+            mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+            @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];}""",
+            "=&f,=&f,=&f,=&f,l,r", [p, at], (tl.float32, tl.float32, tl.float32, tl.float32),
+            False, 1,
+        )  # fmt: skip
+    else:
+        return load(p, at), load(p + 1, at), load(p + 2, at), load(p + 3, at)
+
+
+@triton.jit
+def load_half(p, at):
+    """The bits of a number of 16."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u16 $0, [$1];}",
+            "=&r,l,r", [p, at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        x = tl.load(p, mask=at != 0, other=0.0)
+        return x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def load_flag(p, at):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s8 $0, [$1];}",
+            "=&r,l,r", [p, at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        return tl.load(p, mask=at != 0, other=0).to(tl.int32)
+
+
+@triton.jit
+def store(p, x, at):
+    """float32"""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; @p st.global.b32 [$1], $2;}",
+            "=r,l,r,r", [p, x.to(tl.int32, bitcast=True), at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.store(p, x, mask=at != 0)
+
+
+@triton.jit
+def store_four(p, a, b, c, d, at):
+    """Four float32 side by side, at a multiple of 16 bytes."""
+    if PTX:
+        a, b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+        c, d = c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
+        tl.inline_asm_elementwise(
+            """{.reg .pred p; setp.ne.s32 p, $6, 0; mov.b32 $0, 0;
+            @p st.global.v4.b32 [$1], {$2, $3, $4, $5};}""",
+            "=r,l,r,r,r,r,r", [p, a, b, c, d, at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        store(p, a, at)
+        store(p + 1, b, at)
+        store(p + 2, c, at)
+        store(p + 3, d, at)
+
+
+@triton.jit
+def store_pair(p, word, at):
+    """Two numbers of 16 bits, at a multiple of 4 bytes."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; @p st.global.b32 [$1], $2;}",
+            "=r,l,r,r", [p, word, at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        dtype: tl.constexpr = p.dtype.element_ty
+        tl.store(p, word.to(tl.int16).to(dtype, bitcast=True), mask=at != 0)
+        tl.store(p + 1, (word >> 16).to(tl.int16).to(dtype, bitcast=True), mask=at != 0)
+
+
+@triton.jit
+def number(bits, dtype: tl.constexpr):
+    """float32, of bits of a number of 16."""
+    if dtype == tl.float16:
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pair(low, high, dtype: tl.constexpr):
+    """Two float32 as a word of two numbers of 16 bits, never MISSING: NaN is 0x7fff."""
+    if PTX:
+        BF16: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        F16: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(
+            F16 if dtype == tl.float16 else BF16, "=r,f,f", [low, high], tl.int32, True, 1
+        )
+    else:
+        low = tl.where(low == low, low, float("nan")).to(dtype).to(tl.int16, bitcast=True)
+        high = tl.where(high == high, high, float("nan")).to(dtype).to(tl.int16, bitcast=True)
+        return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def other(x, LANES: tl.constexpr):
+    """x of the lane whose g is one more or, where it is odd, one less."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;", "=r,r", [x], tl.int32, False, 1
+        )
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (LANES // 8, 2, 4)), (0, 2, 1)))
+        return tl.reshape(tl.permute(tl.join(odd, even), (0, 2, 1)), (LANES,))
+
+
+@triton.jit
+def _columns(words, dtype: tl.constexpr, LANES: tl.constexpr):
+    """(warps, 8, 8) of a register: row g, columns 2 q and 2 q + 1."""
+    x = tl.join(number(words & 0xFFFF, dtype), number((words >> 16) & 0xFFFF, dtype))
+    return tl.reshape(x, (LANES // 32, 8, 8))
+
+
+@triton.jit
+def _by_side(left, right):
+    """Two (warps, 8, n) as (warps, 8, 2 n)."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 1, 3, 2)), (left.shape[0], 8, 16))
+
+
+@triton.jit
+def product(a, o: tl.constexpr, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr, LANES: tl.constexpr):
+    """c + a b of every warp: a (16, 16) is words o to o + 3 of a, b (16, 8), c (16, 8)."""
+    if PTX:
+        BF16: tl.constexpr = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        F16: tl.constexpr = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return tl.inline_asm_elementwise(
+            F16 if dtype == tl.float16 else BF16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[o], a[o + 1], a[o + 2], a[o + 3], b0, b1, c0, c1, c2, c3],
+            (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
+        )  # fmt: skip
+    else:
+        b = _by_side(_columns(b0, dtype, LANES), _columns(b1, dtype, LANES))
+        b = tl.permute(b, (0, 2, 1))
+        a0, a1 = _columns(a[o], dtype, LANES), _columns(a[o + 1], dtype, LANES)
+        a2, a3 = _columns(a[o + 2], dtype, LANES), _columns(a[o + 3], dtype, LANES)
+        upper, lower = tl.dot(_by_side(a0, a2), b), tl.dot(_by_side(a1, a3), b)
+        d0, d1 = tl.split(tl.reshape(upper, (LANES, 2)))
+        d2, d3 = tl.split(tl.reshape(lower, (LANES, 2)))
+        return c0 + d0, c1 + d1, c2 + d2, c3 + d3
+
+
+@triton.constexpr_function
+def _declared(words):
+    return f"{{.shared .align 16 .b32 exchanged[{words}]; mov.u32 $0, exchanged;}}"
+
+
+@triton.jit
+def shared_memory(lane, memory_p, WORDS: tl.constexpr):
+    """Once in a program: where its words are."""
+    if PTX:
+        return tl.inline_asm_elementwise(_declared(WORDS), "=r,r", [lane], tl.int32, False, 1)
+    else:
+        return memory_p + tl.program_id(0) * WORDS
+
+
+@triton.constexpr_function
+def _meeting(programs):
+    if programs == 1:
+        return "bar.sync 0; mov.b32 $0, $1;"
+    return "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mov.b32 $0, $1;"
+
+
+@triton.jit
+def meet(lane, N: tl.constexpr):
+    """All lanes of a cluster wait for each other."""
+    if PTX:
+        tl.inline_asm_elementwise(_meeting(N), "=r,r", [lane], tl.int32, False, 1)
+
+
+@triton.jit
+def meet_tile(tile):
+    """Four warps, a tile of this program, wait for each other."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{.reg .b32 n; add.u32 n, $1, 1; bar.sync n, 128; mov.b32 $0, $1;}", "=r,r", [tile],
+            tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def put(memory, word, value, at):
+    """In this program's memory alone."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; "
+            "@p st.volatile.shared.b32 [$1], $2;}",
+            "=r,r,r,r", [memory + 4 * word, value, at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.store(memory + word, value, mask=at != 0)
+
+
+@triton.jit
+def get(memory, word):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.volatile.shared.b32 $0, [$1];", "=r,r", [memory + 4 * word], tl.int32, False, 1
+        )
+    else:
+        return tl.load(memory + word)
+
+
+@triton.jit
+def put_four(memory, word, value, at):
+    """One value in four words, at a multiple of four."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; "
+            "@p st.volatile.shared.v4.b32 [$1], {$2, $2, $2, $2};}",
+            "=r,r,r,r", [memory + 4 * word, value, at], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        for j in tl.static_range(4):
+            tl.store(memory + word + j, value, mask=at != 0)
+
+
+@triton.constexpr_function
+def _sending(programs):
+    code = "{.reg .b32 a; mov.b32 $0, 0;\n"
+    if programs == 1:
+        return code + "st.volatile.shared.b32 [$1], $2;}"
+    for rank in range(programs):
+        code += f"mapa.shared::cluster.u32 a, $1, {rank}; st.shared::cluster.b32 [a], $2;\n"
+    return code + "}"
+
+
+@triton.jit
+def send(memory, word, value, N: tl.constexpr):
+    """To all programs of the cluster."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            _sending(N), "=&r,r,r", [memory + 4 * word, value], tl.int32, False, 1
+        )
+    else:
+        tl.store(memory + word, value)
+
+
+@triton.constexpr_function
+def _receiving(chunks):
+    results = [f"${j}" for j in range(4 * chunks)]
+    code = "{.reg .pred p; .reg .b32 m;\nAGAIN:\n"
+    for j in range(chunks):  # the first of two addresses is that of even chunks
+        four = ", ".join(results[4 * j : 4 * j + 4])
+        code += f"ld.volatile.shared.v4.b32 {{{four}}}, [${4 * chunks + j % 2} + {64 * j}];\n"
+    code += "mov.b32 m, 0;\n" + "".join(f"max.u32 m, m, {x};\n" for x in results)
+    return code + "setp.eq.u32 p, m, 0xffffffff;\n@p bra AGAIN;}"
+
+
+@triton.constexpr_function
+def _registers(chunks):
+    return "=&r," * (4 * chunks) + "r,r"
+
+
+@triton.constexpr_function
+def _words(chunks):
+    return (tl.int32,) * (4 * chunks)
+
+
+@triton.jit
+def receive(memory, word, swap, CHUNKS: tl.constexpr):
+    """Four words of every chunk of 16, once all have come; chunks are swapped in pairs (16) or not
+    (0)."""
+    if PTX:
+        even = memory + 4 * (word + swap)
+        odd = memory + 4 * (word - swap)
+        return tl.inline_asm_elementwise(
+            _receiving(CHUNKS), _registers(CHUNKS), [even, odd], _words(CHUNKS), False, 1
+        )
+    else:
+        found = ()
+        for j in tl.static_range(CHUNKS):
+            for k in tl.static_range(4):
+                x = tl.load(memory + word + 16 * j + k + (swap if j % 2 == 0 else -swap))
+                found += (x,)
+        return found
