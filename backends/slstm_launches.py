@@ -62,20 +62,19 @@ def _warps(D, BB, itemsize, triton):
     return 8 if BB == 32 or itemsize == 4 or (D > 512 and triton >= (3, 9)) else 4
 
 
-def clustered(T, D, itemsize, device):
-    """Programs of a head and their warps, forwards and backwards, by the kernels in PTX; or None.
+def clustered(D, itemsize, device):
+    """Programs of a head and their warps, by the kernels in PTX; or None.
 
-    A warp's lanes have 8 units forwards; backwards four warps 16. One warp for each of a processor's
-    four schedulers is the fastest: units of more cluster, up to what registers can hold of R.
+    A warp has 8 units. One for each of a processor's four schedulers is the fastest; more units
+    cluster, up to what registers can hold of the recurrent kernel.
     """
-    if itemsize != 2 or D % 32 or D > 256 or T == 1:
+    if itemsize != 2 or D % 32 or D > 256:
         return None
     if device.interpreted:  # tensors' sizes are powers of two, and programs run one after another
-        return None if D & (D - 1) else ((1, D // 8), (1, D // 4))
-    programs = D // 32
-    if programs <= device.clusters:
-        return (programs, 4), (programs, 8)
-    return ((1, 8), (1, 16)) if D == 64 and device.clusters else None
+        return None if D & (D - 1) else (1, D // 8)
+    if D // 32 <= device.clusters:
+        return D // 32, 4
+    return (1, 8) if D == 64 and device.clusters else None
 
 
 class Launches:
@@ -86,7 +85,7 @@ class Launches:
         self.B, self.T, self.H, self.D, self.itemsize = B, T, H, D, itemsize
         self.processors = self.resident = device.processors
         memory = device.shared_memory
-        self.clustered = clustered(T, D, itemsize, device)
+        self.clustered = clustered(D, itemsize, device)
         if self.clustered:
             self.whole, self.waits, self.exchanges = False, True, False
             return
@@ -130,7 +129,7 @@ class Launches:
         """Words that stand for shared memory, where kernels in PTX are interpreted."""
         if not (self.clustered and self.device.interpreted):
             return 0
-        return self.H * -(-self.B // 8) * 3 * max(16 * self.D, 32 * self.D)
+        return self.H * -(-self.B // 8) * 48 * self.D
 
     @property
     def groups(self):
@@ -142,8 +141,8 @@ class Launches:
         """Groups of one launch."""
         return self.resident // self.tiles
 
-    def _launch_clustered(self, kernel, sizes, arguments, **constants):
-        programs, warps = sizes
+    def _launch_clustered(self, kernel, arguments, **constants):
+        programs, warps = self.clustered
         if programs > 1:
             constants["cluster"] = programs
         self.launch(
@@ -157,7 +156,7 @@ class Launches:
         sizes = self.B, self.T, self.H
         if self.clustered:
             self._launch_clustered(
-                _kernels("cluster").forward, self.clustered[0],
+                _kernels("cluster").forward,
                 (*given, *states, h, saved, *last, memory, *sizes), EXP_FORGET=exp_forget,
             )  # fmt: skip
             return
@@ -181,7 +180,7 @@ class Launches:
         sizes = self.B, self.T, self.H
         if self.clustered:
             self._launch_clustered(
-                _kernels("cluster").backward, self.clustered[1],
+                _kernels("cluster").backward,
                 (*given, *after, dx, *d_first, memory, *sizes, clip), **options,
             )  # fmt: skip
             return

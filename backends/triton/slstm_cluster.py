@@ -1,14 +1,15 @@
 """The sLSTM in Triton for 16-bit numbers, a head's programs one cluster: they exchange h, and
 backwards the gate gradients, through each other's shared memory.
 
-Every warp works for itself, with its part of the recurrent kernel in registers (slstm_lanes.py):
-forwards 8 units by 8 rows, all four gates; backwards four warps share 16 units by 8 rows, a gate's
-part of the sum each. What a step exchanges has a slot of three in turn, in every program: a word is
-MISSING until it is there. Who has read all of a slot knows that all have read the slot before: it
-is cleared for the step after next.
+A warp's cells are 8 units by 8 rows, two to a lane, with its part of the recurrent kernel in
+registers (slstm_lanes.py). Forwards every warp needs the whole h: what a step sends has a slot of
+three in turn in every program, of words that are MISSING until they come. Who has read all of a
+slot knows that all have read the slot before: it is cleared for the step after next. Backwards
+programs have the gate gradients of their own units, and send each other what these add to the
+gradients of h: half the bytes of the gate gradients. A word has one reader, who clears it.
 
-A slot's rows are chunks of 16 words (32 units), in odd rows swapped in pairs: lanes that read two
-rows at once then read different banks of the memory.
+Rows of h are chunks of 16 words (32 units), in odd rows swapped in pairs: lanes that read two rows
+at once then read different banks of the memory.
 """
 
 import triton
@@ -16,6 +17,8 @@ import triton.language as tl
 from keras_xlstm.backends.triton import slstm_lanes as lanes
 from keras_xlstm.backends.triton.slstm_kernels import NEVER, _kernel
 from keras_xlstm.backends.triton.slstm_lanes import MISSING
+
+AHEAD = tl.constexpr(6)  # steps
 
 
 @triton.jit
@@ -39,6 +42,23 @@ def _cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr):
     c = f * c + i * z
     n = f * n + i
     return o * (c / n), c, n, new_m, i, f, z, o, slope
+
+
+@triton.jit
+def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
+    """The gate gradients, and those of the c and n before."""
+    r = tl.where(n == 0.0, 0.0, lanes.reciprocal(n))  # nothing there: a held fresh start
+    y = o * r
+    h = y * c
+    dc += dh * y
+    dn -= dh * h * r
+    di = i * (z * dc + dn)
+    df = f * (c_in * dc + n_in * dn)
+    if not EXP_FORGET:
+        df *= slope
+    dz = i * dc * ((1.0 - z) * (1.0 + z))
+    do = dh * h * (1.0 - o)
+    return di, df, dz, do, f * dc, f * dn
 
 
 @triton.jit
@@ -66,12 +86,12 @@ def _first(c0_p, n0_p, m0_p, o, at):
 
 
 @triton.jit
-def _place(row, unit, D: tl.constexpr):
-    """The word of a row (of 8) and an even unit in a slot."""
+def _within(row, unit, COUNT: tl.constexpr):
+    """The word of an even unit in its row of COUNT."""
     chunk = unit // 32
-    if D % 64 == 0:
+    if COUNT % 64 == 0:
         chunk ^= row & 1
-    return row * (D // 2) + chunk * 16 + unit % 32 // 2
+    return chunk * 16 + unit % 32 // 2
 
 
 @triton.jit
@@ -141,7 +161,7 @@ def forward(
     # Of a pair of lanes, units u and u + 1 (or u - 1), the even one has the words of its even row.
     odd = g % 2 == 1
     row = 2 * q + g % 2
-    sent = _place(row, u - g % 2, D)
+    sent = row * (D // 2) + _within(row, u - g % 2, D)
     out = (first + row).to(tl.int64)
     at_out = (out < B).to(tl.int32)
     out = h_p + out * T * HD + head * D + u - g % 2
@@ -152,24 +172,21 @@ def forward(
     b_read = tl.minimum(first + g, B - 1).to(tl.int64) * T
     o0, o1 = (b0 * T) * HD + head * D + u, (b1 * T) * HD + head * D + u  # of steps
     x0, x1 = x_p + (b0 * T) * 4 * HD + head * D + u, x_p + (b1 * T) * 4 * HD + head * D + u
-    # Inputs arrive while two steps are computed: memory takes longer than one.
+    # Inputs arrive while a step is computed; a lane asks for those of row g, gate q, 8 units ahead.
     xi0, xf0, xz0, xo0 = _raw(x0, HD, at0)
     xi1, xf1, xz1, xo1 = _raw(x1, HD, at1)
-    x0 += 4 * HD
-    x1 += 4 * HD
-    later = (T > 1).to(tl.int32)
-    yi0, yf0, yz0, yo0 = _raw(x0, HD, at0 * later)
-    yi1, yf1, yz1, yo1 = _raw(x1, HD, at1 * later)
+    ahead = x_p + (b_read + AHEAD) * 4 * HD + q * HD + head * D + u - g
     for step in range(0, T):
         t = tl.cast(step, tl.int32)  # the interpreter has a Python number
         i0, f0, z0, v0 = _numbers(xi0, xf0, xz0, xo0, dtype)
         i1, f1, z1, v1 = _numbers(xi1, xf1, xz1, xo1, dtype)
-        xi0, xf0, xz0, xo0, xi1, xf1, xz1, xo1 = yi0, yf0, yz0, yo0, yi1, yf1, yz1, yo1
         x0 += 4 * HD
         x1 += 4 * HD
-        later = (t + 2 < T).to(tl.int32)
-        yi0, yf0, yz0, yo0 = _raw(x0, HD, at0 * later)
-        yi1, yf1, yz1, yo1 = _raw(x1, HD, at1 * later)
+        later = (t + 1 < T).to(tl.int32)
+        xi0, xf0, xz0, xo0 = _raw(x0, HD, at0 * later)
+        xi1, xf1, xz1, xo1 = _raw(x1, HD, at1 * later)
+        lanes.soon(ahead, (t + AHEAD < T).to(tl.int32) + all_lanes * 0)
+        ahead += 4 * HD
         if bias_p is not None:
             i0, f0, z0, v0 = i0 + bi, f0 + bf, z0 + bz, v0 + bo
             i1, f1, z1, v1 = i1 + bi, f1 + bf, z1 + bz, v1 + bo
@@ -180,7 +197,7 @@ def forward(
             m0 = tl.where(lanes.load_flag(reset_p + b0 * T + t, at0) != 0, NEVER, m0)
             m1 = tl.where(lanes.load_flag(reset_p + b1 * T + t, at1) != 0, NEVER, m1)
 
-        h = lanes.receive(memory, slot + read, swap, CHUNKS)
+        h = lanes.receive(memory, slot + read, swap, CHUNKS, True)
         # Products of even and odd columns do not wait for each other.
         s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
         for j in tl.static_range(CHUNKS):
@@ -249,142 +266,175 @@ def backward(
     D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EXP_FORGET: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """N programs of W warps, 4 N W = D. A lane's cell is one of a tile's 16 units by 8 rows."""
+    """As `forward`. A warp multiplies its program's gate gradients by R for TILES times 16 units."""
     dtype: tl.constexpr = dx_p.dtype.element_ty
     LANES: tl.constexpr = 32 * W
-    CHUNKS: tl.constexpr = D // 32
-    SCRATCH: tl.constexpr = 128 * W  # where a tile's warps add up, in a slot that is free
-    SLOT: tl.constexpr = max(16 * D, SCRATCH)
+    U: tl.constexpr = 8 * W  # units of a program
+    CHUNKS: tl.constexpr = W  # of 32 gate gradients
+    TILES: tl.constexpr = (D // 16 + W - 1) // W
+    GATES: tl.constexpr = 16 * U  # words: two buffers, then two slots
+    SLOT: tl.constexpr = N * 64 * W
     rank, group = tl.program_id(0) % N, tl.program_id(0) // N
     head, first = group % H, group // H * 8
     lane = tl.arange(0, LANES)
-    s, g, q = lane // 32 % 4, lane // 4 % 8, lane % 4
-    tile = lane // 128
-    units = (rank * (W // 4) + tile) * 16
+    w, g, q = lane // 32, lane // 4 % 8, lane % 4
+    u = rank * U + w * 8 + g
     HD = H * D
-    memory = lanes.shared_memory(lane, memory_p, 3 * SLOT)
-    _clear(memory, 0, lane, 0, 3 * SLOT, LANES)
+    b0 = (first + 2 * q).to(tl.int64)
+    b1 = b0 + 1
+    at0, at1 = (b0 < B).to(tl.int32), (b1 < B).to(tl.int32)
+    memory = lanes.shared_memory(lane, memory_p, 2 * GATES + 2 * SLOT)
+    _clear(memory, 2 * GATES, lane, 0, 2 * SLOT, LANES)
 
-    # a of the products: rows are the tile's units, columns gate s of all units; as in `forward`.
-    R, all_lanes = (), tl.full((LANES,), 1, tl.int32)
+    # a of the products: rows are 16 units, columns the gates of this program's units, as above.
+    R = ()
     for j in tl.static_range(2 * CHUNKS):
-        for part in tl.static_range(4):  # units g, g + 8; columns 0 to 7, 8 to 15
-            k = j // 2 * 32 + q * 8 + j % 2 * 4 + part // 2 * 2
-            p = R_p + (head * D + units + g + part % 2 * 8).to(tl.int64) * 4 * D + s * D + k
-            low, high = lanes.load_half(p, all_lanes), lanes.load_half(p + 1, all_lanes)
-            R += (low | (high << 16),)
+        for part in tl.static_range(4 * TILES):  # units g, g + 8; columns 0 to 7, 8 to 15; tiles
+            k = rank * U + j // 2 * 32 % U + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
+            to = tl.minimum(w * TILES + part // 4, D // 16 - 1) * 16 + g + part % 2 * 8
+            p = R_p + (head * D + to).to(tl.int64) * 4 * D + j // 2 * 32 // U * D + k
+            R += (lanes.load_pair(p),)
     lanes.meet(lane, N)
 
-    u, row = units + g + s // 2 * 8, 2 * q + s % 2
-    b = (first + row).to(tl.int64)
-    at = (b < B).to(tl.int32)
-    o_state = b * HD + head * D + u
+    o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
     zero = tl.zeros((LANES,), tl.float32)
-    scale = zero
     if scale_p is not None:
-        scale = lanes.load(scale_p + o_state, at)
-    kept = lanes.load(dh1_p + o_state, at)
-    dh = kept
-    dc, dn = lanes.load(dc1_p + o_state, at), lanes.load(dn1_p + o_state, at)
-    c_first, n_first = zero, zero
+        scale0, scale1 = lanes.load(scale_p + o0, at0), lanes.load(scale_p + o1, at1)
+    kept0, kept1 = lanes.load(dh1_p + o0, at0), lanes.load(dh1_p + o1, at1)
+    dh0, dh1 = kept0, kept1
+    dc0, dc1 = lanes.load(dc1_p + o0, at0), lanes.load(dc1_p + o1, at1)
+    dn0, dn1 = lanes.load(dn1_p + o0, at0), lanes.load(dn1_p + o1, at1)
+    first_c0, first_n0, first_c1, first_n1 = zero, zero, zero, zero
     if c0_p is not None:
-        c_first, n_first = lanes.load(c0_p + o_state, at), lanes.load(n0_p + o_state, at)
-    # Of a pair of lanes, units u and u + 1 (or u - 1), the even one has the words of gates i and f,
-    # the odd one those of z and o.
+        first_c0, first_n0 = lanes.load(c0_p + o0, at0), lanes.load(n0_p + o0, at0)
+        first_c1, first_n1 = lanes.load(c0_p + o1, at1), lanes.load(n0_p + o1, at1)
     odd = g % 2 == 1
-    gate = 2 * (g % 2)
-    sent = gate * (4 * D) + _place(row, u - g % 2, D)
-    out = dx_p + ((b * T + T - 1) * 4 + gate) * HD + head * D + u - g % 2
-    read = s * (4 * D) + g * (D // 2) + q * 4
-    swap = (g % 2) * 16 if D % 64 == 0 else g * 0
-    scratch = tile * 512 + lane % 32  # words of a warp's four registers, 32 each
-    slot = 0
-    lanes.send(memory, sent, lane * 0, N)
-    lanes.send(memory, sent + 4 * D, lane * 0, N)
+    row = 2 * q + g % 2
+    even = w * 8 + g - g % 2
+    put_i = row * (2 * U) + _within(row, even, 4 * U)
+    put_f = row * (2 * U) + _within(row, even + U, 4 * U)
+    put_z = row * (2 * U) + _within(row, even + 2 * U, 4 * U)
+    put_o = row * (2 * U) + _within(row, even + 3 * U, 4 * U)
+    out = (first + row).to(tl.int64)
+    at_out = (out < B).to(tl.int32)
+    out = dx_p + (out * T + T - 1) * 4 * HD + head * D + u - g % 2
+    read, swap = g * (2 * U) + q * 4, (g % 2) * 16
+    own = 2 * GATES + lane * 2
+    b_read = tl.minimum(first + g, B - 1).to(tl.int64) * T + T - 1
 
-    # What a step needs arrives while two are computed.
-    o = (b * T + T - 1) * HD + head * D + u
-    c, n, slope, _ = lanes.load_four(saved_p + o * 8 + 4, at)
-    i, f, z, v = lanes.load_four(saved_p + o * 8, at)
-    up = lanes.load_half(dh_p + o, at)
-    o -= HD
-    later = at * (T > 1).to(tl.int32)
-    c_in, n_in, next_slope, _ = lanes.load_four(saved_p + o * 8 + 4, later)
-    next_i, next_f, next_z, next_v = lanes.load_four(saved_p + o * 8, later)
-    next_up = lanes.load_half(dh_p + o, later)
+    o0, o1 = (b0 * T + T - 1) * HD + head * D + u, (b1 * T + T - 1) * HD + head * D + u  # of steps
+    i0, f0, z0, v0 = lanes.load_four(saved_p + o0 * 8, at0)
+    i1, f1, z1, v1 = lanes.load_four(saved_p + o1 * 8, at1)
+    c0, n0, slope0, _ = lanes.load_four(saved_p + o0 * 8 + 4, at0)
+    c1, n1, slope1, _ = lanes.load_four(saved_p + o1 * 8 + 4, at1)
+    up0, up1 = lanes.load_half(dh_p + o0, at0), lanes.load_half(dh_p + o1, at1)
+    later = (T > 1).to(tl.int32)
+    in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
+    c_in0, n_in0, next_slope0, _ = lanes.load_four(in0, at0 * later)
+    c_in1, n_in1, next_slope1, _ = lanes.load_four(in1, at1 * later)
+    # A lane asks for the 64 bytes of two units in row g, and for dh of 8.
+    ahead = saved_p + ((b_read - AHEAD) * HD + head * D + u - g + 2 * q) * 8
+    ahead_dh = dh_p + (b_read - AHEAD) * HD + head * D + u - g
+    slot, gates = 0, 0
     for step in range(0, T + 1):
         t = T - 1 - tl.cast(step, tl.int32)
-        o -= HD
-        later = at * (t > 1).to(tl.int32)
-        last_c, last_n, last_slope, _ = lanes.load_four(saved_p + o * 8 + 4, later)
-        last_i, last_f, last_z, last_v = lanes.load_four(saved_p + o * 8, later)
-        last_up = lanes.load_half(dh_p + o, later)
-        c_in, n_in = tl.where(t == 0, c_first, c_in), tl.where(t == 0, n_first, n_in)
-
-        dg = lanes.receive(memory, slot + read, swap, CHUNKS)
-        p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
-        for j in tl.static_range(CHUNKS):
-            w0, w1, w2, w3 = dg[4 * j], dg[4 * j + 1], dg[4 * j + 2], dg[4 * j + 3]
-            p0, p1, p2, p3 = lanes.product(R, 8 * j, w0, w1, p0, p1, p2, p3, dtype, LANES)
-            s0, s1, s2, s3 = lanes.product(R, 8 * j + 4, w2, w3, s0, s1, s2, s3, dtype, LANES)
-        free = _next(_next(slot, SLOT), SLOT)
-        # Each warp adds up one register of all four: a cell of every lane.
-        place = free + scratch + s * 128
-        lanes.put(memory, place, (p0 + s0).to(tl.int32, bitcast=True), all_lanes)
-        lanes.put(memory, place + 32, (p1 + s1).to(tl.int32, bitcast=True), all_lanes)
-        lanes.put(memory, place + 64, (p2 + s2).to(tl.int32, bitcast=True), all_lanes)
-        lanes.put(memory, place + 96, (p3 + s3).to(tl.int32, bitcast=True), all_lanes)
-        _clear(memory, free, lane, SCRATCH, SLOT, LANES)
-        lanes.meet_tile(tile)
-        back = zero
-        for w in tl.static_range(4):
-            place = free + scratch + w * 128 + s * 32
-            back += lanes.get(memory, place).to(tl.float32, bitcast=True)
-            lanes.put(memory, place, lane * 0 + MISSING, all_lanes)
-
-        if scale_p is not None:
-            back *= scale
-        if CLIP:
-            back = tl.minimum(tl.maximum(back, -clip), clip)
-        if reset_p is not None:
-            after = at * (t + 1 < T).to(tl.int32)
-            back = tl.where(lanes.load_flag(reset_p + b * T + t + 1, after) != 0, 0.0, back)
-        dh = back + kept + lanes.number(up, dtype)
-        # The cell's gradients; a held step has none but what goes through.
-        r = tl.where(n == 0.0, 0.0, 1.0 / n)  # nothing there: a held fresh start
-        y = v * r
-        h = y * c
-        new_dc, new_dn = dc + dh * y, dn - dh * h * r
-        di = i * (z * new_dc + new_dn)
-        df = f * (c_in * new_dc + n_in * new_dn)
-        if not EXP_FORGET:
-            df *= slope
-        dz = i * new_dc * ((1.0 - z) * (1.0 + z))
-        do = dh * h * (1.0 - v)
-        kept, inside = zero, t >= 0
-        if hold_p is not None:
-            held = lanes.load_flag(hold_p + b * T + t, at * inside.to(tl.int32)) != 0
-            di, df, dz = tl.where(held, 0.0, di), tl.where(held, 0.0, df), tl.where(held, 0.0, dz)
-            do, kept = tl.where(held, 0.0, do), tl.where(held, dh, 0.0)
-            inside = inside & (held == 0)
-        dc, dn = tl.where(inside, f * new_dc, dc), tl.where(inside, f * new_dn, dn)
-        own = lanes.pair(tl.where(odd, dz, di), tl.where(odd, do, df), dtype)
-        got = lanes.pair(tl.where(odd, di, dz), tl.where(odd, df, do), dtype)
-        got = lanes.other(got, LANES)
-        low, high = tl.where(odd, got, own), tl.where(odd, own, got)
-        word0 = (low & 0xFFFF) | (high << 16)
-        word1 = ((low >> 16) & 0xFFFF) | (high & -65536)
-        slot = _next(slot, SLOT)
-        lanes.send(memory, slot + sent, word0, N)
-        lanes.send(memory, slot + sent + 4 * D, word1, N)
-        at_out = at * (t >= 0).to(tl.int32)
-        lanes.store_pair(out, word0, at_out)
-        lanes.store_pair(out + HD, word1, at_out)
-        out -= 4 * HD
-        i, f, z, v, slope, c, n, up = next_i, next_f, next_z, next_v, next_slope, c_in, n_in, next_up
-        next_i, next_f, next_z, next_v, next_slope = last_i, last_f, last_z, last_v, last_slope
-        c_in, n_in, next_up = last_c, last_n, last_up
-    lanes.meet(lane, N)
-    lanes.store(dh0_p + o_state, dh, at)
-    lanes.store(dc0_p + o_state, dc, at)
-    lanes.store(dn0_p + o_state, dn, at)
+        if step > 0:
+            back0, back1 = lanes.receive_two(memory, slot + own, N, 64 * W)
+            for j in tl.static_range(N):
+                lanes.put_two(memory, slot + own + j * 64 * W, lane * 0 + MISSING)
+            slot = SLOT - slot
+            if scale_p is not None:
+                back0, back1 = back0 * scale0, back1 * scale1
+            if CLIP:
+                back0 = tl.minimum(tl.maximum(back0, -clip), clip)
+                back1 = tl.minimum(tl.maximum(back1, -clip), clip)
+            if reset_p is not None:
+                starts = lanes.load_flag(reset_p + b0 * T + t + 1, at0)
+                back0 = tl.where(starts != 0, 0.0, back0)
+                starts = lanes.load_flag(reset_p + b1 * T + t + 1, at1)
+                back1 = tl.where(starts != 0, 0.0, back1)
+            dh0, dh1 = kept0 + back0, kept1 + back1
+        if t >= 0:
+            dh0, dh1 = dh0 + lanes.number(up0, dtype), dh1 + lanes.number(up1, dtype)
+            if t == 0:
+                c_in0, n_in0, c_in1, n_in1 = first_c0, first_n0, first_c1, first_n1
+            di0, df0, dz0, do0, new_dc0, new_dn0 = _cell_gradient(
+                dh0, dc0, dn0, c0, n0, c_in0, n_in0, i0, f0, z0, v0, slope0, EXP_FORGET
+            )
+            di1, df1, dz1, do1, new_dc1, new_dn1 = _cell_gradient(
+                dh1, dc1, dn1, c1, n1, c_in1, n_in1, i1, f1, z1, v1, slope1, EXP_FORGET
+            )
+            kept0, kept1 = zero, zero
+            if hold_p is not None:  # a held step has none but what goes through
+                held = lanes.load_flag(hold_p + b0 * T + t, at0) != 0
+                di0, df0 = tl.where(held, 0.0, di0), tl.where(held, 0.0, df0)
+                dz0, do0 = tl.where(held, 0.0, dz0), tl.where(held, 0.0, do0)
+                new_dc0, new_dn0 = tl.where(held, dc0, new_dc0), tl.where(held, dn0, new_dn0)
+                kept0 = tl.where(held, dh0, 0.0)
+                held = lanes.load_flag(hold_p + b1 * T + t, at1) != 0
+                di1, df1 = tl.where(held, 0.0, di1), tl.where(held, 0.0, df1)
+                dz1, do1 = tl.where(held, 0.0, dz1), tl.where(held, 0.0, do1)
+                new_dc1, new_dn1 = tl.where(held, dc1, new_dc1), tl.where(held, dn1, new_dn1)
+                kept1 = tl.where(held, dh1, 0.0)
+            dc0, dn0, dc1, dn1 = new_dc0, new_dn0, new_dc1, new_dn1
+            di, df = (
+                _two_units(di0, di1, odd, dtype, LANES), _two_units(df0, df1, odd, dtype, LANES)
+            )  # fmt: skip
+            dz, do = (
+                _two_units(dz0, dz1, odd, dtype, LANES), _two_units(do0, do1, odd, dtype, LANES)
+            )  # fmt: skip
+            lanes.put(memory, gates + put_i, di)
+            lanes.put(memory, gates + put_f, df)
+            lanes.put(memory, gates + put_z, dz)
+            lanes.put(memory, gates + put_o, do)
+            lanes.meet_here(lane)
+            dg = lanes.receive(memory, gates + read, swap, CHUNKS, False)
+            gates = GATES - gates
+            for tile in tl.static_range(TILES):
+                # Products of even and odd columns do not wait for each other.
+                p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
+                for j in tl.static_range(CHUNKS):
+                    p0, p1, p2, p3 = lanes.product(
+                        R, (2 * j * TILES + tile) * 4, dg[4 * j], dg[4 * j + 1], p0, p1, p2, p3,
+                        dtype, LANES,
+                    )  # fmt: skip
+                    s0, s1, s2, s3 = lanes.product(
+                        R, ((2 * j + 1) * TILES + tile) * 4, dg[4 * j + 2], dg[4 * j + 3],
+                        s0, s1, s2, s3, dtype, LANES,
+                    )  # fmt: skip
+                # To the lanes whose cells they are: of units g and g + 8, two warps.
+                to = w * TILES + tile
+                word = slot + 2 * GATES + rank * 64 * W + to * 2 % W * 64 + lane % 32 * 2
+                program, there = tl.minimum(to * 2 // W, N - 1), (to < D // 16).to(tl.int32)
+                lanes.send_two(memory, word, program, p0 + s0, p1 + s1, there, N)
+                lanes.send_two(memory, word + 64, program, p2 + s2, p3 + s3, there, N)
+            lanes.store_pair(out, di, at_out)
+            lanes.store_pair(out + HD, df, at_out)
+            lanes.store_pair(out + 2 * HD, dz, at_out)
+            lanes.store_pair(out + 3 * HD, do, at_out)
+            out -= 4 * HD
+            # What the next step needs arrives while the programs wait for each other.
+            o0 -= HD
+            o1 -= HD
+            c0, n0, slope0, c1, n1, slope1 = c_in0, n_in0, next_slope0, c_in1, n_in1, next_slope1
+            later = (t > 0).to(tl.int32)
+            i0, f0, z0, v0 = lanes.load_four(saved_p + o0 * 8, at0 * later)
+            i1, f1, z1, v1 = lanes.load_four(saved_p + o1 * 8, at1 * later)
+            up0 = lanes.load_half(dh_p + o0, at0 * later)
+            up1 = lanes.load_half(dh_p + o1, at1 * later)
+            later = (t > 1).to(tl.int32)
+            in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
+            c_in0, n_in0, next_slope0, _ = lanes.load_four(in0, at0 * later)
+            c_in1, n_in1, next_slope1, _ = lanes.load_four(in1, at1 * later)
+            lanes.soon(ahead, (t >= AHEAD).to(tl.int32) + lane * 0)
+            lanes.soon(ahead_dh, ((t >= AHEAD) & (q == 0)).to(tl.int32))
+            ahead -= 8 * HD
+            ahead_dh -= HD
+    lanes.meet(lane, N)  # nobody may send to a program that is gone
+    o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
+    lanes.store(dh0_p + o0, dh0, at0)
+    lanes.store(dh0_p + o1, dh1, at1)
+    lanes.store(dc0_p + o0, dc0, at0)
+    lanes.store(dc0_p + o1, dc1, at1)
+    lanes.store(dn0_p + o0, dn0, at0)
+    lanes.store(dn0_p + o1, dn1, at1)

@@ -87,6 +87,28 @@ def load_half(p, at):
 
 
 @triton.jit
+def load_pair(p):
+    """The bits of two numbers of 16, at a multiple of 4 bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [p], tl.int32, False, 1
+        )
+    else:
+        low = tl.load(p).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (tl.load(p + 1).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def soon(p, at):
+    """Asks for what will be loaded: memory takes longer than a step, its cache does not."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p prefetch.global.L2 [$1];}",
+            "=r,l,r", [p, at], tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
 def load_flag(p, at):
     if PTX:
         return tl.inline_asm_elementwise(
@@ -247,36 +269,37 @@ def meet(lane, N: tl.constexpr):
 
 
 @triton.jit
-def meet_tile(tile):
-    """Four warps, a tile of this program, wait for each other."""
+def meet_here(lane):
+    """All lanes of this program wait for each other."""
     if PTX:
         tl.inline_asm_elementwise(
-            "{.reg .b32 n; add.u32 n, $1, 1; bar.sync n, 128; mov.b32 $0, $1;}", "=r,r", [tile],
-            tl.int32, False, 1,
-        )  # fmt: skip
+            "bar.sync 0; mov.b32 $0, $1;", "=r,r", [lane], tl.int32, False, 1
+        )
 
 
 @triton.jit
-def put(memory, word, value, at):
+def put(memory, word, value):
     """In this program's memory alone."""
     if PTX:
         tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; "
-            "@p st.volatile.shared.b32 [$1], $2;}",
-            "=r,r,r,r", [memory + 4 * word, value, at], tl.int32, False, 1,
+            "mov.b32 $0, 0; st.volatile.shared.b32 [$1], $2;", "=&r,r,r", [memory + 4 * word, value],
+            tl.int32, False, 1,
         )  # fmt: skip
     else:
-        tl.store(memory + word, value, mask=at != 0)
+        tl.store(memory + word, value)
 
 
 @triton.jit
-def get(memory, word):
+def put_two(memory, word, value):
+    """One value in two words, at a multiple of two."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "ld.volatile.shared.b32 $0, [$1];", "=r,r", [memory + 4 * word], tl.int32, False, 1
-        )
+        tl.inline_asm_elementwise(
+            "mov.b32 $0, 0; st.volatile.shared.v2.b32 [$1], {$2, $2};", "=&r,r,r",
+            [memory + 4 * word, value], tl.int32, False, 1,
+        )  # fmt: skip
     else:
-        return tl.load(memory + word)
+        tl.store(memory + word, value)
+        tl.store(memory + word + 1, value)
 
 
 @triton.jit
@@ -315,36 +338,92 @@ def send(memory, word, value, N: tl.constexpr):
 
 
 @triton.constexpr_function
-def _receiving(chunks):
-    results = [f"${j}" for j in range(4 * chunks)]
+def _sending_two(programs):
+    code = "{.reg .pred p; .reg .b32 a; mov.b32 $0, 0; setp.ne.s32 p, $5, 0;\n"
+    if programs == 1:
+        return code + "@p st.volatile.shared.v2.b32 [$1], {$3, $4};}"
+    code += "mapa.shared::cluster.u32 a, $1, $2;\n"
+    return code + "@p st.shared::cluster.v2.b32 [a], {$3, $4};}"
+
+
+@triton.jit
+def send_two(memory, word, program, x, y, at, N: tl.constexpr):
+    """Two float32, at a multiple of two words, to one program of the cluster."""
+    x, y = x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True)
+    if PTX:
+        tl.inline_asm_elementwise(
+            _sending_two(N), "=&r,r,r,r,r,r", [memory + 4 * word, program, x, y, at], tl.int32,
+            False, 1,
+        )  # fmt: skip
+    else:
+        tl.store(memory + word, x, mask=at != 0)
+        tl.store(memory + word + 1, y, mask=at != 0)
+
+
+@triton.constexpr_function
+def _receiving_two(parts, stride):
+    results = [f"${j}" for j in range(2 * parts)]
     code = "{.reg .pred p; .reg .b32 m;\nAGAIN:\n"
-    for j in range(chunks):  # the first of two addresses is that of even chunks
-        four = ", ".join(results[4 * j : 4 * j + 4])
-        code += f"ld.volatile.shared.v4.b32 {{{four}}}, [${4 * chunks + j % 2} + {64 * j}];\n"
+    for j in range(parts):
+        two = ", ".join(results[2 * j : 2 * j + 2])
+        code += f"ld.volatile.shared.v2.b32 {{{two}}}, [${2 * parts} + {4 * stride * j}];\n"
     code += "mov.b32 m, 0;\n" + "".join(f"max.u32 m, m, {x};\n" for x in results)
     return code + "setp.eq.u32 p, m, 0xffffffff;\n@p bra AGAIN;}"
 
 
 @triton.constexpr_function
-def _registers(chunks):
-    return "=&r," * (4 * chunks) + "r,r"
+def _results(count, inputs):
+    return "=&r," * count + inputs
 
 
 @triton.constexpr_function
-def _words(chunks):
-    return (tl.int32,) * (4 * chunks)
+def _words(count):
+    return (tl.int32,) * count
 
 
 @triton.jit
-def receive(memory, word, swap, CHUNKS: tl.constexpr):
-    """Four words of every chunk of 16, once all have come; chunks are swapped in pairs (16) or not
-    (0)."""
+def receive_two(memory, word, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+    """The sums of two float32 over PARTS places, STRIDE words apart, once all have come."""
+    if PTX:
+        found = tl.inline_asm_elementwise(
+            _receiving_two(PARTS, STRIDE), _results(2 * PARTS, "r"), [memory + 4 * word],
+            _words(2 * PARTS), False, 1,
+        )  # fmt: skip
+    else:
+        found = ()
+        for j in tl.static_range(PARTS):
+            found += (tl.load(memory + word + j * STRIDE), tl.load(memory + word + j * STRIDE + 1))
+    x, y = found[0].to(tl.float32, bitcast=True), found[1].to(tl.float32, bitcast=True)
+    for j in tl.static_range(1, PARTS):
+        x += found[2 * j].to(tl.float32, bitcast=True)
+        y += found[2 * j + 1].to(tl.float32, bitcast=True)
+    return x, y
+
+
+@triton.constexpr_function
+def _receiving(chunks, waits):
+    results = [f"${j}" for j in range(4 * chunks)]
+    code = "{.reg .pred p; .reg .b32 m;\nAGAIN:\n"
+    for j in range(chunks):  # the first of two addresses is that of even chunks
+        four = ", ".join(results[4 * j : 4 * j + 4])
+        code += f"ld.volatile.shared.v4.b32 {{{four}}}, [${4 * chunks + j % 2} + {64 * j}];\n"
+    if not waits:
+        return code + "}"
+    code += "mov.b32 m, 0;\n" + "".join(f"max.u32 m, m, {x};\n" for x in results)
+    return code + "setp.eq.u32 p, m, 0xffffffff;\n@p bra AGAIN;}"
+
+
+@triton.jit
+def receive(memory, word, swap, CHUNKS: tl.constexpr, WAIT: tl.constexpr):
+    """Four words of every chunk of 16, with WAIT once all have come; chunks are swapped in pairs
+    (16) or not (0)."""
     if PTX:
         even = memory + 4 * (word + swap)
         odd = memory + 4 * (word - swap)
         return tl.inline_asm_elementwise(
-            _receiving(CHUNKS), _registers(CHUNKS), [even, odd], _words(CHUNKS), False, 1
-        )
+            _receiving(CHUNKS, WAIT), _results(4 * CHUNKS, "r,r"), [even, odd], _words(4 * CHUNKS),
+            False, 1,
+        )  # fmt: skip
     else:
         found = ()
         for j in tl.static_range(CHUNKS):
