@@ -88,6 +88,37 @@ def test_options(options, rng):
     check(sLSTMCase(rng), **options)
 
 
+# Heads of 32, 64, ... units in 16 bits: their programs are a cluster, on Hopper; interpreted, one.
+
+HALVES = ["bfloat16", "float16"] if GPU else ["float16"]
+
+
+def check_clustered(case, dtype, **options):
+    x = case.inputs["x"]
+    assert slstm_triton._launches(x.shape, jnp.dtype(dtype)).clustered
+    check(case, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("D", [32, 64, 96, 128, 192, 256] if GPU else [32])
+def test_clusters(D, dtype, rng):
+    B, T = (9, 70) if GPU else (9, 3)
+    check_clustered(sLSTMCase(rng, B=B, T=T, D=D), dtype)
+    check_clustered(sLSTMCase(rng, B=B, T=T, D=D, state=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_clusters_with_all_options(dtype, rng):
+    B, T, D = (11, 9, 128) if GPU else (3, 4, 32)
+    mask, ids = make_mask("holes", B, T, rng), make_segments("returning", B, T, rng)
+    case = sLSTMCase(rng, B=B, T=T, D=D)
+    scale = rng.integers(0, 2, case.inputs["h"].shape) * 2.0
+    check_clustered(
+        case, dtype, mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
+        recurrent_gradient_clip=0.2,
+    )  # fmt: skip
+
+
 def test_transformations(rng):
     """jit, grad, remat, vmap."""
     x = jnp.asarray(rng.normal(size=(3, 2, 4, 4, 1, 20)), "float32")

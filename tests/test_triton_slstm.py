@@ -181,6 +181,121 @@ def test_steps_are_the_sequence(forget_gate, sizes, rng):
             assert_close(a, array(b), 2e-5)
 
 
+# Heads of 32, 64, ... units in 16 bits: their programs are a cluster, on Hopper; interpreted, one.
+
+HALVES = ["bfloat16", "float16"] if GPU else ["float16"]
+halves = pytest.mark.parametrize("dtype", HALVES)
+
+
+def check_clustered(case, dtype, **options):
+    x = tensor(case.inputs["x"], dtype)
+    assert kernels._launches(x).clustered
+    check(case, dtype, **options)
+
+
+@halves
+@pytest.mark.parametrize("D", [32, 64, 96, 128, 160, 192, 224, 256] if GPU else [32, 64])
+def test_clusters(D, dtype, rng):
+    B, T = (9, 70) if GPU else (9, 4)
+    check_clustered(sLSTMCase(rng, B=B, T=T, D=D), dtype)
+    check_clustered(sLSTMCase(rng, B=B, T=T, D=D, state=False), dtype)
+
+
+@halves
+@pytest.mark.parametrize("T", [1, 2, 3, 17])
+def test_clusters_any_length(T, dtype, rng):
+    check_clustered(sLSTMCase(rng, B=2, T=T, H=1, D=32), dtype)
+
+
+@halves
+@pytest.mark.parametrize("B", [1, 8, 17])
+@pytest.mark.parametrize("D", [64, 192] if GPU else [32])
+def test_clusters_rows_of_a_batch(B, D, dtype, rng):
+    check_clustered(sLSTMCase(rng, B=B, T=3, D=D), dtype)
+
+
+@on_gpu
+@halves
+def test_clusters_on_older_devices(dtype, rng, monkeypatch):
+    """A program alone, for heads of 64 units."""
+    monkeypatch.setattr(machine, "clusters", lambda device: 1)
+    for D in (32, 64):
+        check_clustered(sLSTMCase(rng, B=9, T=70, D=D), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("D", [64, 192, 256])
+def test_more_clusters_than_run_at_once(D, rng):
+    check_clustered(sLSTMCase(rng, B=300, T=12, H=3, D=D), "bfloat16")
+
+
+@halves
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("segments", [None, "growing", "returning"])
+def test_clusters_masks_and_segments(mask, segments, dtype, rng):
+    B, T, D = (4, 9, 96) if GPU else (3, 4, 32)
+    mask, ids = make_mask(mask, B, T, rng), make_segments(segments, B, T, rng)
+    check_clustered(sLSTMCase(rng, B=B, T=T, D=D), dtype, mask=mask, segment_ids=ids)
+
+
+@halves
+def test_clusters_with_all_options(dtype, rng):
+    B, T, D = (11, 9, 128) if GPU else (3, 4, 32)
+    mask, ids = make_mask("holes", B, T, rng), make_segments("returning", B, T, rng)
+    case = sLSTMCase(rng, B=B, T=T, D=D)
+    check_clustered(case, dtype, forget_gate="exp")
+    check_clustered(case, dtype, recurrent_gradient_clip=0.2)
+    scale = rng.integers(0, 2, case.inputs["h"].shape) * 2.0
+    check_clustered(
+        case, dtype, mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
+        recurrent_gradient_clip=0.2,
+    )  # fmt: skip
+
+
+@halves
+@pytest.mark.parametrize("seed", range(3))
+def test_clusters_extreme_gates(seed, dtype):
+    rng = np.random.default_rng(seed)
+    case = sLSTMCase(rng, T=9 if GPU else 4, D=96 if GPU else 32)
+    case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
+    shape = case.inputs["x"][:, :, :2].shape
+    case.inputs["x"][:, :, :2] += 1e4 * (rng.integers(0, 3, shape) - 1)
+    check_clustered(case, dtype, factor=5.0)
+
+
+@halves
+def test_clusters_nan_reaches_the_output(dtype, rng):
+    case = sLSTMCase(rng, T=4, D=64 if GPU else 32)
+    inputs = [tensor(case.inputs[n], dtype) for n in case.names[:3]]
+    state = [tensor(case.inputs[n]) for n in "hcnm"]
+    inputs[0][1, 2] = float("nan")
+    state[0][2] = float("nan")
+    h = keras_xlstm.ops.slstm(*inputs, state, implementation="triton")
+    lost = torch.isnan(h).any(3).any(2).cpu().numpy()
+    np.testing.assert_array_equal(lost[0], False)
+    np.testing.assert_array_equal(lost[1], np.arange(4) >= 2)
+    np.testing.assert_array_equal(lost[2], True)
+
+
+@halves
+def test_clusters_give_the_same_bits_again(dtype, rng):
+    case = sLSTMCase(rng, B=9, T=50 if GPU else 3, D=192 if GPU else 32)
+    inputs = [tensor(case.inputs[n], dtype).requires_grad_() for n in case.names[:3]]
+    found = []
+    for _ in range(2):
+        h = keras_xlstm.ops.slstm(*inputs, implementation="triton")
+        found.append([h, *torch.autograd.grad((h.float() ** 2).sum(), inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@on_gpu
+def test_clusters_in_a_cuda_graph(rng):
+    case = sLSTMCase(rng, B=9, T=20, D=192)
+    inputs = [tensor(case.inputs[n], "bfloat16") for n in case.names[:3]]
+    assert_same_in_a_cuda_graph(lambda: keras_xlstm.ops.slstm(*inputs, implementation="triton"))
+
+
 @pytest.mark.parametrize(("changed", "words"), [
     ({"dtype": "float64"}, "dtypes are float32, bfloat16 and float16, not float64"),
     ({"D": 1025}, "up to 1024 units a head, not 1025"),

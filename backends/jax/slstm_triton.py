@@ -33,11 +33,11 @@ def unsupported(x=None):
     )
     if reason is not None:
         return reason
+    run = _launches(x.shape, x.dtype)
     if machine.triton_interpreted():
-        if x.dtype.name != "float32":
+        if x.dtype.name != "float32" and not (x.dtype.name == "float16" and run.clustered):
             return "Triton's interpreter computes float32 alone"
         return None
-    run = _launches(x.shape, x.dtype)
     if not run.whole and not run.waits:
         return (
             f"the {run.tiles} programs of a head of {run.D} units wait for each other, and only "
@@ -55,7 +55,7 @@ def unwise(x=None):
     if machine.capability() // 10 != 9:
         return "only on Hopper was it seen to be faster than Pallas's kernels"
     run = _launches(x.shape, x.dtype)
-    if not run.whole and run.groups > _MOST * run.together:
+    if not (run.clustered or run.whole) and run.groups > _MOST * run.together:
         return f"the heads and rows of {x.shape} would take more than {_MOST} launches"
     return "single steps are Pallas's" if x.shape[1] == 1 else None
 
@@ -90,8 +90,11 @@ def _device(dtype):
     version = machine.triton_version()
     precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
     if machine.triton_interpreted():
-        return launches.Device(1 << 18, 1, precision, version)
-    return launches.Device(machine.shared_memory(), machine.processors(), precision, version)
+        return launches.Device(1 << 18, 1, precision, version, clusters=1, interpreted=True)
+    clusters = 8 if machine.capability() // 10 == 9 else 1
+    return launches.Device(
+        machine.shared_memory(), machine.processors(), precision, version, clusters=clusters
+    )
 
 
 def _launches(shape, dtype):
@@ -106,16 +109,20 @@ def _missing(buffer):
     buffer.value = lax.bitcast_convert_type(bits, dtype)
 
 
+def _memory(run):
+    return _calls().Buffer((run.memory,), "int32") if run.memory else None
+
+
 def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, keep):
     B, T, _, H, D = x.shape
     run, Buffer = _launches(x.shape, x.dtype), _calls().Buffer
     h_all, last = Buffer((B, T, H, D), x.dtype), [Buffer((B, H, D)) for _ in range(4)]
     if run.exchanges:
         _missing(h_all)
-    saved = Buffer((6 if exp_forget else 7, B, T, H, D)) if keep else None
+    saved = Buffer(run.saved(exp_forget)) if keep else None
     given = x, R.astype(x.dtype), bias, hold, reset, scale
     first = None if h is None else h.astype(x.dtype)
-    run.forward(given, first, (h, c, n, m), h_all, saved, last, exp_forget)
+    run.forward(given, first, (h, c, n, m), h_all, saved, last, exp_forget, _memory(run))
     return [buffer.value for buffer in (h_all, *last)], saved
 
 
@@ -140,7 +147,7 @@ def _backward(residuals, gradients, exp_forget, clip):
     if run.exchanges:
         _missing(dx)
     given = dh, saved, R.astype(h.dtype), hold, reset, scale, c0, n0
-    run.backward(given, after, c, n, dx, d_first, exp_forget, clip)
+    run.backward(given, after, c, n, dx, d_first, exp_forget, clip, _memory(run))
     dx, *d_first = (buffer.value for buffer in (dx, *d_first))
     first = None if h0 is None else h0.astype(h.dtype)
     dR = run.kernel_gradient(h, dx, first, reset, scale, Buffer).value

@@ -56,7 +56,7 @@ def launch(kernel, programs, arguments, in_place=(), **constants):
 
     Arguments are arrays, `Buffer`s, `Matrix`s of either, Python numbers and None. What a buffer
     holds before, a kernel reads; it writes buffers that hold nothing yet, and those whose
-    parameters are named `in_place`.
+    parameters are named `in_place`. `cluster`, a constant: so many programs hear each other.
     """
     names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
     operands, new, changed, places = [], [], [], {}
@@ -194,8 +194,9 @@ def _ordered(ptx, name, keys):
 
 def _lowered(kernel, programs, constants, arguments, capability):
     """What jaxlib calls, serialised."""
-    lib = machine.jaxlib()
-    compiled = _compiled(kernel, arguments, constants, capability)
+    lib, constants = machine.jaxlib(), dict(constants)
+    cluster = constants.pop("cluster", 1)
+    compiled = _compiled(kernel, arguments, tuple(constants.items()), capability)
     descriptions = iter(compiled.swizzles_and_tiles)
     keys, parameters = [], []
 
@@ -225,9 +226,9 @@ def _lowered(kernel, programs, constants, arguments, capability):
     ptx, order = _ordered(compiled.ptx, compiled.name, keys)
     call = lib.TritonKernelCall(
         lib.TritonKernel(
-            compiled.name, compiled.warps, 1, compiled.shared, ptx, "", capability
+            compiled.name, compiled.warps, cluster, compiled.shared, ptx, "", capability
         ),
-        programs, 1, 1, [parameters[j] for j in order],
+        programs // cluster, 1, 1, [parameters[j] for j in order],
     )  # fmt: skip
     return zlib.compress(call.to_proto(compiled.name, b""))
 

@@ -38,8 +38,8 @@ def interpreted():
 
 
 def unsupported(x, halves=False):
-    """Why no kernel can run on this tensor, or None. `halves`: kernels whose numbers of 16 bits
-    Triton's interpreter knows, too."""
+    """Why no kernel can run on this tensor, or None. `halves`: Triton's interpreter knows these
+    kernels' numbers of 16 bits, too."""
     if x.device.type == "meta":
         return "it needs tensors with values"
     if exporting():

@@ -18,8 +18,8 @@ def unsupported(x=None):
     """Why the kernels cannot run on this tensor (None: here at all), or None."""
     if x is None:
         return machine.missing()
-    interpreted = machine.interpreted() and x.dtype.itemsize == 2 and bool(_launches(x).clustered)
-    reason = machine.unsupported(x, halves=interpreted)
+    halves = machine.interpreted() and x.dtype == torch.float16 and bool(_launches(x).clustered)
+    reason = machine.unsupported(x, halves)
     return reason or launches.unsupported(
         x.shape[-1], x.dtype.itemsize, machine.shared_memory(x.device)
     )
