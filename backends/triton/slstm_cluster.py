@@ -330,14 +330,30 @@ def backward(
     up0, up1 = lanes.load_half(dh_p + o0, at0), lanes.load_half(dh_p + o1, at1)
     later = (T > 1).to(tl.int32)
     in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
-    c_in0, n_in0, next_slope0, _ = lanes.load_four(in0, at0 * later)
-    c_in1, n_in1, next_slope1, _ = lanes.load_four(in1, at1 * later)
+    c_in0, n_in0, slope_in0, _ = lanes.load_four(in0, at0 * later)
+    c_in1, n_in1, slope_in1, _ = lanes.load_four(in1, at1 * later)
     # A lane asks for the 64 bytes of two units in row g, and for dh of 8.
     ahead = saved_p + ((b_read - AHEAD) * HD + head * D + u - g + 2 * q) * 8
     ahead_dh = dh_p + (b_read - AHEAD) * HD + head * D + u - g
     slot, gates = 0, 0
     for step in range(0, T + 1):
         t = T - 1 - tl.cast(step, tl.int32)
+        # What the next step needs arrives while this one is computed.
+        o0 -= HD
+        o1 -= HD
+        later0, later1 = at0 * (t > 0).to(tl.int32), at1 * (t > 0).to(tl.int32)
+        next_i0, next_f0, next_z0, next_v0 = lanes.load_four(saved_p + o0 * 8, later0)
+        next_i1, next_f1, next_z1, next_v1 = lanes.load_four(saved_p + o1 * 8, later1)
+        next_up0 = lanes.load_half(dh_p + o0, later0)
+        next_up1 = lanes.load_half(dh_p + o1, later1)
+        later0, later1 = at0 * (t > 1).to(tl.int32), at1 * (t > 1).to(tl.int32)
+        in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
+        last_c0, last_n0, last_slope0, _ = lanes.load_four(in0, later0)
+        last_c1, last_n1, last_slope1, _ = lanes.load_four(in1, later1)
+        lanes.soon(ahead, (t >= AHEAD).to(tl.int32) + lane * 0)
+        lanes.soon(ahead_dh, ((t >= AHEAD) & (q == 0)).to(tl.int32))
+        ahead -= 8 * HD
+        ahead_dh -= HD
         if step > 0:
             back0, back1 = lanes.receive_two(memory, slot + own, N, 64 * W)
             for j in tl.static_range(N):
@@ -413,23 +429,12 @@ def backward(
             lanes.store_pair(out + 2 * HD, dz, at_out)
             lanes.store_pair(out + 3 * HD, do, at_out)
             out -= 4 * HD
-            # What the next step needs arrives while the programs wait for each other.
-            o0 -= HD
-            o1 -= HD
-            c0, n0, slope0, c1, n1, slope1 = c_in0, n_in0, next_slope0, c_in1, n_in1, next_slope1
-            later = (t > 0).to(tl.int32)
-            i0, f0, z0, v0 = lanes.load_four(saved_p + o0 * 8, at0 * later)
-            i1, f1, z1, v1 = lanes.load_four(saved_p + o1 * 8, at1 * later)
-            up0 = lanes.load_half(dh_p + o0, at0 * later)
-            up1 = lanes.load_half(dh_p + o1, at1 * later)
-            later = (t > 1).to(tl.int32)
-            in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
-            c_in0, n_in0, next_slope0, _ = lanes.load_four(in0, at0 * later)
-            c_in1, n_in1, next_slope1, _ = lanes.load_four(in1, at1 * later)
-            lanes.soon(ahead, (t >= AHEAD).to(tl.int32) + lane * 0)
-            lanes.soon(ahead_dh, ((t >= AHEAD) & (q == 0)).to(tl.int32))
-            ahead -= 8 * HD
-            ahead_dh -= HD
+        c0, n0, slope0, c1, n1, slope1 = c_in0, n_in0, slope_in0, c_in1, n_in1, slope_in1
+        i0, f0, z0, v0, up0 = next_i0, next_f0, next_z0, next_v0, next_up0
+        i1, f1, z1, v1, up1 = next_i1, next_f1, next_z1, next_v1, next_up1
+        c_in0, n_in0, slope_in0, c_in1, n_in1, slope_in1 = (
+            last_c0, last_n0, last_slope0, last_c1, last_n1, last_slope1,
+        )  # fmt: skip
     lanes.meet(lane, N)  # nobody may send to a program that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
     lanes.store(dh0_p + o0, dh0, at0)
