@@ -12,6 +12,9 @@ from typing import NamedTuple
 from keras_xlstm.backends.mlstm_tiles import power
 
 
+SPLITS = 2
+
+
 class Device(NamedTuple):
     """What launches depend on."""
 
@@ -77,6 +80,11 @@ def clustered(D, itemsize, device):
     return (1, 8) if D == 64 and device.clusters else None
 
 
+def wide(D, itemsize, device):
+    """Whether programs of 16 units in PTX are what heads of D units take, which do not cluster."""
+    return itemsize == 2 and D % 32 == 0 and device.clusters > 0 and (D > 128 or device.interpreted)
+
+
 class Launches:
     """How the work of a call is cut, rows and units of a program, and its launches."""
 
@@ -86,8 +94,15 @@ class Launches:
         self.processors = self.resident = device.processors
         memory = device.shared_memory
         self.clustered = clustered(D, itemsize, device)
-        if self.clustered:
-            self.whole, self.waits, self.exchanges = False, True, False
+        self.wide = not self.clustered and wide(D, itemsize, device)
+        if self.clustered or self.wide:
+            self.BB, self.whole = 8, False
+            self.tiles = 1 if self.clustered else D // 16
+            self.waits = self.tiles <= self.resident
+            self.exchanges = self.wide and self.waits
+            self.forward_constants = self.backward_constants = {
+                "D": D, "num_warps": 8, "num_stages": 1,
+            }  # fmt: skip
             return
         self.whole = _whole(D, 8, itemsize, memory)
         # Few rows: less work in each step's chain of dependent operations, as long as there are
@@ -122,14 +137,14 @@ class Launches:
         """The shape of what the backward pass needs."""
         planes = 6 if exp_forget else 7
         shape = self.B, self.T, self.H, self.D
-        return (*shape, 8) if self.clustered else (planes, *shape)
+        return (*shape, 8) if self.clustered or self.wide else (planes, *shape)
 
     @property
     def memory(self):
         """Words that stand for shared memory, where kernels in PTX are interpreted."""
-        if not (self.clustered and self.device.interpreted):
+        if not ((self.clustered or self.wide) and self.device.interpreted):
             return 0
-        return self.H * -(-self.B // 8) * 48 * self.D
+        return self.groups * self.tiles * max(48 * self.D, 8192)
 
     @property
     def groups(self):
@@ -146,7 +161,7 @@ class Launches:
         if programs > 1:
             constants["cluster"] = programs
         self.launch(
-            kernel, self.H * -(-self.B // 8) * programs, *arguments, D=self.D, N=programs, W=warps,
+            kernel, self.groups * programs, *arguments, D=self.D, N=programs, W=warps,
             num_warps=warps, num_stages=1, **constants,
         )  # fmt: skip
 
@@ -169,9 +184,11 @@ class Launches:
 
         def arguments(start, stop, group):
             before = states if start == 0 else last
-            return *given, first, *before, h, saved, *last, *sizes, start, stop, group
+            more = (memory,) if self.wide else ()
+            return *given, first, *before, h, saved, *last, *more, *sizes, start, stop, group
 
-        self._launch_split(_kernels("split").forward, arguments, 0, False, EXP_FORGET=exp_forget)
+        kernels = _kernels("wide" if self.wide else "split")
+        self._launch_split(kernels.forward, arguments, 0, False, EXP_FORGET=exp_forget)
 
     def backward(self, given, after, c, n, dx, d_first, exp_forget, clip, memory=None):
         """`given` (dh, saved, R, hold, reset, scale, c and n before), `after` gradients of h, c, n
@@ -193,9 +210,11 @@ class Launches:
 
         def arguments(start, stop, group):
             behind = after if stop == self.T else d_first
-            return *given, *behind, c, n, dx, *d_first, *sizes, start, stop, group, clip
+            written = (dx, *d_first, memory) if self.wide else (c, n, dx, *d_first)
+            return *given, *behind, *written, *sizes, start, stop, group, clip
 
-        self._launch_split(_kernels("split").backward, arguments, -1, True, **options)
+        kernels = _kernels("wide" if self.wide else "split")
+        self._launch_split(kernels.backward, arguments, -1, True, **options)
 
     def _launch_split(self, kernel, arguments, start, reverse, **constants):
         """Groups side by side, as many as are resident at once; or, where the programs of one
@@ -220,7 +239,7 @@ class Launches:
         if self.itemsize == 4:
             tile["L"] = 32
         programs = 4 * H * -(-D // tile["BK"]) * -(-D // tile["BN"])
-        splits = max(1, min(2 * self.processors // programs, B * T // 256))
+        splits = max(1, min(SPLITS * self.processors // programs, B * T // 256))
         rows = -(-B * T // (splits * tile["L"])) * tile["L"]
         dR = new((splits, H, D, 4, D))
         self.launch(

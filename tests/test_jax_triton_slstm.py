@@ -119,6 +119,15 @@ def test_clusters_with_all_options(dtype, rng):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("D", [320, 768, 1024] if GPU else [96])
+def test_wide_heads(D, dtype, rng):
+    B, T = (9, 70) if GPU else (9, 3)
+    case = sLSTMCase(rng, B=B, T=T, H=1, D=D)
+    assert slstm_triton._launches(case.inputs["x"].shape, jnp.dtype(dtype)).wide
+    check(case, dtype)
+
+
 def test_transformations(rng):
     """jit, grad, remat, vmap."""
     x = jnp.asarray(rng.normal(size=(3, 2, 4, 4, 1, 20)), "float32")

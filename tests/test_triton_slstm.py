@@ -277,6 +277,51 @@ def test_clusters_nan_reaches_the_output(dtype, rng):
     np.testing.assert_array_equal(lost[2], True)
 
 
+# Those too large for a cluster, by programs of 16 units; interpreted, a launch for every step.
+
+
+def check_wide(case, dtype, **options):
+    assert kernels._launches(tensor(case.inputs["x"], dtype)).wide
+    check(case, dtype, **options)
+
+
+@halves
+@pytest.mark.parametrize("D", [288, 320, 512, 768, 992, 1024] if GPU else [96])
+@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
+def test_wide_heads(D, dtype, state, rng):
+    B, T, H = (9, 70, 1 if D > 700 else 2) if GPU else (9, 3, 1)
+    check_wide(sLSTMCase(rng, B=B, T=T, H=H, D=D, state=state), dtype)
+
+
+@halves
+def test_wide_heads_with_all_options(dtype, rng):
+    B, T, D = (11, 9, 768) if GPU else (3, 4, 96)
+    mask, ids = make_mask("holes", B, T, rng), make_segments("returning", B, T, rng)
+    case = sLSTMCase(rng, B=B, T=T, H=1, D=D)
+    scale = rng.integers(0, 2, case.inputs["h"].shape) * 2.0
+    check_wide(
+        case, dtype, mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
+        recurrent_gradient_clip=0.2,
+    )  # fmt: skip
+
+
+@on_gpu
+@pytest.mark.parametrize("clusters", [1, 8])
+@pytest.mark.parametrize(("B", "D"), [(1, 160), (3, 256), (200, 320)])
+def test_wide_heads_in_turn(B, D, clusters, rng, monkeypatch):
+    """Several launches, of as many programs as are resident; on older devices smaller heads, too."""
+    monkeypatch.setattr(machine, "clusters", lambda device: clusters)
+    case = sLSTMCase(rng, B=B, T=12, H=2, D=D)
+    (check_wide if clusters == 1 or D > 256 else check_clustered)(case, "bfloat16")
+
+
+@on_gpu
+def test_wide_heads_on_a_small_device(rng, monkeypatch):
+    """Too few processors for the programs of a head: a launch for every step."""
+    monkeypatch.setattr(machine, "processors", lambda device: 13)
+    check_wide(sLSTMCase(rng, B=9, T=6, H=2, D=320), "bfloat16")
+
+
 @halves
 def test_clusters_give_the_same_bits_again(dtype, rng):
     case = sLSTMCase(rng, B=9, T=50 if GPU else 3, D=192 if GPU else 32)

@@ -303,6 +303,51 @@ def put_two(memory, word, value):
 
 
 @triton.jit
+def get(memory, word):
+    """float32, of this program's memory."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.volatile.shared.b32 $0, [$1];", "=f,r", [memory + 4 * word], tl.float32, False, 1
+        )
+    else:
+        return tl.load(memory + word).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def put_gates(memory, word, a, b, c, d):
+    """Four float32, at a multiple of four words."""
+    a, b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+    c, d = c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
+    if PTX:
+        tl.inline_asm_elementwise(
+            "mov.b32 $0, 0; st.volatile.shared.v4.b32 [$1], {$2, $3, $4, $5};", "=&r,r,r,r,r,r",
+            [memory + 4 * word, a, b, c, d], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        put(memory, word, a)
+        put(memory, word + 1, b)
+        put(memory, word + 2, c)
+        put(memory, word + 3, d)
+
+
+@triton.jit
+def get_gates(memory, word, at):
+    """Four float32, at a multiple of four words; zeros where `at` is."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{.reg .pred p; setp.ne.s32 p, $5, 0;
+            mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+            @p ld.volatile.shared.v4.b32 {$0, $1, $2, $3}, [$4];}""",
+            "=&f,=&f,=&f,=&f,r,r", [memory + 4 * word, at],
+            (tl.float32, tl.float32, tl.float32, tl.float32), False, 1,
+        )  # fmt: skip
+    else:
+        return (
+            get(memory, word), get(memory, word + 1), get(memory, word + 2), get(memory, word + 3),
+        )  # fmt: skip
+
+
+@triton.jit
 def put_four(memory, word, value, at):
     """One value in four words, at a multiple of four."""
     if PTX:
@@ -430,4 +475,33 @@ def receive(memory, word, swap, CHUNKS: tl.constexpr, WAIT: tl.constexpr):
             for k in tl.static_range(4):
                 x = tl.load(memory + word + 16 * j + k + (swap if j % 2 == 0 else -swap))
                 found += (x,)
+        return found
+
+
+@triton.constexpr_function
+def _far(chunks, waits):
+    results = [f"${j}" for j in range(4 * chunks)]
+    code = "{.reg .pred p; .reg .b32 m;\nAGAIN:\n"
+    for j in range(chunks):
+        four = ", ".join(results[4 * j : 4 * j + 4])
+        code += f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [${4 * chunks} + {64 * j}];\n"
+    if not waits:
+        return code + "}"
+    code += "mov.b32 m, 0;\n" + "".join(f"max.u32 m, m, {x};\n" for x in results)
+    return code + "setp.eq.u32 p, m, 0xffffffff;\n@p bra AGAIN;}"
+
+
+@triton.jit
+def receive_far(p, CHUNKS: tl.constexpr, WAIT: tl.constexpr):
+    """As `receive`, of chunks of 32 numbers of 16 bits in the device's memory, which all programs
+    see."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            _far(CHUNKS, WAIT), _results(4 * CHUNKS, "l"), [p], _words(4 * CHUNKS), False, 1
+        )
+    else:
+        found = ()
+        for j in tl.static_range(CHUNKS):
+            for k in tl.static_range(4):
+                found += (load_pair(p + 32 * j + 2 * k),)
         return found

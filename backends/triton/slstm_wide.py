@@ -1,0 +1,307 @@
+"""The sLSTM in Triton for 16-bit numbers and heads too large for a cluster: a program has 16 units
+by 8 rows, and exchanges h, and backwards the gate gradients, through the output itself.
+
+Outputs are filled with MISSING, words that no arithmetic makes, and a reader repeats its loads
+until none is left. All programs of a launch must be resident at once; where they cannot be, the
+host launches one step at a time.
+
+Its 8 warps take a part of each sum (slstm_lanes.py), with their part of the recurrent kernel in
+registers, and meet once a step. The cells are those of the first four warps' lanes: unit g, or
+g + 8, in row 2 q, or 2 q + 1.
+"""
+
+import triton
+import triton.language as tl
+from keras_xlstm.backends.triton import slstm_lanes as lanes
+from keras_xlstm.backends.triton.slstm_cluster import (
+    AHEAD,
+    _cell,
+    _cell_gradient,
+    _first,
+    _numbers,
+    _raw,
+)
+from keras_xlstm.backends.triton.slstm_kernels import NEVER, _kernel
+
+LANES = tl.constexpr(256)
+
+
+@triton.jit
+def _together(x, LANES: tl.constexpr):
+    """x of the lane whose unit is the other one of a pair."""
+    return lanes.other(x.to(tl.int32, bitcast=True), LANES).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scaled(word, low, high, dtype: tl.constexpr):
+    low *= lanes.number(word & 0xFFFF, dtype)
+    high *= lanes.number((word >> 16) & 0xFFFF, dtype)
+    return lanes.pair(low, high, dtype)
+
+
+@triton.jit
+def _recurrent(
+    words, R, starts, scale, memory, sums, lane, at, dtype: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """What h before adds to the cells' i, f, z, o."""
+    zero = tl.zeros((LANES,), tl.float32)
+    a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, zero
+    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+    for j in tl.static_range(2 * CHUNKS):
+        w0, w1 = words[2 * j], words[2 * j + 1]
+        if starts is not None:
+            w0, w1 = tl.where(starts, 0, w0), tl.where(starts, 0, w1)
+        if len(scale) > 0:
+            w0 = _scaled(w0, scale[4 * j], scale[4 * j + 1], dtype)
+            w1 = _scaled(w1, scale[4 * j + 2], scale[4 * j + 3], dtype)
+        a0, a1, a2, a3 = lanes.product(R, 16 * j, w0, w1, a0, a1, a2, a3, dtype, LANES)
+        a4, a5, a6, a7 = lanes.product(R, 16 * j + 4, w0, w1, a4, a5, a6, a7, dtype, LANES)
+        s0, s1, s2, s3 = lanes.product(R, 16 * j + 8, w0, w1, s0, s1, s2, s3, dtype, LANES)
+        s4, s5, s6, s7 = lanes.product(R, 16 * j + 12, w0, w1, s4, s5, s6, s7, dtype, LANES)
+    place = sums + lane // 32 * 512 + lane % 32 * 4
+    lanes.put_gates(memory, place, a0, a2, a4, a6)
+    lanes.put_gates(memory, place + 128, a1, a3, a5, a7)
+    lanes.put_gates(memory, place + 256, s0, s2, s4, s6)
+    lanes.put_gates(memory, place + 384, s1, s3, s5, s7)
+    lanes.meet_here(lane)
+    i, f, z, v = zero, zero, zero, zero
+    for part in tl.static_range(8):
+        place = sums + part * 512 + lane % 128 * 4
+        di, df, dz, dv = lanes.get_gates(memory, place, at)
+        i, f, z, v = i + di, f + df, z + dz, v + dv
+    return i, f, z, v
+
+
+@_kernel
+def forward(
+    x_p, R_p, bias_p, hold_p, reset_p, scale_p, first_p, h0_p, c0_p, n0_p, m0_p,
+    h_p, saved_p, h1_p, c1_p, n1_p, m1_p, memory_p, B, T, H, start, stop, group,
+    D: tl.constexpr, EXP_FORGET: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Steps start to stop - 1. `first_p` is h0 in h's dtype, or None; `group` the first one."""
+    dtype: tl.constexpr = h_p.dtype.element_ty
+    P: tl.constexpr = D // 16
+    ALL: tl.constexpr = D // 32  # chunks of h
+    CHUNKS: tl.constexpr = (ALL + 7) // 8
+    SUMS: tl.constexpr = 8 * 4 * 32 * 4  # words: all warps' part of every cell's four gates
+    group += tl.program_id(0) // P
+    units, head = tl.program_id(0) % P * 16, group % H
+    first = group // H * 8
+    lane = tl.arange(0, LANES)
+    w, g, q = lane // 32, lane // 4 % 8, lane % 4
+    HD = H * D
+    memory = lanes.shared_memory(lane, memory_p, 2 * SUMS)
+    # The last warps with work read some chunks twice, where there are too few; R is zero for those.
+    chunk = tl.minimum(w * CHUNKS, ALL - CHUNKS)
+    all_lanes = tl.full((LANES,), 1, tl.int32)
+    R = ()
+    for j in tl.static_range(2 * CHUNKS):
+        new = (chunk + j // 2 >= w * CHUNKS).to(tl.int32)
+        for part in tl.static_range(16):  # as in slstm_cluster.py; units g, then g + 8
+            k = (chunk + j // 2) * 32 + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
+            p = R_p + (head * D + k).to(tl.int64) * 4 * D + (part // 4 % 2 * 2 + part % 2) * D
+            p += units + part // 8 * 8 + g
+            R += (lanes.load_half(p, new) | (lanes.load_half(p + 4 * D, new) << 16),)
+    b_read = tl.minimum(first + g, B - 1).to(tl.int64)
+    scale = ()
+    if scale_p is not None:
+        p = scale_p + b_read * HD + head * D + chunk * 32 + q * 8
+        for j in tl.static_range(8 * CHUNKS):
+            scale += (lanes.load(p + j // 8 * 32 + j % 8, all_lanes),)
+
+    # Cells.
+    u, b = units + g + w // 2 % 2 * 8, (first + 2 * q + w % 2).to(tl.int64)
+    at = ((b < B) & (w < 4)).to(tl.int32)
+    at_out = at * (g % 2 == 0).to(tl.int32)
+    o = b * HD + head * D + u
+    zero = tl.zeros((LANES,), tl.float32)
+    if bias_p is not None:
+        p = bias_p + head * D + u
+        bi, bf = lanes.load(p, all_lanes), lanes.load(p + HD, all_lanes)
+        bz, bo = lanes.load(p + 2 * HD, all_lanes), lanes.load(p + 3 * HD, all_lanes)
+    if h0_p is not None:
+        h = lanes.load(h0_p + o, at)
+        c, n, m = _first(c0_p, n0_p, m0_p, o, at)
+    else:
+        h, c, n, m = zero, zero, zero, zero + NEVER
+    sums = 0
+    o = (b * T + start) * HD + head * D + u
+    x = x_p + (b * T + start) * 4 * HD + head * D + u
+    read = h_p + (b_read * T + start - 1) * HD + head * D + chunk * 32 + q * 8
+    xi, xf, xz, xo = _raw(x, HD, at)
+    # A lane of the first warp asks for gate q of 16 units in row g.
+    ahead = x_p + (b_read * T + start + AHEAD) * 4 * HD + q * HD + head * D + units
+    for step in range(start, stop):
+        t = tl.cast(step, tl.int32)  # the interpreter has a Python number
+        i, f, z, v = _numbers(xi, xf, xz, xo, dtype)
+        x += 4 * HD
+        xi, xf, xz, xo = _raw(x, HD, at * (t + 1 < stop).to(tl.int32))
+        lanes.soon(ahead, ((t + AHEAD < stop) & (w == 0)).to(tl.int32))
+        ahead += 4 * HD
+        if bias_p is not None:
+            i, f, z, v = i + bi, f + bf, z + bz, v + bo
+        h_old, c_old, n_old, m_old = h, c, n, m
+        if reset_p is not None:
+            starts = lanes.load_flag(reset_p + b_read * T + t, all_lanes) != 0
+            m = tl.where(lanes.load_flag(reset_p + b * T + t, at) != 0, NEVER, m)
+        else:
+            starts = None
+        if t > 0:
+            words = lanes.receive_far(read, CHUNKS, WAIT)
+            di, df, dz, dv = _recurrent(
+                words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
+            )  # fmt: skip
+            i, f, z, v = i + di, f + df, z + dz, v + dv
+            sums = SUMS - sums
+        elif first_p is not None:
+            p = first_p + b_read * HD + head * D + chunk * 32 + q * 8
+            words = lanes.receive_far(p, CHUNKS, False)
+            di, df, dz, dv = _recurrent(
+                words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
+            )  # fmt: skip
+            i, f, z, v = i + di, f + df, z + dz, v + dv
+            sums = SUMS - sums
+        read += HD
+        h, c, n, m, i, f, z, v, slope = _cell(i, f, z, v, c, n, m, EXP_FORGET)
+        if hold_p is not None:
+            held = lanes.load_flag(hold_p + b * T + t, at) != 0
+            h, c = tl.where(held, h_old, h), tl.where(held, c_old, c)
+            n, m = tl.where(held, n_old, n), tl.where(held, m_old, m)
+        lanes.store_pair(h_p + o, lanes.pair(h, _together(h, LANES), dtype), at_out)
+        if saved_p is not None:
+            lanes.store_four(saved_p + o * 8, i, f, z, v, at)
+            lanes.store_four(saved_p + o * 8 + 4, c, n, slope, zero, at)
+        o += HD
+    o = b * HD + head * D + u
+    lanes.store(h1_p + o, h, at)
+    lanes.store(c1_p + o, c, at)
+    lanes.store(n1_p + o, n, at)
+    lanes.store(m1_p + o, tl.where(m <= NEVER / 2, 0.0, m), at)
+
+
+@_kernel
+def backward(
+    dh_p, saved_p, R_p, hold_p, reset_p, scale_p, c0_p, n0_p, dh1_p, dc1_p, dn1_p,
+    dx_p, dh0_p, dc0_p, dn0_p, memory_p, B, T, H, start, stop, group, clip,
+    D: tl.constexpr, EXP_FORGET: tl.constexpr, CLIP: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Steps stop - 1 down to start; -1 stands for the initial state. Two warps a gate."""
+    dtype: tl.constexpr = dx_p.dtype.element_ty
+    P: tl.constexpr = D // 16
+    ALL: tl.constexpr = D // 32  # chunks of a gate
+    CHUNKS: tl.constexpr = (ALL + 1) // 2
+    SUMS: tl.constexpr = 8 * 4 * 32  # words: all warps' part of every cell
+    group += tl.program_id(0) // P
+    units, head = tl.program_id(0) % P * 16, group % H
+    first = group // H * 8
+    lane = tl.arange(0, LANES)
+    w, g, q = lane // 32, lane // 4 % 8, lane % 4
+    HD = H * D
+    memory = lanes.shared_memory(lane, memory_p, 2 * SUMS)
+    chunk = tl.minimum(w % 2 * CHUNKS, ALL - CHUNKS)
+    R = ()
+    for j in tl.static_range(2 * CHUNKS):
+        new = chunk + j // 2 >= w % 2 * CHUNKS
+        for part in tl.static_range(4):  # units g, g + 8; columns 0 to 7, 8 to 15
+            k = (chunk + j // 2) * 32 + q * 8 + j % 2 * 4 + part // 2 * 2
+            p = R_p + (head * D + units + g + part % 2 * 8).to(tl.int64) * 4 * D + w // 2 * D + k
+            R += (tl.where(new, lanes.load_pair(p), 0),)
+
+    # Cells.
+    u, b = units + g + w // 2 % 2 * 8, (first + 2 * q + w % 2).to(tl.int64)
+    at = ((b < B) & (w < 4)).to(tl.int32)
+    o_state = b * HD + head * D + u
+    zero = tl.zeros((LANES,), tl.float32)
+    scale = zero
+    if scale_p is not None:
+        scale = lanes.load(scale_p + o_state, at)
+    dh, dc = lanes.load(dh1_p + o_state, at), lanes.load(dc1_p + o_state, at)
+    dn = lanes.load(dn1_p + o_state, at)
+    c_first, n_first = zero, zero
+    if c0_p is not None:
+        c_first, n_first = lanes.load(c0_p + o_state, at), lanes.load(n0_p + o_state, at)
+    # Of a pair of lanes, units u and u + 1, the even one has the words of gates i and f, the odd
+    # one those of z and o.
+    odd = g % 2 == 1
+    gate = 2 * (g % 2)
+    out = dx_p + ((b * T + stop - 1) * 4 + gate) * HD + head * D + u - g % 2
+    b_read = tl.minimum(first + g, B - 1).to(tl.int64)
+    read = dx_p + ((b_read * T + stop) * 4 + w // 2) * HD + head * D + chunk * 32 + q * 8
+    sums = 0
+
+    o = (b * T + stop - 1) * HD + head * D + u
+    there = at * (stop > 0).to(tl.int32)
+    c, n, slope, _ = lanes.load_four(saved_p + o * 8 + 4, there)
+    i, f, z, v = lanes.load_four(saved_p + o * 8, there)
+    up = lanes.load_half(dh_p + o, there)
+    there = at * (stop > 1).to(tl.int32)
+    c_in, n_in, slope_in, _ = lanes.load_four(saved_p + (o - HD) * 8 + 4, there)
+    # A lane of the first two warps asks for 128 bytes of four units in row g, for dh of 16.
+    ahead = saved_p + ((b_read * T + stop - 1 - AHEAD) * HD + head * D + units + q * 4) * 8
+    ahead_dh = dh_p + (b_read * T + stop - 1 - AHEAD) * HD + head * D + units
+    for step in range(0, stop - start):
+        t = stop - 1 - tl.cast(step, tl.int32)
+        # What the next step needs arrives while this one is computed.
+        o -= HD
+        there = at * ((t > 0) & (t > start)).to(tl.int32)
+        next_i, next_f, next_z, next_v = lanes.load_four(saved_p + o * 8, there)
+        next_up = lanes.load_half(dh_p + o, there)
+        there = at * ((t > 1) & (t > start)).to(tl.int32)
+        last_c, last_n, last_slope, _ = lanes.load_four(saved_p + (o - HD) * 8 + 4, there)
+        lanes.soon(ahead, ((t - AHEAD > start) & (w == 0)).to(tl.int32))
+        lanes.soon(ahead_dh, ((t - AHEAD > start) & (w == 1) & (q == 0)).to(tl.int32))
+        ahead -= 8 * HD
+        ahead_dh -= HD
+        if t + 1 < T:
+            dg = lanes.receive_far(read, CHUNKS, WAIT)
+            p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
+            for j in tl.static_range(CHUNKS):
+                w0, w1, w2, w3 = dg[4 * j], dg[4 * j + 1], dg[4 * j + 2], dg[4 * j + 3]
+                p0, p1, p2, p3 = lanes.product(R, 8 * j, w0, w1, p0, p1, p2, p3, dtype, LANES)
+                s0, s1, s2, s3 = lanes.product(R, 8 * j + 4, w2, w3, s0, s1, s2, s3, dtype, LANES)
+            place = sums + w * 128 + lane % 32
+            lanes.put(memory, place, (p0 + s0).to(tl.int32, bitcast=True))
+            lanes.put(memory, place + 32, (p1 + s1).to(tl.int32, bitcast=True))
+            lanes.put(memory, place + 64, (p2 + s2).to(tl.int32, bitcast=True))
+            lanes.put(memory, place + 96, (p3 + s3).to(tl.int32, bitcast=True))
+            lanes.meet_here(lane)
+            back = zero
+            for part in tl.static_range(8):
+                back += lanes.get(memory, sums + part * 128 + lane % 128)
+            sums = SUMS - sums
+            if scale_p is not None:
+                back *= scale
+            if CLIP:
+                back = tl.minimum(tl.maximum(back, -clip), clip)
+            if reset_p is not None:
+                back = tl.where(lanes.load_flag(reset_p + b * T + t + 1, at) != 0, 0.0, back)
+            if hold_p is not None:  # a held step's gate gradients are zero: so is `back`
+                held = lanes.load_flag(hold_p + b * T + t + 1, at) != 0
+                back += tl.where(held, dh, 0.0)
+            dh = back
+        read -= 4 * HD
+        if t >= 0:
+            dh += lanes.number(up, dtype)
+            if t == 0:
+                c_in, n_in = c_first, n_first
+            di, df, dz, do, new_dc, new_dn = _cell_gradient(
+                dh, dc, dn, c, n, c_in, n_in, i, f, z, v, slope, EXP_FORGET
+            )
+            if hold_p is not None:
+                held = lanes.load_flag(hold_p + b * T + t, at) != 0
+                di, df = tl.where(held, 0.0, di), tl.where(held, 0.0, df)
+                dz, do = tl.where(held, 0.0, dz), tl.where(held, 0.0, do)
+                new_dc, new_dn = tl.where(held, dc, new_dc), tl.where(held, dn, new_dn)
+            dc, dn = new_dc, new_dn
+            own = lanes.pair(tl.where(odd, dz, di), tl.where(odd, do, df), dtype)
+            got = lanes.pair(tl.where(odd, di, dz), tl.where(odd, df, do), dtype)
+            got = lanes.other(got, LANES)
+            low, high = tl.where(odd, got, own), tl.where(odd, own, got)
+            lanes.store_pair(out, (low & 0xFFFF) | (high << 16), at)
+            lanes.store_pair(out + HD, ((low >> 16) & 0xFFFF) | (high & -65536), at)
+            out -= 4 * HD
+        i, f, z, v, slope, up = next_i, next_f, next_z, next_v, slope_in, next_up
+        c, n, c_in, n_in, slope_in = c_in, n_in, last_c, last_n, last_slope
+    lanes.store(dh0_p + o_state, dh, at)
+    lanes.store(dc0_p + o_state, dc, at)
+    lanes.store(dn0_p + o_state, dn, at)
