@@ -12,9 +12,6 @@ from typing import NamedTuple
 from keras_xlstm.backends.mlstm_tiles import power
 
 
-SPLITS = 2
-
-
 class Device(NamedTuple):
     """What launches depend on."""
 
@@ -235,15 +232,17 @@ class Launches:
     def kernel_gradient(self, h, dx, first, reset, scale, new):
         """The recurrent kernel's, in parts (parts, H, D, 4, D) that `new(shape)` makes room for."""
         B, T, H, D = self.B, self.T, self.H, self.D
-        tile = {"BK": min(64, power(D)), "BN": min(64, power(D)), "L": 64}
-        if self.itemsize == 4:
-            tile["L"] = 32
-        programs = 4 * H * -(-D // tile["BK"]) * -(-D // tile["BN"])
-        splits = max(1, min(SPLITS * self.processors // programs, B * T // 256))
+        large = self.itemsize == 2 and D >= 256 and self.device.shared_memory > 190_000
+        size = 128 if large else min(64, power(D))
+        tile = {"BK": size, "BN": size, "L": 64 if self.itemsize == 2 else 32}
+        # Programs of several splits side by side hide each other's waits.
+        most = 2 if self.itemsize == 4 else 4 if large else 8
+        programs = 4 * H * -(-D // size) ** 2
+        splits = max(1, min(most * self.processors // programs, B * T // 256))
         rows = -(-B * T // (splits * tile["L"])) * tile["L"]
         dR = new((splits, H, D, 4, D))
         self.launch(
             _kernels().kernel_gradient, splits * programs, h, dx, first, reset, scale, dR,
-            B, T, H, rows, D=D, PREC=self.device.precision, num_warps=4, **tile,
+            B, T, H, rows, D=D, PREC=self.device.precision, num_warps=8 if large else 4, **tile,
         )  # fmt: skip
         return dR

@@ -162,6 +162,7 @@ def compile_all(arch, sizes, dtype):
     launched = Compiler(target)
     operators.Launch.__call__ = lambda self, *arguments: launched.launch(self, *arguments)
     machine.shared_memory = machine.all_shared_memory = lambda device: MEMORY[arch]
+    machine.clusters = lambda device: 0 if amd else 8 if arch == "90" else 1
     if len(sizes) == 2:
         compile_mlstm(*sizes, dtype, hopper=arch == "90")
     else:

@@ -332,8 +332,8 @@ def backward(
     in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
     c_in0, n_in0, slope_in0, _ = lanes.load_four(in0, at0 * later)
     c_in1, n_in1, slope_in1, _ = lanes.load_four(in1, at1 * later)
-    # A lane asks for the 64 bytes of two units in row g, and for dh of 8.
-    ahead = saved_p + ((b_read - AHEAD) * HD + head * D + u - g + 2 * q) * 8
+    # A lane asks for its own cells' (a prefetch brings 32 bytes), and for dh of 8 units.
+    ahead0, ahead1 = saved_p + (o0 - AHEAD * HD) * 8, saved_p + (o1 - AHEAD * HD) * 8
     ahead_dh = dh_p + (b_read - AHEAD) * HD + head * D + u - g
     slot, gates = 0, 0
     for step in range(0, T + 1):
@@ -350,9 +350,11 @@ def backward(
         in0, in1 = saved_p + (o0 - HD) * 8 + 4, saved_p + (o1 - HD) * 8 + 4
         last_c0, last_n0, last_slope0, _ = lanes.load_four(in0, later0)
         last_c1, last_n1, last_slope1, _ = lanes.load_four(in1, later1)
-        lanes.soon(ahead, (t >= AHEAD).to(tl.int32) + lane * 0)
+        lanes.soon(ahead0, at0 * (t >= AHEAD).to(tl.int32))
+        lanes.soon(ahead1, at1 * (t >= AHEAD).to(tl.int32))
         lanes.soon(ahead_dh, ((t >= AHEAD) & (q == 0)).to(tl.int32))
-        ahead -= 8 * HD
+        ahead0 -= 8 * HD
+        ahead1 -= 8 * HD
         ahead_dh -= HD
         if step > 0:
             back0, back1 = lanes.receive_two(memory, slot + own, N, 64 * W)

@@ -480,15 +480,28 @@ def receive(memory, word, swap, CHUNKS: tl.constexpr, WAIT: tl.constexpr):
 
 @triton.constexpr_function
 def _far(chunks, waits):
+    """Only what is missing is read again: all programs read all of h, through one cache."""
     results = [f"${j}" for j in range(4 * chunks)]
-    code = "{.reg .pred p; .reg .b32 m;\nAGAIN:\n"
-    for j in range(chunks):
-        four = ", ".join(results[4 * j : 4 * j + 4])
-        code += f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [${4 * chunks} + {64 * j}];\n"
+    loads = [
+        f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(results[4 * j : 4 * j + 4])}}}, "
+        f"[${4 * chunks} + {64 * j}];\n"
+        for j in range(chunks)
+    ]
     if not waits:
-        return code + "}"
-    code += "mov.b32 m, 0;\n" + "".join(f"max.u32 m, m, {x};\n" for x in results)
-    return code + "setp.eq.u32 p, m, 0xffffffff;\n@p bra AGAIN;}"
+        return "{" + "".join(loads) + "}"
+    size = -(-chunks // 4)  # a few predicates are all there are
+    parts = [range(j, min(j + size, chunks)) for j in range(0, chunks, size)]
+    code = "{.reg .pred p<5>; .reg .b32 m;\n"
+    code += "".join(f"setp.eq.u32 p{n}, 0, 0;\n" for n in range(len(parts))) + "AGAIN:\n"
+    for n, part in enumerate(parts):
+        code += "".join(f"@p{n} " + loads[j] for j in part)
+    for n, part in enumerate(parts):
+        code += "mov.b32 m, 0;\n"
+        code += "".join(f"max.u32 m, m, {x};\n" for j in part for x in results[4 * j : 4 * j + 4])
+        code += f"setp.eq.u32 p{n}, m, 0xffffffff;\n"
+    code += "mov.pred p4, p0;\n"
+    code += "".join(f"or.pred p4, p4, p{n};\n" for n in range(1, len(parts)))
+    return code + "@p4 bra AGAIN;}"
 
 
 @triton.jit

@@ -105,9 +105,9 @@ def forward(
     b_read = tl.minimum(first + g, B - 1).to(tl.int64)
     scale = ()
     if scale_p is not None:
-        p = scale_p + b_read * HD + head * D + chunk * 32 + q * 8
+        row = scale_p + b_read * HD + head * D + chunk * 32 + q * 8
         for j in tl.static_range(8 * CHUNKS):
-            scale += (lanes.load(p + j // 8 * 32 + j % 8, all_lanes),)
+            scale += (lanes.load(row + j // 8 * 32 + j % 8, all_lanes),)
 
     # Cells.
     u, b = units + g + w // 2 % 2 * 8, (first + 2 * q + w % 2).to(tl.int64)
@@ -116,9 +116,9 @@ def forward(
     o = b * HD + head * D + u
     zero = tl.zeros((LANES,), tl.float32)
     if bias_p is not None:
-        p = bias_p + head * D + u
-        bi, bf = lanes.load(p, all_lanes), lanes.load(p + HD, all_lanes)
-        bz, bo = lanes.load(p + 2 * HD, all_lanes), lanes.load(p + 3 * HD, all_lanes)
+        bias = bias_p + head * D + u
+        bi, bf = lanes.load(bias, all_lanes), lanes.load(bias + HD, all_lanes)
+        bz, bo = lanes.load(bias + 2 * HD, all_lanes), lanes.load(bias + 3 * HD, all_lanes)
     if h0_p is not None:
         h = lanes.load(h0_p + o, at)
         c, n, m = _first(c0_p, n0_p, m0_p, o, at)
@@ -154,8 +154,8 @@ def forward(
             i, f, z, v = i + di, f + df, z + dz, v + dv
             sums = SUMS - sums
         elif first_p is not None:
-            p = first_p + b_read * HD + head * D + chunk * 32 + q * 8
-            words = lanes.receive_far(p, CHUNKS, False)
+            before = first_p + b_read * HD + head * D + chunk * 32 + q * 8
+            words = lanes.receive_far(before, CHUNKS, False)
             di, df, dz, dv = _recurrent(
                 words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
             )  # fmt: skip
@@ -236,8 +236,8 @@ def backward(
     up = lanes.load_half(dh_p + o, there)
     there = at * (stop > 1).to(tl.int32)
     c_in, n_in, slope_in, _ = lanes.load_four(saved_p + (o - HD) * 8 + 4, there)
-    # A lane of the first two warps asks for 128 bytes of four units in row g, for dh of 16.
-    ahead = saved_p + ((b_read * T + stop - 1 - AHEAD) * HD + head * D + units + q * 4) * 8
+    # A lane asks for its own cell's (a prefetch brings 32 bytes), and for dh of 16 units.
+    ahead = saved_p + (o - AHEAD * HD) * 8
     ahead_dh = dh_p + (b_read * T + stop - 1 - AHEAD) * HD + head * D + units
     for step in range(0, stop - start):
         t = stop - 1 - tl.cast(step, tl.int32)
@@ -248,8 +248,8 @@ def backward(
         next_up = lanes.load_half(dh_p + o, there)
         there = at * ((t > 1) & (t > start)).to(tl.int32)
         last_c, last_n, last_slope, _ = lanes.load_four(saved_p + (o - HD) * 8 + 4, there)
-        lanes.soon(ahead, ((t - AHEAD > start) & (w == 0)).to(tl.int32))
-        lanes.soon(ahead_dh, ((t - AHEAD > start) & (w == 1) & (q == 0)).to(tl.int32))
+        lanes.soon(ahead, at * (t - AHEAD > start).to(tl.int32))
+        lanes.soon(ahead_dh, ((t - AHEAD > start) & (w == 4) & (q == 0)).to(tl.int32))
         ahead -= 8 * HD
         ahead_dh -= HD
         if t + 1 < T:
