@@ -237,7 +237,8 @@ class Launches:
         tile = {"BK": size, "BN": size, "L": 64 if self.itemsize == 2 else 32}
         # Programs of several splits side by side hide each other's waits.
         most = 2 if self.itemsize == 4 else 4 if large else 8
-        programs = 4 * H * -(-D // size) ** 2
+        across = -(-D // size)
+        programs = 4 * H * across * across
         splits = max(1, min(most * self.processors // programs, B * T // 256))
         rows = -(-B * T // (splits * tile["L"])) * tile["L"]
         dR = new((splits, H, D, 4, D))
