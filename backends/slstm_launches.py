@@ -82,6 +82,14 @@ def wide(D, itemsize, device):
     return itemsize == 2 and D % 32 == 0 and device.clusters > 0 and (D > 128 or device.interpreted)
 
 
+def saved(shape, itemsize, device, exp_forget):
+    """The shape of what the backward pass needs, for x of this shape."""
+    B, T, _, H, D = shape
+    if clustered(D, itemsize, device) or wide(D, itemsize, device):
+        return B, T, H, D, 8
+    return 6 if exp_forget else 7, B, T, H, D
+
+
 class Launches:
     """How the work of a call is cut, rows and units of a program, and its launches."""
 
@@ -129,12 +137,6 @@ class Launches:
         self.waits = self.tiles <= self.resident
         # Whether what programs exchange must hold a NaN of all bits that they never write.
         self.exchanges = self.waits and not self.whole
-
-    def saved(self, exp_forget):
-        """The shape of what the backward pass needs."""
-        planes = 6 if exp_forget else 7
-        shape = self.B, self.T, self.H, self.D
-        return (*shape, 8) if self.clustered or self.wide else (planes, *shape)
 
     @property
     def memory(self):

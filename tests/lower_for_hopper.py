@@ -1,7 +1,7 @@
 """Lowers training steps of the mLSTM (K/V/heads) and the sLSTM (units/heads) under JAX for a Hopper
 GPU that need not be there, by our Triton kernels: python tests/lower_for_hopper.py [64/128/132 ...]
 
-Prints of every launch its kernel, warps, operands and results, and numbers. What jaxlib would
+Prints of every launch its kernel, warps, operands and results, numbers, and programs of a cluster. What jaxlib would
 compile is compiled by ptxas.
 """
 
@@ -53,14 +53,14 @@ class Jaxlib:
             command = [PTXAS, "-arch=sm_90a", "-o", os.devnull, file.name]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr + entry
-        return name, warps, entry.count(".param ")
+        return name, warps, entry.count(".param "), ctas
 
     def TritonKernelCall(self, kernel, x, y, z, parameters):
-        name, warps, count = kernel
+        name, warps, count, ctas = kernel
         assert count == len(parameters) + 2, (name, count, parameters)
         memory = parameters.count("memory")
         assert parameters[:memory] == ["memory"] * memory, (name, parameters)
-        self.launches.append(f"{name} {warps} {memory} {len(parameters) - memory}")
+        self.launches.append(f"{name} {warps} {memory} {len(parameters) - memory} {ctas}")
         return self
 
     def to_proto(self, name, metadata):

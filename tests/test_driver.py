@@ -65,6 +65,12 @@ class Driver:
     def cuLaunchCooperativeKernel(self, *arguments):
         return self.cuLaunchKernel(*arguments, None)
 
+    def cuLaunchKernelEx(self, config, function, places, extra):
+        config = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
+        attributes = config.attributes[: config.count]
+        self.attributes = [(a.kind, a.value[:4]) for a in attributes]
+        return self.cuLaunchKernel(function, *config.sizes, config.stream, places, extra)
+
     def cuTensorMapEncodeTiled(self, place, dtype, rank, base, sizes, strides, box, *rest):
         assert place % 64 == 0
         assert (dtype, rank, base, *sizes, *strides, *box) == (9, 2, 4096, 32, 24, 64, 16, 8)
@@ -77,11 +83,13 @@ class Driver:
         return 1
 
 
-@pytest.mark.parametrize("cooperative", [False, True])
-def test_what_the_driver_is_given(cooperative, monkeypatch):
+@pytest.mark.parametrize("way", ["alone", "cooperative", "clusters"])
+def test_what_the_driver_is_given(way, monkeypatch):
     fake = Driver()
     monkeypatch.setattr(driver, "_driver", lambda: fake)
-    launch = driver.launcher(compiled(launch_cooperative_grid=cooperative), 5)
+    cluster = 5 if way == "clusters" else 1
+    given = compiled(launch_cooperative_grid=way == "cooperative")
+    launch = driver.launcher(given, 5, cluster)
     a = torch.zeros(4)
     base = types.SimpleNamespace(data_ptr=lambda: 4096)
     d = types.SimpleNamespace(base=base, shape=(24, 32), strides=(32, 1))
@@ -94,6 +102,10 @@ def test_what_the_driver_is_given(cooperative, monkeypatch):
         want = struct.pack("<QiiqqfiQQQ", a.data_ptr(), 24, 32, 32, 1, 0.5, -3, 1 << 60, 0, 0)
         assert numbers == want
         assert read[1] == bytes([7] * 128)
+    if way == "clusters":
+        assert fake.attributes == [(4, [5, 1, 1, 0])]
+        # As CUDA's headers lay them out.
+        assert (ctypes.sizeof(driver._Attribute), ctypes.sizeof(driver._Config)) == (72, 56)
 
 
 def test_a_thread_without_a_context_and_other_errors(monkeypatch):

@@ -259,7 +259,7 @@ def test_what_is_launched_on_hopper(monkeypatch):
     kernel specialises, which jaxlib must be told of."""
     monkeypatch.delenv("TRITON_INTERPRET")
     script = pathlib.Path(__file__).parent / "lower_for_hopper.py"
-    sizes = "64/128/132", "128/256/2", "64/12", "192/4"
+    sizes = "64/128/132", "128/256/2", "64/12", "192/4", "768/1"
     command = [sys.executable, str(script), *sizes]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -273,7 +273,8 @@ def test_what_is_launched_on_hopper(monkeypatch):
         "gates", "chunks", "states", "borders", "attend_hopper", "attend_hopper", "states",
         "borders", "attend_hopper", "attend_hopper", "gate_gradients",
     ]  # fmt: skip
-    assert names[18:] == ["forward", "backward", "kernel_gradient"] * 2
+    assert names[18:] == ["forward", "backward", "kernel_gradient"] * 3
+    assert [int(cluster) for *_, cluster in launches[18:]] == [2, 2, 1, 6, 6, 1, 1, 1, 1]
     warps = {name: int(warps) for name, warps, *_ in launches}
     assert warps["serial_hopper"] == 16
     assert warps["attend_hopper"] == 12

@@ -119,7 +119,8 @@ def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, keep):
     h_all, last = Buffer((B, T, H, D), x.dtype), [Buffer((B, H, D)) for _ in range(4)]
     if run.exchanges:
         _missing(h_all)
-    saved = Buffer(run.saved(exp_forget)) if keep else None
+    saved = launches.saved(x.shape, x.dtype.itemsize, run.device, exp_forget)
+    saved = Buffer(saved) if keep else None
     given = x, R.astype(x.dtype), bias, hold, reset, scale
     first = None if h is None else h.astype(x.dtype)
     run.forward(given, first, (h, c, n, m), h_all, saved, last, exp_forget, _memory(run))

@@ -24,8 +24,10 @@ _NO_CONTEXT = 201  # this thread has not used the device yet
 
 def launcher(compiled, programs, cluster=1):
     """`function(stream, arguments)` for what Triton compiled, or None where only Triton's own
-    launcher will do. `cluster`: so many programs hear each other. Arguments are all of a kernel that are no constants of the call, in order:
-    tensors or addresses, numbers, None, `TensorDescriptor`s that are used again."""
+    launcher will do. Arguments are all of a kernel that are no constants of the call, in order:
+    tensors or addresses, numbers, None, `TensorDescriptor`s that are used again. `cluster`: so
+    many programs hear each other.
+    """
     metadata = compiled.metadata
     more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
     more = getattr(metadata, "num_ctas", 1) != 1 or any(getattr(metadata, n, 0) for n in more)

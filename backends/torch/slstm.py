@@ -46,14 +46,17 @@ def slstm(
     return h, tuple(last)
 
 
-def _launches(x):
-    B, T, _, H, D = x.shape
-    device = launches.Device(
+def _device(x):
+    return launches.Device(
         machine.shared_memory(x.device), machine.processors(x.device), precision(x.dtype),
         machine.triton_version(), True, machine.all_shared_memory(x.device),
         machine.clusters(x.device), machine.interpreted(),
     )  # fmt: skip
-    return launches.Launches(launch, device, B, T, H, D, x.dtype.itemsize)
+
+
+def _launches(x):
+    B, T, _, H, D = x.shape
+    return launches.Launches(launch, _device(x), B, T, H, D, x.dtype.itemsize)
 
 
 def _missing(t):
@@ -90,7 +93,9 @@ def _outputs(x, exp_forget, trains):
     B, T, _, H, D = x.shape
     outputs = [x.new_empty(B, T, H, D)]
     outputs += [x.new_empty(B, H, D, dtype=torch.float32) for _ in range(4)]
-    saved = _launches(x).saved(exp_forget) if trains else (0,)
+    saved = (0,)
+    if trains:
+        saved = launches.saved(x.shape, x.dtype.itemsize, _device(x), exp_forget)
     return [*outputs, x.new_empty(saved, dtype=torch.float32)]
 
 

@@ -15,7 +15,7 @@ at once then read different banks of the memory.
 import triton
 import triton.language as tl
 from keras_xlstm.backends.triton import slstm_lanes as lanes
-from keras_xlstm.backends.triton.slstm_kernels import NEVER, _kernel
+from keras_xlstm.backends.triton.slstm_kernels import NEVER, _gradients, _kernel
 from keras_xlstm.backends.triton.slstm_lanes import MISSING
 
 AHEAD = tl.constexpr(6)  # steps
@@ -48,17 +48,7 @@ def _cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr):
 def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
     """The gate gradients, and those of the c and n before."""
     r = tl.where(n == 0.0, 0.0, lanes.reciprocal(n))  # nothing there: a held fresh start
-    y = o * r
-    h = y * c
-    dc += dh * y
-    dn -= dh * h * r
-    di = i * (z * dc + dn)
-    df = f * (c_in * dc + n_in * dn)
-    if not EXP_FORGET:
-        df *= slope
-    dz = i * dc * ((1.0 - z) * (1.0 + z))
-    do = dh * h * (1.0 - o)
-    return di, df, dz, do, f * dc, f * dn
+    return _gradients(dh, dc, dn, r, c, c_in, n_in, i, f, z, o, slope, EXP_FORGET)
 
 
 @triton.jit
@@ -228,7 +218,9 @@ def forward(
         if scale_p is None:
             lanes.send(memory, slot + sent, word, N)
         else:
-            lanes.send(memory, slot + sent, _two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N)
+            lanes.send(
+                memory, slot + sent, _two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N
+            )
         lanes.store_pair(out, word, at_out)
         out += HD
         if saved_p is not None:
@@ -266,7 +258,7 @@ def backward(
     D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EXP_FORGET: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """As `forward`. A warp multiplies its program's gate gradients by R for TILES times 16 units."""
+    """As `forward`. A warp multiplies its program's gate gradients by R for TILES by 16 units."""
     dtype: tl.constexpr = dx_p.dtype.element_ty
     LANES: tl.constexpr = 32 * W
     U: tl.constexpr = 8 * W  # units of a program

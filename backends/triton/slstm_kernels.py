@@ -5,6 +5,11 @@
     here             what both are made of; and the gradient of the recurrent kernel and the bias,
                      over all steps at once
 
+For numbers of 16 bits and whole 32 units, on NVIDIA's GPUs, in PTX lane by lane (slstm_lanes.py):
+
+    slstm_cluster.py a head's programs are a cluster, or one program has all of its units
+    slstm_wide.py    as slstm_split.py, for heads too large for that
+
 Names: _p pointers, o_ offsets; comments give tile shapes. Tensors are contiguous: x and its
 gradient (B, T, 4, H, D), h (B, T, H, D), states (B, H, D), the recurrent kernel (H, D, 4, D). What
 the backward pass needs is in `saved` (planes, B, T, H, D): i, f, z, o as they act, c, n, and the
@@ -54,6 +59,12 @@ def _cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr):
 def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
     """The gate gradients, and those of the c and n before."""
     r = tl.where(n == 0.0, 0.0, 1.0 / n)  # nothing there: beyond the units, or a held fresh start
+    return _gradients(dh, dc, dn, r, c, c_in, n_in, i, f, z, o, slope, EXP_FORGET)
+
+
+@triton.jit
+def _gradients(dh, dc, dn, r, c, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
+    """`_cell_gradient`, with r = 1 / n."""
     y = o * r
     h = y * c
     dc += dh * y

@@ -30,7 +30,9 @@ def exp(x):
 @triton.jit
 def log(x):
     if PTX:
-        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        y = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
         return y * 0.6931471805599453
     else:
         return tl.log(x)
@@ -90,9 +92,7 @@ def load_half(p, at):
 def load_pair(p):
     """The bits of two numbers of 16, at a multiple of 4 bytes."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "ld.global.b32 $0, [$1];", "=r,l", [p], tl.int32, False, 1
-        )
+        return tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [p], tl.int32, False, 1)
     else:
         low = tl.load(p).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         return low | (tl.load(p + 1).to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -272,9 +272,7 @@ def meet(lane, N: tl.constexpr):
 def meet_here(lane):
     """All lanes of this program wait for each other."""
     if PTX:
-        tl.inline_asm_elementwise(
-            "bar.sync 0; mov.b32 $0, $1;", "=r,r", [lane], tl.int32, False, 1
-        )
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, $1;", "=r,r", [lane], tl.int32, False, 1)
 
 
 @triton.jit
@@ -282,8 +280,8 @@ def put(memory, word, value):
     """In this program's memory alone."""
     if PTX:
         tl.inline_asm_elementwise(
-            "mov.b32 $0, 0; st.volatile.shared.b32 [$1], $2;", "=&r,r,r", [memory + 4 * word, value],
-            tl.int32, False, 1,
+            "mov.b32 $0, 0; st.volatile.shared.b32 [$1], $2;", "=&r,r,r",
+            [memory + 4 * word, value], tl.int32, False, 1,
         )  # fmt: skip
     else:
         tl.store(memory + word, value)
