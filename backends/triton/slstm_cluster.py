@@ -4,9 +4,10 @@ backwards the gate gradients, through each other's shared memory.
 A warp's cells are 8 units by 8 rows, two to a lane, with its part of the recurrent kernel in
 registers (slstm_lanes.py). Forwards every warp needs the whole h: what a step sends has a slot of
 three in turn in every program, of words that are MISSING until they come. Who has read all of a
-slot knows that all have read the slot before: it is cleared for the step after next. Backwards
-programs have the gate gradients of their own units, and send each other what these add to the
-gradients of h: half the bytes of the gate gradients. A word has one reader, who clears it.
+slot knows that all have read the slot before: it is cleared for the step after next. (Who stores
+there next has heard from this program again, so after the clearing.) Backwards programs have the
+gate gradients of their own units, and send each other what these add to the gradients of h: half
+the bytes of the gate gradients. A word has one reader, who clears it.
 
 Rows of h are chunks of 16 words (32 units), in odd rows swapped in pairs: lanes that read two rows
 at once then read different banks of the memory.
