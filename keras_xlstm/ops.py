@@ -26,6 +26,13 @@ _CHECKED = set()  # sizes and dtypes of calls that passed
 _SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
+def _remember(alike):
+    if alike is not None:
+        if len(_CHECKED) >= 1000:  # as many lengths as there are may come
+            _CHECKED.clear()
+        _CHECKED.add(alike)
+
+
 @backends.as_written
 def mlstm(
     q: Any,
@@ -101,10 +108,7 @@ def mlstm(
         expect_shape("i", i, ("B", "T", "H"), sizes)
         expect_shape("f", f, ("B", "T", "H"), sizes)
         same_dtype(q=q, k=k, v=v)
-        if alike is not None:
-            if len(_CHECKED) >= 1000:  # as many lengths as there are may come
-                _CHECKED.clear()
-            _CHECKED.add(alike)
+        _remember(alike)
     check_flag("return_state", return_state)
     one_of("input_gate", input_gate, ("exp", "sigmoid"))
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
@@ -196,13 +200,20 @@ def slstm(
     >>> keras_xlstm.ops.slstm(x, recurrent_kernel).shape
     (2, 10, 2, 8)
     """
-    x = float_tensor("x", x)
-    recurrent_kernel = float_tensor("recurrent_kernel", recurrent_kernel)
-    expect_shape("x", x, ("B", "T", 4, "H", "D"), sizes := {})
-    expect_shape("recurrent_kernel", recurrent_kernel, ("H", "D", 4, "D"), sizes)
-    if bias is not None:
-        bias = float_tensor("bias", bias)
-        expect_shape("bias", bias, (4, "H", "D"), sizes)
+    alike = None
+    if initial_state is None and mask is None and segment_ids is None and recurrent_scale is None:
+        given = (x, recurrent_kernel) if bias is None else (x, recurrent_kernel, bias)
+        alike = backends.alike(*given)
+    sizes = {}
+    if alike is None or alike not in _CHECKED:
+        x = float_tensor("x", x)
+        recurrent_kernel = float_tensor("recurrent_kernel", recurrent_kernel)
+        expect_shape("x", x, ("B", "T", 4, "H", "D"), sizes)
+        expect_shape("recurrent_kernel", recurrent_kernel, ("H", "D", 4, "D"), sizes)
+        if bias is not None:
+            bias = float_tensor("bias", bias)
+            expect_shape("bias", bias, (4, "H", "D"), sizes)
+        _remember(alike)
     if recurrent_scale is not None:
         recurrent_scale = float_tensor("recurrent_scale", recurrent_scale)
         expect_shape("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)

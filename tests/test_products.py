@@ -205,3 +205,28 @@ def test_calls_alike_are_checked_once_and_others_again(rng):
     h, state = mlstm(q, k, v, i, f, return_state=True)
     np.testing.assert_array_equal(array(h), want)
     assert [tuple(s.shape) for s in state] == [(2, 2, 4, 4), (2, 2, 4), (2, 2)]
+
+
+def test_calls_alike_of_the_slstm(rng):
+    from keras_xlstm.ops import slstm
+
+    x, R, bias = (
+        ops.convert_to_tensor(rng.normal(size=shape), "float32")
+        for shape in ((2, 3, 4, 1, 5), (1, 5, 4, 5), (4, 1, 5))
+    )
+    for given in ((x, R, bias), (x, R)):
+        want = array(slstm(*given))
+        np.testing.assert_array_equal(array(slstm(*given)), want)
+    with pytest.raises(ValueError, match="`recurrent_kernel` must have shape"):
+        slstm(x, R[:, :4], bias)
+    with pytest.raises(ValueError, match="`bias` must have shape"):
+        slstm(x, R, bias[:3])
+    with pytest.raises(ValueError, match="floating-point"):
+        slstm(x, R, ops.cast(bias, "int32"))
+    with pytest.raises(ValueError, match="`recurrent_scale` must have shape"):
+        slstm(x, R, bias, recurrent_scale=ops.ones((2, 1, 4)))
+    with pytest.raises(ValueError, match="`forget_gate`"):
+        slstm(x, R, bias, forget_gate="relu")
+    h, state = slstm(x, R, return_state=True)
+    np.testing.assert_array_equal(array(h), want)
+    assert [tuple(s.shape) for s in state] == [(2, 1, 5)] * 4

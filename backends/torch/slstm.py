@@ -154,7 +154,9 @@ def _gradient(ctx, gradients):
     dh, dh_last, dc, dn, *_ = gradients
     _, _, bias, _, c0, n0, *_, h, c, _, _ = tensors = ctx.saved_tensors
     dh = torch.zeros_like(h) if dh is None else dh.contiguous()
-    last = (torch.zeros_like(c) if d is None else d.contiguous() for d in (dh_last, dc, dn))
+    last = dh_last, dc, dn
+    none = torch.zeros_like(c) if any(d is None for d in last) else None  # for all: only read
+    last = (none if d is None else d.contiguous() for d in last)
     dx, dR, dbias, dh, dc, dn = _backward(dh, *last, *tensors, *ctx.options)
     # The state's true value is (c, n) exp(m).
     state = [None] * 4 if c0 is None else [dh, dc, dn, c0 * dc + n0 * dn]
