@@ -187,10 +187,13 @@ HALVES = ["bfloat16", "float16"] if GPU else ["float16"]
 halves = pytest.mark.parametrize("dtype", HALVES)
 
 
-def check_clustered(case, dtype, **options):
-    x = tensor(case.inputs["x"], dtype)
-    assert kernels._launches(x).clustered
+def check_clustered(case, dtype, kind="clustered", **options):
+    assert getattr(kernels._launches(tensor(case.inputs["x"], dtype)), kind)
     check(case, dtype, **options)
+
+
+def check_wide(case, dtype, **options):
+    check_clustered(case, dtype, "wide", **options)
 
 
 @halves
@@ -239,15 +242,17 @@ def test_clusters_masks_and_segments(mask, segments, dtype, rng):
 
 
 @halves
-def test_clusters_with_all_options(dtype, rng):
-    B, T, D = (11, 9, 128) if GPU else (3, 4, 32)
+@pytest.mark.parametrize("kind", ["clustered", "wide"])
+def test_lanes_with_all_options(kind, dtype, rng):
+    D = {"clustered": 128 if GPU else 32, "wide": 768 if GPU else 96}[kind]
+    B, T, H = (11, 9, 1) if GPU else (3, 4, 1)
     mask, ids = make_mask("holes", B, T, rng), make_segments("returning", B, T, rng)
-    case = sLSTMCase(rng, B=B, T=T, D=D)
-    check_clustered(case, dtype, forget_gate="exp")
-    check_clustered(case, dtype, recurrent_gradient_clip=0.2)
+    case = sLSTMCase(rng, B=B, T=T, H=H, D=D)
+    check_clustered(case, dtype, kind, forget_gate="exp")
+    check_clustered(case, dtype, kind, recurrent_gradient_clip=0.2)
     scale = rng.integers(0, 2, case.inputs["h"].shape) * 2.0
     check_clustered(
-        case, dtype, mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
+        case, dtype, kind, mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
         recurrent_gradient_clip=0.2,
     )  # fmt: skip
 
@@ -260,7 +265,7 @@ def test_clusters_extreme_gates(seed, dtype):
     case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
     shape = case.inputs["x"][:, :, :2].shape
     case.inputs["x"][:, :, :2] += 1e4 * (rng.integers(0, 3, shape) - 1)
-    check_clustered(case, dtype, factor=5.0)
+    check_clustered(case, dtype)
 
 
 @halves
@@ -280,29 +285,12 @@ def test_clusters_nan_reaches_the_output(dtype, rng):
 # Those too large for a cluster, by programs of 16 units; interpreted, a launch for every step.
 
 
-def check_wide(case, dtype, **options):
-    assert kernels._launches(tensor(case.inputs["x"], dtype)).wide
-    check(case, dtype, **options)
-
-
 @halves
 @pytest.mark.parametrize("D", [288, 320, 512, 768, 992, 1024] if GPU else [96])
 @pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
 def test_wide_heads(D, dtype, state, rng):
     B, T, H = (9, 70, 1 if D > 700 else 2) if GPU else (9, 3, 1)
     check_wide(sLSTMCase(rng, B=B, T=T, H=H, D=D, state=state), dtype)
-
-
-@halves
-def test_wide_heads_with_all_options(dtype, rng):
-    B, T, D = (11, 9, 768) if GPU else (3, 4, 96)
-    mask, ids = make_mask("holes", B, T, rng), make_segments("returning", B, T, rng)
-    case = sLSTMCase(rng, B=B, T=T, H=1, D=D)
-    scale = rng.integers(0, 2, case.inputs["h"].shape) * 2.0
-    check_wide(
-        case, dtype, mask=mask, segment_ids=ids, recurrent_scale=scale, forget_gate="exp",
-        recurrent_gradient_clip=0.2,
-    )  # fmt: skip
 
 
 @on_gpu

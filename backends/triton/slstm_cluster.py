@@ -1,5 +1,5 @@
 """The sLSTM in Triton for 16-bit numbers, a head's programs one cluster: they exchange h, and
-backwards the gate gradients, through each other's shared memory.
+backwards its gradients, through each other's shared memory.
 
 A warp's cells are 8 units by 8 rows, two to a lane, with its part of the recurrent kernel in
 registers (slstm_lanes.py). Forwards every warp needs the whole h: what a step sends has a slot of
@@ -16,57 +16,11 @@ at once then read different banks of the memory.
 import triton
 import triton.language as tl
 from keras_xlstm.backends.triton import slstm_lanes as lanes
-from keras_xlstm.backends.triton.slstm_kernels import NEVER, _gradients, _kernel
-from keras_xlstm.backends.triton.slstm_lanes import MISSING
+from keras_xlstm.backends.triton import slstm_messages as messages
+from keras_xlstm.backends.triton.slstm_kernels import NEVER, _cell, _cell_gradient, _kernel
+from keras_xlstm.backends.triton.slstm_messages import MISSING
 
 AHEAD = tl.constexpr(6)  # steps
-
-
-@triton.jit
-def _cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr):
-    """Eqs. 8-17, and the slope of log f."""
-    if EXP_FORGET:
-        log_f, slope = f, f
-    else:
-        y = lanes.exp(-tl.abs(f))
-        log_f = tl.minimum(f, 0.0) - lanes.log(1.0 + y)
-        slope = tl.where(f < 0.0, 1.0, y) * lanes.reciprocal(1.0 + y)
-    new_m = tl.maximum(log_f + m, i)
-    i = lanes.exp(i - new_m)
-    f = lanes.exp((m - new_m) + log_f)
-    y = lanes.exp(-2.0 * tl.abs(z))
-    far = (1.0 - y) * lanes.reciprocal(1.0 + y)
-    t = z * z
-    near = z * (1.0 + t * (-1 / 3 + t * (2 / 15 + t * (-17 / 315 + t * (62 / 2835)))))
-    z = tl.where(t < 0.06, near, tl.where(z < 0.0, -far, far))
-    o = lanes.reciprocal(1.0 + lanes.exp(-o))
-    c = f * c + i * z
-    n = f * n + i
-    return o * (c / n), c, n, new_m, i, f, z, o, slope
-
-
-@triton.jit
-def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
-    """The gate gradients, and those of the c and n before."""
-    r = tl.where(n == 0.0, 0.0, lanes.reciprocal(n))  # nothing there: a held fresh start
-    return _gradients(dh, dc, dn, r, c, c_in, n_in, i, f, z, o, slope, EXP_FORGET)
-
-
-@triton.jit
-def _raw(p, step, at):
-    """Bits of i, f, z, o at p, which are `step` apart."""
-    return (
-        lanes.load_half(p, at), lanes.load_half(p + step, at), lanes.load_half(p + 2 * step, at),
-        lanes.load_half(p + 3 * step, at),
-    )  # fmt: skip
-
-
-@triton.jit
-def _numbers(i, f, z, o, dtype: tl.constexpr):
-    return (
-        lanes.number(i, dtype), lanes.number(f, dtype), lanes.number(z, dtype),
-        lanes.number(o, dtype),
-    )  # fmt: skip
 
 
 @triton.jit
@@ -74,6 +28,23 @@ def _first(c0_p, n0_p, m0_p, o, at):
     """c, n, m of a state; what holds nothing (the official zeros) is a fresh start."""
     c, n, m = lanes.load(c0_p + o, at), lanes.load(n0_p + o, at), lanes.load(m0_p + o, at)
     return c, n, tl.where(n != 0.0, m, NEVER)
+
+
+@triton.jit
+def _hold(p, at, h, c, n, m, h_old, c_old, n_old, m_old):
+    """A cell, as it was before where flag p is set."""
+    held = lanes.load_flag(p, at) != 0
+    h, c = tl.where(held, h_old, h), tl.where(held, c_old, c)
+    return h, c, tl.where(held, n_old, n), tl.where(held, m_old, m)
+
+
+@triton.jit
+def _hold_gradients(p, at, di, df, dz, do, dc, dn, dc_old, dn_old):
+    """And whether: a held step has no gradients but what goes through."""
+    held = lanes.load_flag(p, at) != 0
+    di, df = tl.where(held, 0.0, di), tl.where(held, 0.0, df)
+    dz, do = tl.where(held, 0.0, dz), tl.where(held, 0.0, do)
+    return di, df, dz, do, tl.where(held, dc_old, dc), tl.where(held, dn_old, dn), held
 
 
 @triton.jit
@@ -90,7 +61,7 @@ def _clear(memory, word, lane, FROM: tl.constexpr, TO: tl.constexpr, LANES: tl.c
     """A slot's words, between all lanes."""
     for r in tl.static_range((TO - FROM + 4 * LANES - 1) // (4 * LANES)):
         e = FROM + (r * LANES + lane) * 4
-        lanes.put_four(memory, word + e, tl.zeros_like(e) + MISSING, (e < TO).to(tl.int32))
+        messages.put(memory, word + e, tl.zeros_like(e) + MISSING, (e < TO).to(tl.int32), COUNT=4)
 
 
 @triton.jit
@@ -119,7 +90,7 @@ def forward(
     b0 = (first + 2 * q).to(tl.int64)
     b1 = b0 + 1
     at0, at1 = (b0 < B).to(tl.int32), (b1 < B).to(tl.int32)
-    memory = lanes.shared_memory(lane, memory_p, 3 * SLOT)
+    memory = messages.shared_memory(lane, memory_p, 3 * SLOT)
     _clear(memory, 0, lane, 0, 3 * SLOT, LANES)
 
     # a of the products: rows are gates by units, columns the units before. Column 8 h + 2 q + l of
@@ -131,7 +102,7 @@ def forward(
             p = R_p + (head * D + k).to(tl.int64) * 4 * D + (part // 4 * 2 + part % 2) * D + u
             low, high = lanes.load_half(p, all_lanes), lanes.load_half(p + 4 * D, all_lanes)
             R += (low | (high << 16),)
-    lanes.meet(lane, N)
+    messages.meet(lane, N)
 
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
     zero = tl.zeros((LANES,), tl.float32)
@@ -158,24 +129,24 @@ def forward(
     out = h_p + out * T * HD + head * D + u - g % 2
     read, swap = g * (D // 2) + q * 4, (g % 2) * 16 if D % 64 == 0 else g * 0
     slot = 0
-    lanes.send(memory, sent, _two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N)
+    messages.send(memory, sent, lanes.two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N)
 
     b_read = tl.minimum(first + g, B - 1).to(tl.int64) * T
     o0, o1 = (b0 * T) * HD + head * D + u, (b1 * T) * HD + head * D + u  # of steps
     x0, x1 = x_p + (b0 * T) * 4 * HD + head * D + u, x_p + (b1 * T) * 4 * HD + head * D + u
     # Inputs arrive while a step is computed; a lane asks for those of row g, gate q, 8 units ahead.
-    xi0, xf0, xz0, xo0 = _raw(x0, HD, at0)
-    xi1, xf1, xz1, xo1 = _raw(x1, HD, at1)
+    xi0, xf0, xz0, xo0 = lanes.load_gates(x0, HD, at0)
+    xi1, xf1, xz1, xo1 = lanes.load_gates(x1, HD, at1)
     ahead = x_p + (b_read + AHEAD) * 4 * HD + q * HD + head * D + u - g
     for step in range(0, T):
         t = tl.cast(step, tl.int32)  # the interpreter has a Python number
-        i0, f0, z0, v0 = _numbers(xi0, xf0, xz0, xo0, dtype)
-        i1, f1, z1, v1 = _numbers(xi1, xf1, xz1, xo1, dtype)
+        i0, f0, z0, v0 = lanes.numbers(xi0, xf0, xz0, xo0, dtype)
+        i1, f1, z1, v1 = lanes.numbers(xi1, xf1, xz1, xo1, dtype)
         x0 += 4 * HD
         x1 += 4 * HD
         later = (t + 1 < T).to(tl.int32)
-        xi0, xf0, xz0, xo0 = _raw(x0, HD, at0 * later)
-        xi1, xf1, xz1, xo1 = _raw(x1, HD, at1 * later)
+        xi0, xf0, xz0, xo0 = lanes.load_gates(x0, HD, at0 * later)
+        xi1, xf1, xz1, xo1 = lanes.load_gates(x1, HD, at1 * later)
         lanes.soon(ahead, (t + AHEAD < T).to(tl.int32) + all_lanes * 0)
         ahead += 4 * HD
         if bias_p is not None:
@@ -188,7 +159,7 @@ def forward(
             m0 = tl.where(lanes.load_flag(reset_p + b0 * T + t, at0) != 0, NEVER, m0)
             m1 = tl.where(lanes.load_flag(reset_p + b1 * T + t, at1) != 0, NEVER, m1)
 
-        h = lanes.receive(memory, slot + read, swap, CHUNKS, True)
+        h = messages.receive(memory, slot + read, swap, CHUNKS, True)
         # Products of even and odd columns do not wait for each other.
         s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
         for j in tl.static_range(CHUNKS):
@@ -203,24 +174,24 @@ def forward(
         i0, i1, f0, f1 = i0 + s0, i1 + s1, f0 + s2, f1 + s3
         z0, z1, v0, v1 = z0 + s4, z1 + s5, v0 + s6, v1 + s7
 
-        h0, c0, n0, m0, i0, f0, z0, v0, slope0 = _cell(i0, f0, z0, v0, c0, n0, m0, EXP_FORGET)
-        h1, c1, n1, m1, i1, f1, z1, v1, slope1 = _cell(i1, f1, z1, v1, c1, n1, m1, EXP_FORGET)
+        h0, c0, n0, m0, i0, f0, z0, v0, slope0 = _cell(i0, f0, z0, v0, c0, n0, m0, EXP_FORGET, True)
+        h1, c1, n1, m1, i1, f1, z1, v1, slope1 = _cell(i1, f1, z1, v1, c1, n1, m1, EXP_FORGET, True)
         if hold_p is not None:
-            held = lanes.load_flag(hold_p + b0 * T + t, at0) != 0
-            h0, c0 = tl.where(held, h0_old, h0), tl.where(held, c0_old, c0)
-            n0, m0 = tl.where(held, n0_old, n0), tl.where(held, m0_old, m0)
-            held = lanes.load_flag(hold_p + b1 * T + t, at1) != 0
-            h1, c1 = tl.where(held, h1_old, h1), tl.where(held, c1_old, c1)
-            n1, m1 = tl.where(held, n1_old, n1), tl.where(held, m1_old, m1)
+            h0, c0, n0, m0 = _hold(
+                hold_p + b0 * T + t, at0, h0, c0, n0, m0, h0_old, c0_old, n0_old, m0_old
+            )
+            h1, c1, n1, m1 = _hold(
+                hold_p + b1 * T + t, at1, h1, c1, n1, m1, h1_old, c1_old, n1_old, m1_old
+            )
         free = _next(_next(slot, SLOT), SLOT)
         _clear(memory, free, lane, 0, SLOT, LANES)
         slot = _next(slot, SLOT)
-        word = _two_units(h0, h1, odd, dtype, LANES)
+        word = lanes.two_units(h0, h1, odd, dtype, LANES)
         if scale_p is None:
-            lanes.send(memory, slot + sent, word, N)
+            messages.send(memory, slot + sent, word, N)
         else:
-            lanes.send(
-                memory, slot + sent, _two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N
+            messages.send(
+                memory, slot + sent, lanes.two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N
             )
         lanes.store_pair(out, word, at_out)
         out += HD
@@ -231,7 +202,7 @@ def forward(
             lanes.store_four(saved_p + o1 * 8 + 4, c1, n1, slope1, zero, at1)
         o0 += HD
         o1 += HD
-    lanes.meet(lane, N)  # nobody may send to a program that is gone
+    messages.meet(lane, N)  # nobody may send to a program that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
     lanes.store(h1_p + o0, h0, at0)
     lanes.store(h1_p + o1, h1, at1)
@@ -241,15 +212,6 @@ def forward(
     lanes.store(n1_p + o1, n1, at1)
     lanes.store(m1_p + o0, tl.where(m0 <= NEVER / 2, 0.0, m0), at0)
     lanes.store(m1_p + o1, tl.where(m1 <= NEVER / 2, 0.0, m1), at1)
-
-
-@triton.jit
-def _two_units(x0, x1, odd, dtype: tl.constexpr, LANES: tl.constexpr):
-    """Of unit u, rows 2 q and 2 q + 1, a word of units u and u + 1 (or u - 1) in one row."""
-    own = lanes.pair(x0, x1, dtype)
-    # An even lane gives its odd row, an odd lane its even one.
-    got = lanes.other(own, LANES)
-    return tl.where(odd, ((got >> 16) & 0xFFFF) | (own & -65536), (own & 0xFFFF) | (got << 16))
 
 
 @_kernel
@@ -276,7 +238,7 @@ def backward(
     b0 = (first + 2 * q).to(tl.int64)
     b1 = b0 + 1
     at0, at1 = (b0 < B).to(tl.int32), (b1 < B).to(tl.int32)
-    memory = lanes.shared_memory(lane, memory_p, 2 * GATES + 2 * SLOT)
+    memory = messages.shared_memory(lane, memory_p, 2 * GATES + 2 * SLOT)
     _clear(memory, 2 * GATES, lane, 0, 2 * SLOT, LANES)
 
     # a of the products: rows are 16 units, columns the gates of this program's units, as above.
@@ -287,7 +249,7 @@ def backward(
             to = tl.minimum(w * TILES + part // 4, D // 16 - 1) * 16 + g + part % 2 * 8
             p = R_p + (head * D + to).to(tl.int64) * 4 * D + j // 2 * 32 // U * D + k
             R += (lanes.load_pair(p),)
-    lanes.meet(lane, N)
+    messages.meet(lane, N)
 
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
     zero = tl.zeros((LANES,), tl.float32)
@@ -350,9 +312,9 @@ def backward(
         ahead1 -= 8 * HD
         ahead_dh -= HD
         if step > 0:
-            back0, back1 = lanes.receive_two(memory, slot + own, N, 64 * W)
+            back0, back1 = messages.receive_two(memory, slot + own, N, 64 * W)
             for j in tl.static_range(N):
-                lanes.put_two(memory, slot + own + j * 64 * W, lane * 0 + MISSING)
+                messages.put(memory, slot + own + j * 64 * W, lane * 0 + MISSING, COUNT=2)
             slot = SLOT - slot
             if scale_p is not None:
                 back0, back1 = back0 * scale0, back1 * scale1
@@ -370,36 +332,32 @@ def backward(
             if t == 0:
                 c_in0, n_in0, c_in1, n_in1 = first_c0, first_n0, first_c1, first_n1
             di0, df0, dz0, do0, new_dc0, new_dn0 = _cell_gradient(
-                dh0, dc0, dn0, c0, n0, c_in0, n_in0, i0, f0, z0, v0, slope0, EXP_FORGET
+                dh0, dc0, dn0, c0, n0, c_in0, n_in0, i0, f0, z0, v0, slope0, EXP_FORGET, True
             )
             di1, df1, dz1, do1, new_dc1, new_dn1 = _cell_gradient(
-                dh1, dc1, dn1, c1, n1, c_in1, n_in1, i1, f1, z1, v1, slope1, EXP_FORGET
+                dh1, dc1, dn1, c1, n1, c_in1, n_in1, i1, f1, z1, v1, slope1, EXP_FORGET, True
             )
             kept0, kept1 = zero, zero
-            if hold_p is not None:  # a held step has none but what goes through
-                held = lanes.load_flag(hold_p + b0 * T + t, at0) != 0
-                di0, df0 = tl.where(held, 0.0, di0), tl.where(held, 0.0, df0)
-                dz0, do0 = tl.where(held, 0.0, dz0), tl.where(held, 0.0, do0)
-                new_dc0, new_dn0 = tl.where(held, dc0, new_dc0), tl.where(held, dn0, new_dn0)
+            if hold_p is not None:
+                di0, df0, dz0, do0, new_dc0, new_dn0, held = _hold_gradients(
+                    hold_p + b0 * T + t, at0, di0, df0, dz0, do0, new_dc0, new_dn0, dc0, dn0
+                )
                 kept0 = tl.where(held, dh0, 0.0)
-                held = lanes.load_flag(hold_p + b1 * T + t, at1) != 0
-                di1, df1 = tl.where(held, 0.0, di1), tl.where(held, 0.0, df1)
-                dz1, do1 = tl.where(held, 0.0, dz1), tl.where(held, 0.0, do1)
-                new_dc1, new_dn1 = tl.where(held, dc1, new_dc1), tl.where(held, dn1, new_dn1)
+                di1, df1, dz1, do1, new_dc1, new_dn1, held = _hold_gradients(
+                    hold_p + b1 * T + t, at1, di1, df1, dz1, do1, new_dc1, new_dn1, dc1, dn1
+                )
                 kept1 = tl.where(held, dh1, 0.0)
             dc0, dn0, dc1, dn1 = new_dc0, new_dn0, new_dc1, new_dn1
-            di, df = (
-                _two_units(di0, di1, odd, dtype, LANES), _two_units(df0, df1, odd, dtype, LANES)
-            )  # fmt: skip
-            dz, do = (
-                _two_units(dz0, dz1, odd, dtype, LANES), _two_units(do0, do1, odd, dtype, LANES)
-            )  # fmt: skip
-            lanes.put(memory, gates + put_i, di)
-            lanes.put(memory, gates + put_f, df)
-            lanes.put(memory, gates + put_z, dz)
-            lanes.put(memory, gates + put_o, do)
-            lanes.meet_here(lane)
-            dg = lanes.receive(memory, gates + read, swap, CHUNKS, False)
+            di = lanes.two_units(di0, di1, odd, dtype, LANES)
+            df = lanes.two_units(df0, df1, odd, dtype, LANES)
+            dz = lanes.two_units(dz0, dz1, odd, dtype, LANES)
+            do = lanes.two_units(do0, do1, odd, dtype, LANES)
+            messages.put(memory, gates + put_i, di)
+            messages.put(memory, gates + put_f, df)
+            messages.put(memory, gates + put_z, dz)
+            messages.put(memory, gates + put_o, do)
+            messages.meet_here(lane)
+            dg = messages.receive(memory, gates + read, swap, CHUNKS, False)
             gates = GATES - gates
             for tile in tl.static_range(TILES):
                 # Products of even and odd columns do not wait for each other.
@@ -417,8 +375,8 @@ def backward(
                 to = w * TILES + tile
                 word = slot + 2 * GATES + rank * 64 * W + to * 2 % W * 64 + lane % 32 * 2
                 program, there = tl.minimum(to * 2 // W, N - 1), (to < D // 16).to(tl.int32)
-                lanes.send_two(memory, word, program, p0 + s0, p1 + s1, there, N)
-                lanes.send_two(memory, word + 64, program, p2 + s2, p3 + s3, there, N)
+                messages.send_two(memory, word, program, p0 + s0, p1 + s1, there, N)
+                messages.send_two(memory, word + 64, program, p2 + s2, p3 + s3, there, N)
             lanes.store_pair(out, di, at_out)
             lanes.store_pair(out + HD, df, at_out)
             lanes.store_pair(out + 2 * HD, dz, at_out)
@@ -430,7 +388,7 @@ def backward(
         c_in0, n_in0, slope_in0, c_in1, n_in1, slope_in1 = (
             last_c0, last_n0, last_slope0, last_c1, last_n1, last_slope1,
         )  # fmt: skip
-    lanes.meet(lane, N)  # nobody may send to a program that is gone
+    messages.meet(lane, N)  # nobody may send to a program that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
     lanes.store(dh0_p + o0, dh0, at0)
     lanes.store(dh0_p + o1, dh1, at1)

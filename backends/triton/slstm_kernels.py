@@ -18,53 +18,63 @@ slope of f. m is a constant: the output does not depend on it.
 
 import triton
 import triton.language as tl
+from keras_xlstm.backends.triton import slstm_lanes as lanes
 
 NEVER = tl.constexpr(-(2.0**100))
 _kernel = triton.jit(do_not_specialize=["B", "T", "H", "start", "stop", "group", "rows"])
 
 
 @triton.jit
-def _tanh(x):
-    y = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - y) / (1.0 + y)
+def _exp(x, FAST: tl.constexpr):
+    return lanes.exp(x) if FAST else tl.exp(x)
+
+
+@triton.jit
+def _log(x, FAST: tl.constexpr):
+    return lanes.log(x) if FAST else tl.log(x)
+
+
+@triton.jit
+def _over(a, b, FAST: tl.constexpr):
+    """a / b."""
+    return a * lanes.reciprocal(b) if FAST else a / b
+
+
+@triton.jit
+def _tanh(x, FAST: tl.constexpr):
+    y = _exp(-2.0 * tl.abs(x), FAST)
+    far = _over(1.0 - y, 1.0 + y, FAST)
     t = x * x
     near = x * (1.0 + t * (-1 / 3 + t * (2 / 15 + t * (-17 / 315 + t * (62 / 2835)))))
     return tl.where(t < 0.06, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr):
-    """Eqs. 8-17, and the slope of log f."""
+def _cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr, FAST: tl.constexpr = False):
+    """Eqs. 8-17, and the slope of log f. FAST: by PTX without denormal numbers."""
     if EXP_FORGET:
         log_f, slope = f, f
     else:
-        y = tl.exp(-tl.abs(f))
-        log_f = tl.minimum(f, 0.0) - tl.log(1.0 + y)
-        slope = tl.where(f < 0.0, 1.0, y) / (1.0 + y)
+        y = _exp(-tl.abs(f), FAST)
+        log_f = tl.minimum(f, 0.0) - _log(1.0 + y, FAST)
+        slope = _over(tl.where(f < 0.0, 1.0, y), 1.0 + y, FAST)
     new_m = tl.maximum(log_f + m, i)
-    i = tl.exp(i - new_m)
-    f = tl.exp((m - new_m) + log_f)
-    z, o = _tanh(z), _sigmoid(o)
+    i = _exp(i - new_m, FAST)
+    f = _exp((m - new_m) + log_f, FAST)
+    z, o = _tanh(z, FAST), _over(1.0, 1.0 + _exp(-o, FAST), FAST)
     c = f * c + i * z
     n = f * n + i
     return o * (c / n), c, n, new_m, i, f, z, o, slope
 
 
 @triton.jit
-def _cell_gradient(dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
+def _cell_gradient(
+    dh, dc, dn, c, n, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr,
+    FAST: tl.constexpr = False,
+):  # fmt: skip
     """The gate gradients, and those of the c and n before."""
-    r = tl.where(n == 0.0, 0.0, 1.0 / n)  # nothing there: beyond the units, or a held fresh start
-    return _gradients(dh, dc, dn, r, c, c_in, n_in, i, f, z, o, slope, EXP_FORGET)
-
-
-@triton.jit
-def _gradients(dh, dc, dn, r, c, c_in, n_in, i, f, z, o, slope, EXP_FORGET: tl.constexpr):
-    """`_cell_gradient`, with r = 1 / n."""
+    # Nothing there: beyond the units, or a held fresh start.
+    r = tl.where(n == 0.0, 0.0, _over(1.0, n, FAST))
     y = o * r
     h = y * c
     dc += dh * y

@@ -13,15 +13,9 @@ g + 8, in row 2 q, or 2 q + 1.
 import triton
 import triton.language as tl
 from keras_xlstm.backends.triton import slstm_lanes as lanes
-from keras_xlstm.backends.triton.slstm_cluster import (
-    AHEAD,
-    _cell,
-    _cell_gradient,
-    _first,
-    _numbers,
-    _raw,
-)
-from keras_xlstm.backends.triton.slstm_kernels import NEVER, _kernel
+from keras_xlstm.backends.triton import slstm_messages as messages
+from keras_xlstm.backends.triton.slstm_cluster import AHEAD, _first, _hold, _hold_gradients
+from keras_xlstm.backends.triton.slstm_kernels import NEVER, _cell, _cell_gradient, _kernel
 
 LANES = tl.constexpr(256)
 
@@ -59,15 +53,15 @@ def _recurrent(
         s0, s1, s2, s3 = lanes.product(R, 16 * j + 8, w0, w1, s0, s1, s2, s3, dtype, LANES)
         s4, s5, s6, s7 = lanes.product(R, 16 * j + 12, w0, w1, s4, s5, s6, s7, dtype, LANES)
     place = sums + lane // 32 * 512 + lane % 32 * 4
-    lanes.put_gates(memory, place, a0, a2, a4, a6)
-    lanes.put_gates(memory, place + 128, a1, a3, a5, a7)
-    lanes.put_gates(memory, place + 256, s0, s2, s4, s6)
-    lanes.put_gates(memory, place + 384, s1, s3, s5, s7)
-    lanes.meet_here(lane)
+    messages.put_gates(memory, place, a0, a2, a4, a6)
+    messages.put_gates(memory, place + 128, a1, a3, a5, a7)
+    messages.put_gates(memory, place + 256, s0, s2, s4, s6)
+    messages.put_gates(memory, place + 384, s1, s3, s5, s7)
+    messages.meet_here(lane)
     i, f, z, v = zero, zero, zero, zero
     for part in tl.static_range(8):
         place = sums + part * 512 + lane % 128 * 4
-        di, df, dz, dv = lanes.get_gates(memory, place, at)
+        di, df, dz, dv = messages.get_gates(memory, place, at)
         i, f, z, v = i + di, f + df, z + dz, v + dv
     return i, f, z, v
 
@@ -90,7 +84,7 @@ def forward(
     lane = tl.arange(0, LANES)
     w, g, q = lane // 32, lane // 4 % 8, lane % 4
     HD = H * D
-    memory = lanes.shared_memory(lane, memory_p, 2 * SUMS)
+    memory = messages.shared_memory(lane, memory_p, 2 * SUMS)
     # The last warps with work read some chunks twice, where there are too few; R is zero for those.
     chunk = tl.minimum(w * CHUNKS, ALL - CHUNKS)
     all_lanes = tl.full((LANES,), 1, tl.int32)
@@ -128,14 +122,14 @@ def forward(
     o = (b * T + start) * HD + head * D + u
     x = x_p + (b * T + start) * 4 * HD + head * D + u
     read = h_p + (b_read * T + start - 1) * HD + head * D + chunk * 32 + q * 8
-    xi, xf, xz, xo = _raw(x, HD, at)
+    xi, xf, xz, xo = lanes.load_gates(x, HD, at)
     # A lane of the first warp asks for gate q of 16 units in row g.
     ahead = x_p + (b_read * T + start + AHEAD) * 4 * HD + q * HD + head * D + units
     for step in range(start, stop):
         t = tl.cast(step, tl.int32)  # the interpreter has a Python number
-        i, f, z, v = _numbers(xi, xf, xz, xo, dtype)
+        i, f, z, v = lanes.numbers(xi, xf, xz, xo, dtype)
         x += 4 * HD
-        xi, xf, xz, xo = _raw(x, HD, at * (t + 1 < stop).to(tl.int32))
+        xi, xf, xz, xo = lanes.load_gates(x, HD, at * (t + 1 < stop).to(tl.int32))
         lanes.soon(ahead, ((t + AHEAD < stop) & (w == 0)).to(tl.int32))
         ahead += 4 * HD
         if bias_p is not None:
@@ -147,7 +141,7 @@ def forward(
         else:
             starts = None
         if t > 0:
-            words = lanes.receive_far(read, CHUNKS, WAIT)
+            words = messages.receive_far(read, CHUNKS, WAIT)
             di, df, dz, dv = _recurrent(
                 words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
             )  # fmt: skip
@@ -155,18 +149,16 @@ def forward(
             sums = SUMS - sums
         elif first_p is not None:
             before = first_p + b_read * HD + head * D + chunk * 32 + q * 8
-            words = lanes.receive_far(before, CHUNKS, False)
+            words = messages.receive_far(before, CHUNKS, False)
             di, df, dz, dv = _recurrent(
                 words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
             )  # fmt: skip
             i, f, z, v = i + di, f + df, z + dz, v + dv
             sums = SUMS - sums
         read += HD
-        h, c, n, m, i, f, z, v, slope = _cell(i, f, z, v, c, n, m, EXP_FORGET)
+        h, c, n, m, i, f, z, v, slope = _cell(i, f, z, v, c, n, m, EXP_FORGET, True)
         if hold_p is not None:
-            held = lanes.load_flag(hold_p + b * T + t, at) != 0
-            h, c = tl.where(held, h_old, h), tl.where(held, c_old, c)
-            n, m = tl.where(held, n_old, n), tl.where(held, m_old, m)
+            h, c, n, m = _hold(hold_p + b * T + t, at, h, c, n, m, h_old, c_old, n_old, m_old)
         lanes.store_pair(h_p + o, lanes.pair(h, _together(h, LANES), dtype), at_out)
         if saved_p is not None:
             lanes.store_four(saved_p + o * 8, i, f, z, v, at)
@@ -197,7 +189,7 @@ def backward(
     lane = tl.arange(0, LANES)
     w, g, q = lane // 32, lane // 4 % 8, lane % 4
     HD = H * D
-    memory = lanes.shared_memory(lane, memory_p, 2 * SUMS)
+    memory = messages.shared_memory(lane, memory_p, 2 * SUMS)
     chunk = tl.minimum(w % 2 * CHUNKS, ALL - CHUNKS)
     R = ()
     for j in tl.static_range(2 * CHUNKS):
@@ -253,21 +245,21 @@ def backward(
         ahead -= 8 * HD
         ahead_dh -= HD
         if t + 1 < T:
-            dg = lanes.receive_far(read, CHUNKS, WAIT)
+            dg = messages.receive_far(read, CHUNKS, WAIT)
             p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
             for j in tl.static_range(CHUNKS):
                 w0, w1, w2, w3 = dg[4 * j], dg[4 * j + 1], dg[4 * j + 2], dg[4 * j + 3]
                 p0, p1, p2, p3 = lanes.product(R, 8 * j, w0, w1, p0, p1, p2, p3, dtype, LANES)
                 s0, s1, s2, s3 = lanes.product(R, 8 * j + 4, w2, w3, s0, s1, s2, s3, dtype, LANES)
             place = sums + w * 128 + lane % 32
-            lanes.put(memory, place, (p0 + s0).to(tl.int32, bitcast=True))
-            lanes.put(memory, place + 32, (p1 + s1).to(tl.int32, bitcast=True))
-            lanes.put(memory, place + 64, (p2 + s2).to(tl.int32, bitcast=True))
-            lanes.put(memory, place + 96, (p3 + s3).to(tl.int32, bitcast=True))
-            lanes.meet_here(lane)
+            messages.put(memory, place, (p0 + s0).to(tl.int32, bitcast=True))
+            messages.put(memory, place + 32, (p1 + s1).to(tl.int32, bitcast=True))
+            messages.put(memory, place + 64, (p2 + s2).to(tl.int32, bitcast=True))
+            messages.put(memory, place + 96, (p3 + s3).to(tl.int32, bitcast=True))
+            messages.meet_here(lane)
             back = zero
             for part in tl.static_range(8):
-                back += lanes.get(memory, sums + part * 128 + lane % 128)
+                back += messages.get(memory, sums + part * 128 + lane % 128)
             sums = SUMS - sums
             if scale_p is not None:
                 back *= scale
@@ -285,13 +277,12 @@ def backward(
             if t == 0:
                 c_in, n_in = c_first, n_first
             di, df, dz, do, new_dc, new_dn = _cell_gradient(
-                dh, dc, dn, c, n, c_in, n_in, i, f, z, v, slope, EXP_FORGET
+                dh, dc, dn, c, n, c_in, n_in, i, f, z, v, slope, EXP_FORGET, True
             )
             if hold_p is not None:
-                held = lanes.load_flag(hold_p + b * T + t, at) != 0
-                di, df = tl.where(held, 0.0, di), tl.where(held, 0.0, df)
-                dz, do = tl.where(held, 0.0, dz), tl.where(held, 0.0, do)
-                new_dc, new_dn = tl.where(held, dc, new_dc), tl.where(held, dn, new_dn)
+                di, df, dz, do, new_dc, new_dn, _through = _hold_gradients(
+                    hold_p + b * T + t, at, di, df, dz, do, new_dc, new_dn, dc, dn
+                )
             dc, dn = new_dc, new_dn
             own = lanes.pair(tl.where(odd, dz, di), tl.where(odd, do, df), dtype)
             got = lanes.pair(tl.where(odd, di, dz), tl.where(odd, df, do), dtype)
