@@ -5,7 +5,8 @@
     here             what both are made of; and the gradient of the recurrent kernel and the bias,
                      over all steps at once
 
-For numbers of 16 bits and whole 32 units, on NVIDIA's GPUs, in PTX lane by lane (slstm_lanes.py):
+For numbers of 16 bits and whole 32 units, on NVIDIA's GPUs, in PTX lane by lane (slstm_lanes.py,
+slstm_messages.py):
 
     slstm_cluster.py a head's programs are a cluster, or one program has all of its units
     slstm_wide.py    as slstm_split.py, for heads too large for that
