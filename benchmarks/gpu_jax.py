@@ -73,7 +73,7 @@ def slstm_inputs(B, T, H, D):
     return [x, R, jax.random.normal(keys[2], (4, H, D), "bfloat16")]
 
 
-def measure(family):
+def measure(family, only=None):
     """[shape index, "forward" or "both", ms] a line, for one family in this process."""
     import jax
 
@@ -102,6 +102,8 @@ def measure(family):
         return gradients(gradient)
 
     for n, shape in enumerate(shapes):
+        if only and str(n) not in only.split(","):
+            continue
         tensors, gradient = make(shape)
         calls = {"forward": (f, tensors), "both": (both, (gradient, *tensors))}
         for name, (call, arguments) in calls.items():
@@ -215,12 +217,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="mlstm,slstm,step,model", help="parts, with commas")
     parser.add_argument("--family", help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", help=argparse.SUPPRESS)
     parser.add_argument("--steps", help=argparse.SUPPRESS)
     parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.family or arguments.steps or arguments.model:
         if arguments.family:
-            measure(arguments.family)
+            measure(arguments.family, arguments.shapes)
         elif arguments.steps:
             measure_steps(arguments.steps)
         else:

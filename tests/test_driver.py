@@ -54,22 +54,17 @@ class Driver:
     def __init__(self, errors=()):
         self.errors, self.launched, self.encoded = list(errors), [], 0
 
-    def cuLaunchKernel(self, function, *rest):
-        *sizes, stream, places, extra = rest
-        read = [ctypes.string_at(p, n) for p, n in zip(places, (8, 128, 4, 4, 8, 8, 4, 4, 8, 8, 8))]
-        assert places[1] % 64 == 0
-        assert extra is None
-        self.launched.append((function, sizes, stream, read))
-        return self.errors.pop(0) if self.errors else 0
-
-    def cuLaunchCooperativeKernel(self, *arguments):
-        return self.cuLaunchKernel(*arguments, None)
-
     def cuLaunchKernelEx(self, config, function, places, extra):
         config = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
         attributes = config.attributes[: config.count]
         self.attributes = [(a.kind, a.value[:4]) for a in attributes]
-        return self.cuLaunchKernel(function, *config.sizes, config.stream, places, extra)
+        if self.errors:
+            return self.errors.pop(0)
+        read = [ctypes.string_at(p, n) for p, n in zip(places, (8, 128, 4, 4, 8, 8, 4, 4, 8, 8, 8))]
+        assert places[1] % 64 == 0
+        assert extra is None
+        self.launched.append((function, list(config.sizes), config.stream, read))
+        return 0
 
     def cuTensorMapEncodeTiled(self, place, dtype, rank, base, sizes, strides, box, *rest):
         assert place % 64 == 0
@@ -83,41 +78,46 @@ class Driver:
         return 1
 
 
-@pytest.mark.parametrize("way", ["alone", "cooperative", "clusters"])
-def test_what_the_driver_is_given(way, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "attributes"),
+    [
+        ("alone", []), ("cooperative", [(2, [1, 0, 0, 0])]), ("clusters", [(4, [5, 1, 1, 0])]),
+        ("overlapping", [(6, [1, 0, 0, 0])]),
+    ],
+)  # fmt: skip
+def test_what_the_driver_is_given(way, attributes, monkeypatch):
     fake = Driver()
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     cluster = 5 if way == "clusters" else 1
-    given = compiled(launch_cooperative_grid=way == "cooperative")
+    ptx = PTX + "griddepcontrol.wait;" * (way == "overlapping")
+    given = compiled(ptx, launch_cooperative_grid=way == "cooperative")
     launch = driver.launcher(given, 5, cluster)
-    a = torch.zeros(4)
+    a, b = torch.zeros(4), torch.zeros(4)
     base = types.SimpleNamespace(data_ptr=lambda: 4096)
     d = types.SimpleNamespace(base=base, shape=(24, 32), strides=(32, 1))
-    for _ in range(2):
-        launch(99, (a, None, d, 0.5, -3, 1 << 60))
+    for one, other in ((a, b), (a.data_ptr(), b.data_ptr())):
+        launch(99, (one, None, d, 0.5, -3, other))
     assert fake.encoded == 1
     for function, sizes, stream, read in fake.launched:
         assert (function, sizes, stream) == (77, [5, 1, 1, 128, 1, 1, 1000], 99)
         numbers = b"".join([read[0], *read[2:]])
-        want = struct.pack("<QiiqqfiQQQ", a.data_ptr(), 24, 32, 32, 1, 0.5, -3, 1 << 60, 0, 0)
+        want = struct.pack("<QiiqqfiQQQ", a.data_ptr(), 24, 32, 32, 1, 0.5, -3, b.data_ptr(), 0, 0)
         assert numbers == want
         assert read[1] == bytes([7] * 128)
-    if way == "clusters":
-        assert fake.attributes == [(4, [5, 1, 1, 0])]
-        # As CUDA's headers lay them out.
-        assert (ctypes.sizeof(driver._Attribute), ctypes.sizeof(driver._Config)) == (72, 56)
+    assert fake.attributes == attributes
+    # As CUDA's headers lay them out.
+    assert (ctypes.sizeof(driver._Attribute), ctypes.sizeof(driver._Config)) == (72, 56)
 
 
 def test_a_thread_without_a_context_and_other_errors(monkeypatch):
     made = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
-    fake = Driver(errors=[201, 0, 700])
+    fake = Driver(errors=[201, 0, 700])  # 0: it was launched
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     signature = {"a": "*fp32"}
     few = PTX.splitlines()
     ptx = "\n".join([*few[:3], *few[-5:]])  # one parameter, and Triton's own
-    monkeypatch.setattr(Driver, "cuLaunchKernel", lambda self, *rest: self.errors.pop(0))
     launch = driver.launcher(compiled(ptx, signature, tensordesc_meta=None), 1)
     launch(0, (4096,))
     assert made == [0]

@@ -18,15 +18,16 @@ _NUMBERS = {"i32": ("i", 4), "i64": ("q", 8), "fp32": ("f", 4)}
 _POINTER, _DESCRIPTOR = ("Q", 8), ("152s", 128)  # a descriptor's shape and strides lie behind it
 _BEHIND = (("i", 4), ("i", 4), ("q", 8), ("q", 8))
 _BFLOAT16, _L2_128_BYTES = 9, 2  # of CUDA's CUtensorMapDataType, CUtensorMapL2promotion
-_CLUSTER_DIMENSION = 4  # of its CUlaunchAttributeID
+# Of its CUlaunchAttributeID.
+_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 _NO_CONTEXT = 201  # this thread has not used the device yet
 
 
 def launcher(compiled, programs, cluster=1):
     """`function(stream, arguments)` for what Triton compiled, or None where only Triton's own
     launcher will do. Arguments are all of a kernel that are no constants of the call, in order:
-    tensors or addresses, numbers, None, `TensorDescriptor`s that are used again. `cluster`: so
-    many programs hear each other.
+    tensors, or addresses in place of all of them, numbers, None, `TensorDescriptor`s that are used
+    again. `cluster`: so many programs hear each other.
     """
     metadata = compiled.metadata
     more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
@@ -69,20 +70,45 @@ def _sizes(ptx, name):
     return sizes
 
 
+class _Attribute(ctypes.Structure):
+    """CUDA's CUlaunchAttribute."""
+
+    _fields_ = (("kind", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+def _config(compiled, programs, cluster):
+    metadata, attributes = compiled.metadata, []
+    if getattr(metadata, "launch_cooperative_grid", False):
+        attributes.append((_COOPERATIVE, 1))
+    if cluster > 1:
+        attributes.append((_CLUSTER_DIMENSION, cluster, 1, 1))
+    if "griddepcontrol.wait" in compiled.asm["ptx"]:  # it waits by itself for the kernel before
+        attributes.append((_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+    memory = (_Attribute * len(attributes))()
+    for attribute, (kind, *values) in zip(memory, attributes, strict=True):
+        attribute.kind, attribute.value[: len(values)] = kind, values
+    sizes = programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
+    return _Config(sizes, None, memory, len(attributes))
+
+
 class _Launch:
     def __init__(self, compiled, programs, parameters, cluster):
-        metadata = compiled.metadata
-        cooperative = getattr(metadata, "launch_cooperative_grid", False)
-        self.call = _driver().cuLaunchCooperativeKernel if cooperative else _driver().cuLaunchKernel
-        if cluster > 1:
-            self.call = _in_clusters(cluster)
-        threads = 32 * metadata.num_warps
-        self.sizes = compiled.function, programs, 1, 1, threads, 1, 1, metadata.shared
-        self.end = () if cooperative else (None,)
+        self.launch, self.function = _driver().cuLaunchKernelEx, compiled.function
+        self.config = _config(compiled, programs, cluster)
+        self.reference = ctypes.byref(self.config)
         places, kinds = zip(*parameters, strict=True)
         self.pick = operator.itemgetter(*places) if len(places) > 1 else lambda a: (a[places[0]],)
         self.pointers = [n for n, kind in enumerate(kinds) if kind == "Q"]
-        swizzles = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        swizzles = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         self.descriptors = [
             (n, next(swizzles)) for n, kind in enumerate(kinds) if kind == _DESCRIPTOR[0]
         ]
@@ -113,48 +139,19 @@ class _Launch:
         values = list(self.pick(arguments))
         for n, meta in self.descriptors:
             values[n] = _encoded(values[n], meta)
-        for n in self.pointers:
-            value = values[n]
-            if type(value) is not int:
-                values[n] = value.data_ptr()
+        # Tensors or addresses: a call has the one or the other.
+        if self.pointers and type(values[self.pointers[0]]) is not int:
+            for n in self.pointers:
+                values[n] = values[n].data_ptr()
         with self.lock:
             self.packed.pack_into(self.memory, self.offset, *values)
-            error = self.call(*self.sizes, stream, self.places, *self.end)
+            self.config.stream = stream
+            error = self.launch(self.reference, self.function, self.places, None)
             if error == _NO_CONTEXT:
                 torch.cuda.set_device(torch.cuda.current_device())
-                error = self.call(*self.sizes, stream, self.places, *self.end)
+                error = self.launch(self.reference, self.function, self.places, None)
         if error:
             raise RuntimeError(f"A Triton kernel could not be launched: {_message(error)}.")
-
-
-class _Attribute(ctypes.Structure):
-    """CUDA's CUlaunchAttribute."""
-
-    _fields_ = (("kind", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_uint * 16))
-
-
-class _Config(ctypes.Structure):
-    """CUDA's CUlaunchConfig."""
-
-    _fields_ = (
-        ("sizes", ctypes.c_uint * 7), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
-    )  # fmt: skip
-
-
-def _in_clusters(programs):
-    """Called as cuLaunchKernel is."""
-    attribute = _Attribute(_CLUSTER_DIMENSION)
-    attribute.value[:3] = programs, 1, 1
-    config = _Config(attributes=ctypes.pointer(attribute), count=1)
-    launch = _driver().cuLaunchKernelEx
-
-    def call(function, *arguments):
-        *sizes, stream, places, more = arguments
-        config.sizes[:], config.stream = sizes, stream
-        return launch(ctypes.byref(config), function, places, more)
-
-    return call
 
 
 def _encoded(descriptor, meta):
@@ -183,9 +180,6 @@ def _encode(descriptor, meta):
 def _driver():
     driver = ctypes.CDLL("libcuda.so.1")
     word, address = ctypes.c_uint, ctypes.c_void_p
-    launch = [address, *[word] * 7, address, address]
-    driver.cuLaunchCooperativeKernel.argtypes = launch
-    driver.cuLaunchKernel.argtypes = [*launch, address]
     driver.cuLaunchKernelEx.argtypes = [address] * 4
     driver.cuTensorMapEncodeTiled.argtypes = [
         address, ctypes.c_int, word, address, *[address] * 4, *[ctypes.c_int] * 4,

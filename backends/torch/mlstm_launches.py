@@ -65,7 +65,7 @@ def _describe(*matrices):
         layout = gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
         known.append((whole, (whole[1], 1), list(tile), layout))
 
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=1024)  # of all the blocks of a model
     def of(j, place):
         return TensorDescriptor(_Place(place), *known[j])
 

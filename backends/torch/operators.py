@@ -7,6 +7,7 @@ from keras_xlstm.backends.torch import driver
 from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+_KNOWN_TYPES = {*PLAIN, type(None), bool, int, float}
 _LIBRARY = torch.library.Library("keras_xlstm", "FRAGMENT")
 
 
@@ -38,16 +39,13 @@ class _Operator:
     def __call__(self, *arguments):
         if torch.compiler.is_compiling():
             return self.call(*arguments)
-        trains = False
-        for a in arguments:
-            if isinstance(a, torch.Tensor):
-                if type(a) not in PLAIN:  # it stands for one while something is traced
-                    return self.call(*arguments)
-                trains = trains or a.requires_grad
+        if not _KNOWN_TYPES.issuperset(map(type, arguments)):
+            return self.call(*arguments)  # some tensor stands for one while something is traced
         if self.differentiable is None or not torch.is_grad_enabled():
             return self.function(*arguments)
         if torch._C._functorch.peek_interpreter_stack():
             return self.transformable.apply(*arguments)
+        trains = any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
         return self.differentiable.apply(*arguments) if trains else self.function(*arguments)
 
     def register_fake(self, function):

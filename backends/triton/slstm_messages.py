@@ -10,6 +10,7 @@ import triton.language as tl
 from keras_xlstm.backends.triton.slstm_lanes import PTX, load_pair
 
 MISSING = tl.constexpr(-1)  # two numbers that no arithmetic makes: NaN of all bits
+PAUSE = 200  # cycles from one's own message to the first look for the others'
 
 
 @triton.constexpr_function
@@ -235,8 +236,15 @@ def receive(memory, word, swap, CHUNKS: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.constexpr_function
+def _pausing(cycles):
+    code = "{.reg .pred p; .reg .u32 a, b; mov.u32 a, %clock;\nLATER: mov.u32 b, %clock;\n"
+    return code + f"sub.u32 b, b, a; setp.lt.u32 p, b, {cycles};\n@p bra LATER;}}\n"
+
+
+@triton.constexpr_function
 def _far(chunks, waits):
-    """Only what is missing is read again: all programs read all of h, through one cache."""
+    """All programs read all of h, through one cache, and what is read too early is in the way of
+    what it waits for: a pause first, and only what is missing is read again."""
     results = [f"${j}" for j in range(4 * chunks)]
     loads = [
         f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(results[4 * j : 4 * j + 4])}}}, "
@@ -247,7 +255,7 @@ def _far(chunks, waits):
         return "{" + "".join(loads) + "}"
     size = -(-chunks // 4)  # a few predicates are all there are
     parts = [range(j, min(j + size, chunks)) for j in range(0, chunks, size)]
-    code = "{.reg .pred p<5>; .reg .b32 m;\n"
+    code = "{.reg .pred p<5>; .reg .b32 m;\n" + _pausing(PAUSE)
     code += "".join(f"setp.eq.u32 p{n}, 0, 0;\n" for n in range(len(parts))) + "AGAIN:\n"
     for n, part in enumerate(parts):
         code += "".join(f"@p{n} " + loads[j] for j in part)

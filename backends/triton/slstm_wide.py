@@ -123,15 +123,19 @@ def forward(
     x = x_p + (b * T + start) * 4 * HD + head * D + u
     read = h_p + (b_read * T + start - 1) * HD + head * D + chunk * 32 + q * 8
     xi, xf, xz, xo = lanes.load_gates(x, HD, at)
-    # A lane of the first warp asks for gate q of 16 units in row g.
-    ahead = x_p + (b_read * T + start + AHEAD) * 4 * HD + q * HD + head * D + units
+    # A lane of the first warp asks for gate q of 16 units in row g; one of the second for where
+    # h will be, which was filled too long ago to be in the cache that all programs read.
+    asks = tl.where(w == 1, (q == 0).to(tl.int32), (w == 0).to(tl.int32))
+    ahead, unit = b_read * T + start + AHEAD, head * D + units
+    ahead = tl.where(w == 0, x_p + (ahead * 4 + q) * HD + unit, h_p + ahead * HD + unit)
+    next_ahead = tl.where(w == 0, 4 * HD, HD)
     for step in range(start, stop):
         t = tl.cast(step, tl.int32)  # the interpreter has a Python number
         i, f, z, v = lanes.numbers(xi, xf, xz, xo, dtype)
         x += 4 * HD
         xi, xf, xz, xo = lanes.load_gates(x, HD, at * (t + 1 < stop).to(tl.int32))
-        lanes.soon(ahead, ((t + AHEAD < stop) & (w == 0)).to(tl.int32))
-        ahead += 4 * HD
+        lanes.soon(ahead, asks * (t + AHEAD < stop).to(tl.int32))
+        ahead += next_ahead
         if bias_p is not None:
             i, f, z, v = i + bi, f + bf, z + bz, v + bo
         h_old, c_old, n_old, m_old = h, c, n, m
@@ -160,6 +164,7 @@ def forward(
         if hold_p is not None:
             h, c, n, m = _hold(hold_p + b * T + t, at, h, c, n, m, h_old, c_old, n_old, m_old)
         lanes.store_pair(h_p + o, lanes.pair(h, _together(h, LANES), dtype), at_out)
+        messages.meet_here(lane)  # nobody looks for the others' earlier
         if saved_p is not None:
             lanes.store_four(saved_p + o * 8, i, f, z, v, at)
             lanes.store_four(saved_p + o * 8 + 4, c, n, slope, zero, at)
@@ -228,9 +233,13 @@ def backward(
     up = lanes.load_half(dh_p + o, there)
     there = at * (stop > 1).to(tl.int32)
     c_in, n_in, slope_in, _ = lanes.load_four(saved_p + (o - HD) * 8 + 4, there)
-    # A lane asks for its own cell's (a prefetch brings 32 bytes), and for dh of 16 units.
+    # A lane asks for its own cell's (a prefetch brings 32 bytes); one of the fifth warp for dh of
+    # 16 units, one of the sixth for where the gradient of gate q will be (see `forward`).
     ahead = saved_p + (o - AHEAD * HD) * 8
-    ahead_dh = dh_p + (b_read * T + stop - 1 - AHEAD) * HD + head * D + units
+    asks = tl.where(w == 4, (q == 0).to(tl.int32), (w == 5).to(tl.int32))
+    more, unit = b_read * T + stop - 1 - AHEAD, head * D + units
+    more = tl.where(w == 4, dh_p + more * HD + unit, dx_p + (more * 4 + q) * HD + unit)
+    next_ahead = tl.where(w == 4, HD, 4 * HD)
     for step in range(0, stop - start):
         t = stop - 1 - tl.cast(step, tl.int32)
         # What the next step needs arrives while this one is computed.
@@ -241,9 +250,9 @@ def backward(
         there = at * ((t > 1) & (t > start)).to(tl.int32)
         last_c, last_n, last_slope, _ = lanes.load_four(saved_p + (o - HD) * 8 + 4, there)
         lanes.soon(ahead, at * (t - AHEAD > start).to(tl.int32))
-        lanes.soon(ahead_dh, ((t - AHEAD > start) & (w == 4) & (q == 0)).to(tl.int32))
+        lanes.soon(more, asks * (t - AHEAD > start).to(tl.int32))
         ahead -= 8 * HD
-        ahead_dh -= HD
+        more -= next_ahead
         if t + 1 < T:
             dg = messages.receive_far(read, CHUNKS, WAIT)
             p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -290,6 +299,7 @@ def backward(
             low, high = tl.where(odd, got, own), tl.where(odd, own, got)
             lanes.store_pair(out, (low & 0xFFFF) | (high << 16), at)
             lanes.store_pair(out + HD, ((low >> 16) & 0xFFFF) | (high & -65536), at)
+            messages.meet_here(lane)
             out -= 4 * HD
         i, f, z, v, slope, up = next_i, next_f, next_z, next_v, slope_in, next_up
         c, n, c_in, n_in, slope_in = c_in, n_in, last_c, last_n, last_slope
