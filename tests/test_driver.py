@@ -82,15 +82,13 @@ class Driver:
     ("way", "attributes"),
     [
         ("alone", []), ("cooperative", [(2, [1, 0, 0, 0])]), ("clusters", [(4, [5, 1, 1, 0])]),
-        ("overlapping", [(6, [1, 0, 0, 0])]),
     ],
 )  # fmt: skip
 def test_what_the_driver_is_given(way, attributes, monkeypatch):
     fake = Driver()
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     cluster = 5 if way == "clusters" else 1
-    ptx = PTX + "griddepcontrol.wait;" * (way == "overlapping")
-    given = compiled(ptx, launch_cooperative_grid=way == "cooperative")
+    given = compiled(launch_cooperative_grid=way == "cooperative")
     launch = driver.launcher(given, 5, cluster)
     a, b = torch.zeros(4), torch.zeros(4)
     base = types.SimpleNamespace(data_ptr=lambda: 4096)

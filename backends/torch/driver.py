@@ -18,8 +18,7 @@ _NUMBERS = {"i32": ("i", 4), "i64": ("q", 8), "fp32": ("f", 4)}
 _POINTER, _DESCRIPTOR = ("Q", 8), ("152s", 128)  # a descriptor's shape and strides lie behind it
 _BEHIND = (("i", 4), ("i", 4), ("q", 8), ("q", 8))
 _BFLOAT16, _L2_128_BYTES = 9, 2  # of CUDA's CUtensorMapDataType, CUtensorMapL2promotion
-# Of its CUlaunchAttributeID.
-_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
+_COOPERATIVE, _CLUSTER_DIMENSION = 2, 4  # of its CUlaunchAttributeID
 _NO_CONTEXT = 201  # this thread has not used the device yet
 
 
@@ -91,8 +90,6 @@ def _config(compiled, programs, cluster):
         attributes.append((_COOPERATIVE, 1))
     if cluster > 1:
         attributes.append((_CLUSTER_DIMENSION, cluster, 1, 1))
-    if "griddepcontrol.wait" in compiled.asm["ptx"]:  # it waits by itself for the kernel before
-        attributes.append((_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
     memory = (_Attribute * len(attributes))()
     for attribute, (kind, *values) in zip(memory, attributes, strict=True):
         attribute.kind, attribute.value[: len(values)] = kind, values

@@ -4,7 +4,7 @@ borders, and their gradients. Conventions as in mlstm_kernels.py.
 
 import triton
 import triton.language as tl
-from keras_xlstm.backends.triton.mlstm_kernels import NEVER, _kernel, _overlap, _round, _segments
+from keras_xlstm.backends.triton.mlstm_kernels import NEVER, _kernel, _round, _segments
 
 
 @triton.jit
@@ -44,12 +44,11 @@ def _decay_then_peak(g1, m1, g2, m2):
 def gates(
     i_p, f_p, seg_p, u_p, ur_p, b_p, br_p, own_p, chunk_p, parts_p, T, H, NC,
     LC: tl.constexpr, LEAST: tl.constexpr, SIGMOID: tl.constexpr, SEG: tl.constexpr,
-    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """b: running sum of log f; u = i - b; own: the largest u so far; of a chunk: the sum of its
     log f (whole, rest), the peak of what reaches its end, NEVER if what enters does not; of each
     of its PARTS: the largest u before it."""
-    _overlap(OVERLAP)
     c = tl.program_id(0) % NC
     bh = (tl.program_id(0) // NC).to(tl.int64)
     o = tl.arange(0, LC)
@@ -93,14 +92,13 @@ def gates(
 @_kernel
 def chunks(
     chunk_p, m0_p, m_p, through_p, last_p, parts_p, NC, HAS_STATE: tl.constexpr, N: tl.constexpr,
-    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """m at every border, and what is left of a state after each chunk.
 
     Of each of a chunk's PARTS: what the state that enters it is over, as a log; what a log weight
     of its steps lacks at its end, whole and rest; m at the chunk's start (mlstm_hopper_serial.py).
     """
-    _overlap(OVERLAP)
     bh = tl.program_id(0).to(tl.int64)
     m = tl.load(m0_p + bh) if HAS_STATE else NEVER
     m_p += bh * (NC + 1)
@@ -140,11 +138,10 @@ def chunks(
 def gate_gradients(
     i_p, f_p, seg_p, q_dot_p, k_dot_p, inner_p, di_p, df_p, T, H, NC,
     LC: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr,
-    SIGMOID: tl.constexpr, SEG: tl.constexpr, OVERLAP: tl.constexpr,
+    SIGMOID: tl.constexpr, SEG: tl.constexpr,
 ):  # fmt: skip
     """Scaling exp(i_j) scales k_j; scaling f_t scales every k before t against every q from t on,
     which is what crosses t: pairs within the chunk, and the product at its end."""
-    _overlap(OVERLAP)
     c = tl.program_id(0) % NC
     bh = (tl.program_id(0) // NC).to(tl.int64)
     o = tl.arange(0, LC)

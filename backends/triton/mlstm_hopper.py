@@ -7,13 +7,7 @@ The weights of a block of pairs are made while the products before them run. Nam
 mlstm_attend.py.
 """
 
-from keras_xlstm.backends.triton.mlstm_hopper_copies import (
-    _overlap,
-    _place,
-    _produce,
-    _turned,
-    _write,
-)
+from keras_xlstm.backends.triton.mlstm_hopper_copies import _place, _produce, _turned, _write
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -279,7 +273,6 @@ def attend_hopper(
         mbarrier.init(z_full.index(s), count=1)
         mbarrier.init(z_empty.index(s), count=1)
     fence_async_shared()
-    _overlap(ROLE == "dq" or ROLE == "dk")
     gl.warp_specialize(
         [
             (_consume, (

@@ -18,20 +18,6 @@ _NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def _overlap(NEXT: gl.constexpr):
-    """As `_overlap` in mlstm_kernels.py. NEXT: whether the next kernel may come while programs of
-    this one still run; not where a processor takes two of its programs, as the first that is free
-    would, and the last none."""
-    if NEXT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1
-        )
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1
-    )
-
-
-@gluon.jit
 def _place(
     i, turn, items, H, NC, L: gl.constexpr, LC: gl.constexpr, NZ: gl.constexpr,
     ROLE: gl.constexpr, SMALL: gl.constexpr,

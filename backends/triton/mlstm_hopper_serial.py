@@ -16,7 +16,7 @@ whose entries all of them see in turn.
 """
 
 from keras_xlstm.backends.triton.mlstm_hopper import LOG2_E, _exp2, _round
-from keras_xlstm.backends.triton.mlstm_hopper_copies import _overlap, _write
+from keras_xlstm.backends.triton.mlstm_hopper_copies import _write
 from keras_xlstm.backends.triton.mlstm_hopper_state import _keep, _produce
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -197,7 +197,6 @@ def serial_hopper(
         mbarrier.init(s_full.index(s), count=1)
         mbarrier.init(s_empty.index(s), count=1)
     fence_async_shared()
-    _overlap(False)
     gl.warp_specialize(
         [
             (_attend, (

@@ -27,18 +27,6 @@ _kernel = triton.jit(do_not_specialize=["T", "H", "NC"])
 
 
 @triton.jit
-def _overlap(OVERLAP: tl.constexpr):
-    """On Hopper and newer, at a kernel's start: the next one may come to processors that are free
-    once all programs of this one run; and what the one before has written is there. (Where a launch
-    allows no overlap, kernels run one after another as ever.)"""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [],
-            tl.int32, False, 1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _round(x):
     return tl.floor(x + 0.5)
 

@@ -64,7 +64,7 @@ class _Launches:
         # Sums of whole logs stay exact in float32 up to 2^24: a floor of log f, as LEAST_LOG.
         self.gates_common = {
             "LC": chunk, "LEAST": -float(min(1e5, 2**24 // chunk)), "SIGMOID": sigmoid,
-            "SEG": segments, "OVERLAP": self.device.hopper, "num_warps": 1 if chunk <= 128 else 4,
+            "SEG": segments, "num_warps": 1 if chunk <= 128 else 4,
         }  # fmt: skip
         self.state_tiles = tiles.states(
             self.K, self.V, self.dtype, chunk, self.device.shared_memory, triton=True
@@ -202,8 +202,7 @@ class Forward(_Launches):
         parts = self.chunk // self.in_one["L"] if self.in_one else 0
         self.gates = self.launch(gates, self.BH * self.NC, PARTS=parts, **self.gates_common)
         self.chunks = self.launch(
-            chunks, self.BH, HAS_STATE=has_state, N=128, PARTS=parts, OVERLAP=self.device.hopper,
-            num_warps=4,
+            chunks, self.BH, HAS_STATE=has_state, N=128, PARTS=parts, num_warps=4
         )  # fmt: skip
         self.both = self.states_and_rows(False, has_state)
         if not self.both:
