@@ -53,12 +53,15 @@ def inputs(B, H, T, K, V, heads_first=False):
 
 def function(family):
     """(a function of q, k, v, i, f; whether it wants heads first)."""
+    family, *chunk = family.split()
     if family == "xla":
         # The package imports its Triton wrappers along, which need this and do not run here.
         sys.modules.setdefault("jax_triton", types.ModuleType("jax_triton"))
         from mlstm_kernels.jax.chunkwise.native import mlstm_chunkwise__native_autograd
 
-        return lambda *a: mlstm_chunkwise__native_autograd(*a, chunk_size=64), True
+        # A loop over chunks that is unrolled: at 65,536 steps it compiles in larger ones alone.
+        chunk_size = int(chunk[0]) if chunk else 64
+        return lambda *a: mlstm_chunkwise__native_autograd(*a, chunk_size=chunk_size), True
     from keras_xlstm.ops import mlstm
 
     return lambda *a: mlstm(*a, implementation=family), False

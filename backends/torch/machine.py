@@ -16,6 +16,13 @@ def _installed():
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _too_old(index):
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
 @torch.compiler.assume_constant_result
 def missing(device=None, index=None):
     """Why no kernel can run on this device (None: on any device here), or None."""
@@ -27,9 +34,7 @@ def missing(device=None, index=None):
         return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
     if device != "cuda":
         return f"it needs tensors on a CUDA device, not on {device}"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer"
-    return None
+    return _too_old(index)
 
 
 @torch.compiler.assume_constant_result
