@@ -62,6 +62,8 @@ _own = {
     for name, modules in framework.own.items()
 }
 
+_kernels = [name for name in _KERNELS if name in _own]
+
 _native_slstm = next(
     (m["slstm"].native_slstm for m in _own.values() if hasattr(m.get("slstm"), "native_slstm")),
     native.slstm,
@@ -72,12 +74,12 @@ def _unsupported(op, implementation, **call):
     """Why `implementation` cannot run `op` on the tensors of `call` (at all, without), or None."""
     if implementation == "native":
         return None
-    homes, active = _KERNELS[implementation], keras.backend.backend()
-    if active not in homes:
+    if implementation not in _own:
+        homes = _KERNELS[implementation]
         home = f"{' and '.join(homes)} backend{'s' * (len(homes) > 1)}"
-        return f"it belongs to the {home} and Keras runs on {active}"
+        return f"it belongs to the {home} and Keras runs on {keras.backend.backend()}"
     if op not in _own[implementation]:
-        return f"there is none for {active}"
+        return f"there is none for {keras.backend.backend()}"
     return _own[implementation][op].unsupported(**call)
 
 
@@ -88,7 +90,8 @@ def part(name):
 
 def _unwise(op, implementation, **call):
     """Why this implementation is better not picked, though it can run."""
-    return getattr(_own[implementation][op], "unwise", lambda **call: None)(**call)
+    unwise = getattr(_own[implementation][op], "unwise", None)
+    return unwise and unwise(**call)
 
 
 def _pick(op, forced, **call):
@@ -96,15 +99,15 @@ def _pick(op, forced, **call):
 
     `forced`: where none is the better choice, one that can run at all.
     """
-    reasons, able = {}, None
-    for name in (name for name in _KERNELS if name in _own):
-        reason = _unsupported(op, name, **call)
-        able = able or (None if reason else name)
-        reasons[name] = reason or _unwise(op, name, **call)
-        if reasons[name] is None:
+    reason = able = None
+    for name in _kernels:
+        unsupported = _unsupported(op, name, **call)
+        able = able or (None if unsupported else name)
+        reason = unsupported or _unwise(op, name, **call)
+        if reason is None:
             return name, None
     # Of what a user would have to install for a little more speed only `available` tells.
-    return able if forced else None, next(reversed(reasons.values()))
+    return able if forced else None, reason
 
 
 def available() -> dict[str, dict[str, bool | str]]:

@@ -344,8 +344,8 @@ def test_lengths_share_compiled_kernels():
         gate, h = torch.empty(B, T, 2), torch.empty_like(v)
         forward = q, q, v, gate, gate, None, None, None, None
         backward = h, None, None, q, q, v, gate, gate, None, h, None
-        launches = mlstm_launches.forward(forward, False, chunk).launches
-        launches += mlstm_launches.backward(backward, False, chunk).launches
+        launches = mlstm_launches.forward(forward, False, chunk).run.launches
+        launches += mlstm_launches.backward(backward, False, chunk).run.launches
         return [(launch.kernel, launch.constants) for launch in launches]
 
     assert len(constants(1, 100)) == 9

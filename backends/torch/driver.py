@@ -36,7 +36,7 @@ def launcher(compiled, programs, cluster=1):
     parameters = _parameters(compiled)
     if parameters is None or not isinstance(compiled.function, int):
         return None
-    return _Launch(compiled, programs, parameters, cluster)
+    return Launch(compiled, programs, parameters, cluster)
 
 
 def _parameters(compiled):
@@ -97,40 +97,20 @@ def _config(compiled, programs, cluster):
     return _Config(sizes, None, memory, len(attributes))
 
 
-class _Launch:
+class Launch:
     def __init__(self, compiled, programs, parameters, cluster):
-        self.launch, self.function = _driver().cuLaunchKernelEx, compiled.function
+        self.function = compiled.function
         self.config = _config(compiled, programs, cluster)
-        self.reference = ctypes.byref(self.config)
-        places, kinds = zip(*parameters, strict=True)
+        places, self.kinds = zip(*parameters, strict=True)
         self.pick = operator.itemgetter(*places) if len(places) > 1 else lambda a: (a[places[0]],)
-        self.pointers = [n for n, kind in enumerate(kinds) if kind == "Q"]
+        self.pointers = [n for n, kind in enumerate(self.kinds) if kind == "Q"]
         swizzles = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         self.descriptors = [
-            (n, next(swizzles)) for n, kind in enumerate(kinds) if kind == _DESCRIPTOR[0]
+            (n, next(swizzles)) for n, kind in enumerate(self.kinds) if kind == _DESCRIPTOR[0]
         ]
-        self._place(kinds)
+        self.call = _Call(self)
         # The memory is this launch's: threads take turns.
         self.lock = threading.Lock()
-
-    def _place(self, kinds):
-        """Memory for the parameters' values, each at its alignment, and their addresses."""
-        layout, places, size = "<", [], 0
-        for kind in kinds:
-            unit = 64 if kind == _DESCRIPTOR[0] else struct.calcsize("<" + kind)
-            layout += f"{-size % unit}x"
-            size += -size % unit
-            parts = (0, 128, 132, 136, 144) if kind == _DESCRIPTOR[0] else (0,)
-            places += [size + part for part in parts]
-            layout += kind
-            size += struct.calcsize("<" + kind)
-        self.packed = struct.Struct(layout)
-        own = (size + 7) // 8 * 8  # Triton's own two
-        self.memory = ctypes.create_string_buffer(own + 16 + 64)
-        start = ctypes.addressof(self.memory)
-        self.offset = -start % 64
-        places = [start + self.offset + place for place in (*places, own, own + 8)]
-        self.places = (ctypes.c_void_p * len(places))(*places)
 
     def __call__(self, stream, arguments):
         values = list(self.pick(arguments))
@@ -141,12 +121,74 @@ class _Launch:
             for n in self.pointers:
                 values[n] = values[n].data_ptr()
         with self.lock:
-            self.packed.pack_into(self.memory, self.offset, *values)
-            self.config.stream = stream
+            self.call.pack(values)
+            self.call.config.stream = stream
+            self.call()
+
+    def again(self, arguments):
+        """A call of its own with these arguments, which has besides
+
+        pointers: of each (a function that takes the place in memory where it will be, address)
+        matrices: of each descriptor (address, where it is in memory, a function that makes that of
+            another address)
+        """
+        call, values = _Call(self), list(self.pick(arguments))
+        call.pointers = [(call.moved(n), values[n]) for n in self.pointers]
+        call.matrices = []
+        for n, meta in self.descriptors:
+            descriptor = values[n]
+            shape = descriptor.shape
+            call.matrices.append(
+                (descriptor.base.data_ptr(), call.at[n], functools.partial(_encode, shape, meta))
+            )
+            values[n] = bytes(128) + _behind(shape)
+        call.pack(values)
+        return call
+
+
+class _Call:
+    """What CUDA is given for a launch."""
+
+    def __init__(self, launch):
+        self.launch, self.function = _driver().cuLaunchKernelEx, launch.function
+        self.config = _Config.from_buffer_copy(launch.config)
+        self.attributes = launch.config  # the copy points to its memory
+        self.reference = ctypes.byref(self.config)
+        self._place(launch.kinds)
+
+    def _place(self, kinds):
+        """Memory for the parameters' values, each at its alignment, and their addresses."""
+        layout, places, size, self.first = "<", [], 0, []
+        for kind in kinds:
+            unit = 64 if kind == _DESCRIPTOR[0] else struct.calcsize("<" + kind)
+            layout += f"{-size % unit}x"
+            size += -size % unit
+            self.first.append(len(places))
+            parts = (0, 128, 132, 136, 144) if kind == _DESCRIPTOR[0] else (0,)
+            places += [size + part for part in parts]
+            layout += kind
+            size += struct.calcsize("<" + kind)
+        self.packed = struct.Struct(layout)
+        own = (size + 7) // 8 * 8  # Triton's own two
+        self.memory = ctypes.create_string_buffer(own + 16 + 64)
+        start = ctypes.addressof(self.memory)
+        self.offset = -start % 64
+        places = [start + self.offset + place for place in (*places, own, own + 8)]
+        self.at = [places[n] for n in self.first]
+        self.places = (ctypes.c_void_p * len(places))(*places)
+
+    def pack(self, values):
+        self.packed.pack_into(self.memory, self.offset, *values)
+
+    def moved(self, n):
+        """A function that has parameter n read elsewhere."""
+        return functools.partial(self.places.__setitem__, self.first[n])
+
+    def __call__(self):
+        error = self.launch(self.reference, self.function, self.places, None)
+        if error == _NO_CONTEXT:
+            torch.cuda.set_device(torch.cuda.current_device())
             error = self.launch(self.reference, self.function, self.places, None)
-            if error == _NO_CONTEXT:
-                torch.cuda.set_device(torch.cuda.current_device())
-                error = self.launch(self.reference, self.function, self.places, None)
         if error:
             raise RuntimeError(f"A Triton kernel could not be launched: {_message(error)}.")
 
@@ -155,22 +197,31 @@ def _encoded(descriptor, meta):
     """What a kernel gets for a TensorDescriptor: CUDA's own, its shape, its strides."""
     found = getattr(descriptor, "_keras_xlstm_encoded", None)
     if found is None:
-        found = descriptor._keras_xlstm_encoded = _encode(descriptor, meta)
+        shape, address = descriptor.shape, descriptor.base.data_ptr()
+        found = _encode(shape, meta, address) + _behind(shape)
+        descriptor._keras_xlstm_encoded = found
     return found
 
 
-def _encode(descriptor, meta):
-    (rows, columns), block = descriptor.shape, meta["block_size"]
+def _behind(shape):
+    rows, columns = shape
+    return struct.pack("<iiqq", rows, columns, columns, 1)
+
+
+def _encode(shape, meta, address):
+    (rows, columns), block = shape, meta["block_size"]
     memory = ctypes.create_string_buffer(192)
     place = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
     error = _driver().cuTensorMapEncodeTiled(
-        place, _BFLOAT16, 2, descriptor.base.data_ptr(), (ctypes.c_uint64 * 2)(columns, rows),
+        place, _BFLOAT16, 2, address, (ctypes.c_uint64 * 2)(columns, rows),
         (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(block[1], block[0]),
         (ctypes.c_uint32 * 2)(1, 1), 0, meta["swizzle"], _L2_128_BYTES, 0,
     )  # fmt: skip
     if error:
-        raise RuntimeError(f"CUDA makes no descriptor of {descriptor}: {_message(error)}.")
-    return ctypes.string_at(place, 128) + struct.pack("<iiqq", rows, columns, columns, 1)
+        raise RuntimeError(
+            f"CUDA makes no descriptor of a matrix {tuple(shape)}: {_message(error)}."
+        )
+    return ctypes.string_at(place, 128)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import torch
 from keras_xlstm.backends.torch.operators import exporting, transforms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks on import, too
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def missing(device=None, index=None):
     """Why no kernel can run on this device (None: on any device here), or None."""
     if not _installed():
         return "the package triton is not installed (PyTorch's CUDA builds bring it)"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _INTERPRETED:
         return None
     if device is None:
         return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
@@ -39,7 +40,7 @@ def missing(device=None, index=None):
 
 @torch.compiler.assume_constant_result
 def interpreted():
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETED
 
 
 def unsupported(x, halves=False):

@@ -75,9 +75,7 @@ def _forward(
     given = q, k, v, i, f, C, n, m, segment_ids
     run = known(_launches().forward, given, sigmoid, chunk)
     results = _results(q, v, states)
-    memory = None if states else run.unread.new(q)
-    unread = [] if states else run.unread.of(memory, run.known)
-    kept = on_stream(q.device, run, given, [*results, *unread], eps)
+    kept = on_stream(q.device, run, given, results, eps)
     return [*results, kept] if trains else results
 
 
@@ -104,9 +102,7 @@ def _backward(
     given = dh, dC, dn, q, k, v, i, f, segment_ids, h, kept
     run = known(_launches().backward, given, sigmoid, chunk)
     gradients = _gradients(q, k, v, i, f, states)
-    memory = None if states else run.unread.new(q)
-    unread = [] if states else run.unread.of(memory, run.known)[:2]
-    on_stream(q.device, run, given, [*gradients, *unread])
+    on_stream(q.device, run, given, gradients)
     return gradients
 
 

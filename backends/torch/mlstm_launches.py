@@ -6,6 +6,7 @@ import torch
 from keras_xlstm.backends.torch import machine
 from keras_xlstm.backends.torch.machine import name
 from keras_xlstm.backends.torch.operators import Launch, Parts
+from keras_xlstm.backends.torch.repeated import Repeated
 from keras_xlstm.backends.triton import mlstm_launches as launches
 
 
@@ -44,13 +45,13 @@ def kept(q, v, chunk):
 def forward(given, sigmoid, chunk):
     q, _, v, _, _, C, _, _, segment_ids = given
     call = _call(given, q, v, segment_ids, sigmoid, chunk)
-    return launches.Forward(_Host(q), call, C is not None)
+    return Repeated(launches.Forward(_Host(q), call, C is not None))
 
 
 def backward(given, sigmoid, chunk):
     _, dC, _, q, _, v, _, _, segment_ids, _, _ = given
     call = _call(given, q, v, segment_ids, sigmoid, chunk)
-    return launches.Backward(_Host(q), call, dC is not None)
+    return Repeated(launches.Backward(_Host(q), call, dC is not None))
 
 
 def _describe(*matrices):

@@ -113,6 +113,13 @@ def transforms():
     return found | {"Jvp"} if forward_ad._current_level >= 0 else found
 
 
+class Recording:
+    """In place of a stream (repeated.py)."""
+
+    def __init__(self):
+        self.buffers, self.launches = [], []
+
+
 class Launch:
     """A kernel with its programs and constants, called with a stream and its other arguments.
 
@@ -128,7 +135,9 @@ class Launch:
         self.known = None
 
     def __call__(self, stream, *arguments):
-        if self.known:
+        if isinstance(stream, Recording):
+            stream.launches.append((self.known, arguments))
+        elif self.known:
             self.known(stream, arguments)
         else:
             self._first(stream, arguments)
@@ -188,10 +197,9 @@ _KNOWN = {}
 
 def known(kind, tensors, *options):
     """`kind(tensors, *options)`, once for all tensors alike."""
-    key = [kind, options, tensors[0].device]
-    for t in tensors:
-        key += (None,) if t is None else (t.shape, t.dtype, t.data_ptr() % 16)
-    return _once(tuple(key), kind, tensors, *options)
+    alike = [None if t is None else (t.shape, t.dtype, t.data_ptr() % 16) for t in tensors]
+    key = kind, options, tensors[0].device, *alike
+    return _once(key, kind, tensors, *options)
 
 
 def launch(kernel, programs, *arguments, **constants):

@@ -194,7 +194,8 @@ def kept(host, call):
 
 
 class Forward(_Launches):
-    """(q, k, v, i, f, C, n, m, segment_ids), results (h, C, n, m), eps -> what `kept` describes."""
+    """(q, k, v, i, f, C, n, m, segment_ids), results (h, C, n, m) or (h,), eps -> what `kept`
+    describes."""
 
     def __init__(self, host, call, has_state):
         super().__init__(host, call)
@@ -215,7 +216,11 @@ class Forward(_Launches):
         if known:
             given, results = addresses(given), addresses(results)
         q, k, v, i, f, C, n, m, seg = given
-        h, C_last, n_last, m_last = results
+        h, *last = results
+        if not last:
+            unread = self.unread.new(like)
+            last = self.unread.of(unread, known)
+        C_last, n_last, m_last = last
         u, u_rest, row, row_rest, sign, sums, at, through, parts, S, N = self.kept.of(kept, known)
         b, b_rest, peak = self.own.of(own, known)
         T, H, NC, scale = self.sizes
@@ -242,7 +247,8 @@ class Forward(_Launches):
 
 
 class Backward(_Launches):
-    """(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), results (dq, dk, dv, di, df, dC, dn)."""
+    """(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), results (dq, dk, dv, di, df), perhaps with
+    (dC, dn)."""
 
     def __init__(self, host, call, has_state):
         super().__init__(host, call)
@@ -261,11 +267,15 @@ class Backward(_Launches):
         )
 
     def __call__(self, stream, given, results):
-        known, kept, own = self.known, given[-1], self.own.new(given[0])
+        known, like, kept = self.known, given[0], given[-1]
+        own = self.own.new(like)
         if known:
             given, results = addresses(given), addresses(results)
         dh, dC, dn, q, k, v, i, f, seg, h, _ = given
         dq, dk, dv, di, df, *d_first = results
+        if not d_first:
+            unread = self.unread.new(like)
+            d_first = self.unread.of(unread, known)[:2]
         u, u_rest, row, row_rest, sign, sums, at, through, parts, S, N = self.kept.of(kept, known)
         rho, q_dot, k_dot, dS, dN, inner = self.own.of(own, known)
         T, H, NC, scale = self.sizes

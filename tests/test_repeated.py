@@ -1,0 +1,195 @@
+"""Launches of calls alike, repeated (backends/torch/repeated.py): the driver is given what it is
+given where Python works all of it out anew. No GPU: a driver that stands in for CUDA's."""
+
+import ctypes
+import itertools
+import struct
+import types
+
+import pytest
+from tools import BACKEND
+
+if BACKEND != "torch":
+    pytest.skip("runs on torch", allow_module_level=True)
+
+import torch
+from keras_xlstm.backends.torch import driver, machine, mlstm, mlstm_launches, operators
+
+pytest.importorskip("triton")
+SIZES = {"Q": 8, "i": 4, "f": 4}
+
+
+class Driver:
+    """Keeps what every launch was given, with addresses as (tensor, bytes behind its start)."""
+
+    def __init__(self, monkeypatch):
+        self.kinds, self.memory, self.launched = [], {}, []
+        monkeypatch.setattr(driver, "_driver", lambda: self)
+        monkeypatch.setattr(operators, "_KNOWN", {})
+        driver_of = self
+
+        def compile_first(self, stream, arguments):
+            self.known = driver_of.compiled(arguments)
+            self.known(stream, arguments)
+
+        monkeypatch.setattr(operators.Launch, "_first", compile_first)
+
+    def compiled(self, arguments):
+        """A kernel that takes such arguments."""
+        parameters, tiles = [], []
+        for place, a in enumerate(arguments):
+            if hasattr(a, "block_shape"):
+                parameters.append((place, "152s"))
+                tiles.append({"block_size": a.block_shape, "swizzle": 3})
+            elif a is not None:
+                kind = "Q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i"
+                parameters.append((place, kind))
+        self.kinds.append([kind for _, kind in parameters])
+        metadata = types.SimpleNamespace(num_warps=4, shared=0, tensordesc_meta=tiles)
+        function = len(self.kinds) - 1
+        compiled = types.SimpleNamespace(function=function, metadata=metadata)
+        return driver.Launch(compiled, 7, parameters, 1)
+
+    def named(self, address):
+        for name, t in self.memory.items():
+            if 0 <= address - t.data_ptr() < t.numel() * t.itemsize:
+                return name, address - t.data_ptr()
+        raise AssertionError(address)
+
+    def cuLaunchKernelEx(self, config, function, places, extra):
+        stream = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents.stream
+        values, n = [], 0
+        for kind in self.kinds[function]:
+            if kind == "152s":
+                whole = ctypes.string_at(places[n], 128)
+                behind = b"".join(
+                    ctypes.string_at(places[n + j], size) for j, size in enumerate((4, 4, 8, 8), 1)
+                )
+                values.append((self.named(struct.unpack("q", whole[:8])[0]), whole[8:], behind))
+                n += 5
+                continue
+            (value,) = struct.unpack(kind, ctypes.string_at(places[n], SIZES[kind]))
+            values.append(self.named(value) if kind == "Q" else value)
+            n += 1
+        assert struct.unpack("qq", ctypes.string_at(places[n], 16)) == (0, 0)  # Triton's own
+        self.launched.append((function, stream, values))
+        return 0
+
+    def cuTensorMapEncodeTiled(self, place, dtype, rank, base, sizes, strides, box, *rest):
+        code = struct.pack("qqqqii", base, *sizes, *strides, *box)
+        ctypes.memmove(place, code + bytes(128 - len(code)), 128)
+        return 0
+
+
+def tensors(T, states, segments):
+    q, k = (torch.zeros(2, T, 2, 64, dtype=torch.bfloat16) for _ in "qk")
+    v = torch.zeros(2, T, 2, 128, dtype=torch.bfloat16)
+    i, f = (torch.zeros(2, T, 2) for _ in "if")
+    state = (torch.zeros(2, 2, 64, 128), torch.zeros(2, 2, 64), torch.zeros(2, 2))
+    ids = torch.zeros(2, T, dtype=torch.int32) if segments else None
+    return (q, k, v, i, f, *(state if states else [None] * 3), ids)
+
+
+def forward(T, states, segments):
+    """What a call is given, its results, its numbers; of the backward pass as well."""
+    given = tensors(T, states, segments)
+    return given, mlstm._results(given[0], given[2], states), (1e-6,)
+
+
+def backward(T, states, segments):
+    q, k, v, i, f, C, n, _, ids = tensors(T, states, segments)
+    kept = mlstm_launches.kept(q, v, 128).new(q)
+    given = (torch.zeros_like(v), C, n, q, k, v, i, f, ids, torch.zeros_like(v), kept)
+    return given, mlstm._gradients(q, k, v, i, f, states), ()
+
+
+def run(way, fake, stream, given, results, numbers):
+    """Calls, with all that it allocates known to the driver; what it returns."""
+    fake.memory, fake.launched = {}, []
+    for name, t in itertools.chain(enumerate(given), enumerate(results, 100)):
+        if t is not None:
+            fake.memory[name] = t
+    first = given[0].view(given[0].shape)  # an object of its own
+    first.new_empty = lambda size, dtype: fake.memory.setdefault(
+        f"new {len(fake.memory)}", torch.empty(size, dtype=dtype)
+    )
+    returned = way(stream, (first, *given[1:]), results, *numbers)
+    names = [name for name, t in fake.memory.items() if t is returned]
+    return returned is not None and (names, returned.numel()), fake.launched
+
+
+def by_place(fake, launched, allocated):
+    """Allocations that are not returned as one, in which they follow each other."""
+    starts, size = {}, 0
+    for name in allocated:
+        starts[name] = size
+        size += fake.memory[name].numel()
+
+    def of(value):
+        if isinstance(value, tuple) and len(value) == 2 and value[0] in starts:
+            return "own", starts[value[0]] + value[1]
+        return tuple(map(of, value)) if isinstance(value, tuple) else value
+
+    return [(function, stream, [of(v) for v in values]) for function, stream, values in launched]
+
+
+@pytest.mark.parametrize("make", [forward, backward])
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("processors", [1, 10**9])
+@pytest.mark.parametrize("segments", [True, False])
+@pytest.mark.parametrize("states", [True, False])
+def test_the_driver_is_given_the_same(make, hopper, processors, segments, states, monkeypatch):
+    fake = Driver(monkeypatch)
+    monkeypatch.setattr(machine, "hopper", lambda device: hopper)
+    monkeypatch.setattr(machine, "processors", lambda device: processors)
+    monkeypatch.setattr(machine, "shared_memory", lambda device: 232_448)
+    given, results, numbers = make(512, states, segments)
+    way = getattr(mlstm_launches, make.__name__)(given, False, 128)
+    run(way, fake, 1, given, results, numbers)  # compiles
+    assert not way.sequences
+    for stream, T in ((1, 512), (1, 512), (2, 512)):  # recorded, repeated, elsewhere
+        given, results, numbers = make(T, states, segments)
+        seen = []
+        for one in (way, way.run):
+            returned, launched = run(one, fake, stream, given, results, numbers)
+            new = [n for n in fake.memory if isinstance(n, str) and n not in (returned or [()])[0]]
+            seen.append((returned and returned[1], by_place(fake, launched, new)))
+        assert seen[0] == seen[1]
+        assert all(at == stream for _, at, _ in seen[0][1])
+        assert len(way.sequences) == 1
+    # Other numbers, or results, are another sequence.
+    if make is forward:
+        returned, launched = run(way, fake, 1, given, results, (0.5,))
+        assert any(0.5 in values for _, _, values in launched)
+        assert len(way.sequences) == 2
+
+
+def test_what_triton_launches_is_not_recorded(monkeypatch):
+    fake, seen = Driver(monkeypatch), []
+
+    def by_triton(self, stream, arguments):
+        self.known = lambda stream, arguments: seen.append(arguments)
+
+    monkeypatch.setattr(operators.Launch, "_first", by_triton)
+    given, results, numbers = forward(256, True, False)
+    way = mlstm_launches.forward(given, False, 128)
+    for _ in range(3):
+        run(way, fake, 1, given, results, numbers)
+    assert not way.sequences
+    assert len(seen) == 2 * len(way.run.launches)
+
+
+def test_errors_of_the_driver_are_raised(monkeypatch):
+    fake = Driver(monkeypatch)
+    given, results, numbers = forward(256, True, False)
+    way = mlstm_launches.forward(given, False, 128)
+    for _ in range(2):
+        run(way, fake, 1, given, results, numbers)
+    monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *a: 700)
+    monkeypatch.setattr(Driver, "cuGetErrorString", lambda *a: 1, raising=False)
+    # A call has the function that it was made with.
+    for sequence in way.sequences.values():
+        for one in sequence.calls:
+            one.launch = fake.cuLaunchKernelEx
+    with pytest.raises(RuntimeError, match="could not be launched: CUDA's error 700"):
+        run(way, fake, 1, given, results, numbers)
