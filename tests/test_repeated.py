@@ -13,7 +13,7 @@ if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends.torch import driver, machine, mlstm, mlstm_launches, operators
+from keras_xlstm.backends.torch import driver, machine, mlstm, mlstm_launches, operators, slstm
 
 pytest.importorskip("triton")
 SIZES = {"Q": 8, "i": 4, "f": 4}
@@ -114,8 +114,10 @@ def run(way, fake, stream, given, results, numbers):
         f"new {len(fake.memory)}", torch.empty(size, dtype=dtype)
     )
     returned = way(stream, (first, *given[1:]), results, *numbers)
-    names = [name for name, t in fake.memory.items() if t is returned]
-    return returned is not None and (names, returned.numel()), fake.launched
+    if returned is None:
+        return None, fake.launched
+    names = [name for name, t in fake.memory.items() if t.data_ptr() == returned.data_ptr()]
+    return (names, returned.numel() * returned.itemsize), fake.launched
 
 
 def by_place(fake, launched, allocated):
@@ -133,35 +135,99 @@ def by_place(fake, launched, allocated):
     return [(function, stream, [of(v) for v in values]) for function, stream, values in launched]
 
 
-@pytest.mark.parametrize("make", [forward, backward])
-@pytest.mark.parametrize("hopper", [True, False])
-@pytest.mark.parametrize("processors", [1, 10**9])
-@pytest.mark.parametrize("segments", [True, False])
-@pytest.mark.parametrize("states", [True, False])
-def test_the_driver_is_given_the_same(make, hopper, processors, segments, states, monkeypatch):
-    fake = Driver(monkeypatch)
-    monkeypatch.setattr(machine, "hopper", lambda device: hopper)
-    monkeypatch.setattr(machine, "processors", lambda device: processors)
-    monkeypatch.setattr(machine, "shared_memory", lambda device: 232_448)
-    given, results, numbers = make(512, states, segments)
-    way = getattr(mlstm_launches, make.__name__)(given, False, 128)
-    run(way, fake, 1, given, results, numbers)  # compiles
-    assert not way.sequences
-    for stream, T in ((1, 512), (1, 512), (2, 512)):  # recorded, repeated, elsewhere
-        given, results, numbers = make(T, states, segments)
+def compare(way, fake, make, compiles=1):
+    """Recorded, repeated, and on another stream; `make()` is of other tensors each time."""
+    for stream in [1] * compiles:
+        run(way, fake, stream, *make())
+    before = len(way.sequences)
+    for stream in (1, 1, 2):
+        given, results, numbers = make()
         seen = []
         for one in (way, way.run):
             returned, launched = run(one, fake, stream, given, results, numbers)
             new = [n for n in fake.memory if isinstance(n, str) and n not in (returned or [()])[0]]
             seen.append((returned and returned[1], by_place(fake, launched, new)))
         assert seen[0] == seen[1]
+        assert seen[0][1]
         assert all(at == stream for _, at, _ in seen[0][1])
-        assert len(way.sequences) == 1
-    # Other numbers, or results, are another sequence.
-    if make is forward:
-        returned, launched = run(way, fake, 1, given, results, (0.5,))
+        assert len(way.sequences) == before + 1
+
+
+@pytest.mark.parametrize("make", [forward, backward])
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("processors", [1, 10**9])
+@pytest.mark.parametrize("segments", [True, False])
+@pytest.mark.parametrize("states", [True, False])
+def test_mlstm(make, hopper, processors, segments, states, monkeypatch):
+    fake = Driver(monkeypatch)
+    monkeypatch.setattr(machine, "hopper", lambda device: hopper)
+    monkeypatch.setattr(machine, "processors", lambda device: processors)
+    monkeypatch.setattr(machine, "shared_memory", lambda device: 232_448)
+    given, results, _ = make(512, states, segments)
+    way = getattr(mlstm_launches, make.__name__)(given, False, 128)
+    compare(way, fake, lambda: make(512, states, segments))
+    if make is forward:  # another number is another sequence
+        _, launched = run(way, fake, 1, given, results, (0.5,))
         assert any(0.5 in values for _, _, values in launched)
         assert len(way.sequences) == 2
+
+
+def slstm_forward(B, D, dtype, everything, trains):
+    x = torch.zeros(B, 5, 4, 2, D, dtype=dtype)
+    R, bias = torch.zeros(2, D, 4, D, dtype=dtype), torch.zeros(4, 2, D)
+    flag, state = torch.zeros(B, 5, dtype=torch.int8), torch.zeros(B, 2, D)
+    more = [None] * 8
+    if everything:
+        states = [state.clone() for _ in "hcnm"]
+        more = [flag, flag.clone(), state.clone(), state.to(dtype), *states]
+    h, *last, saved = slstm._outputs(x, True, trains)
+    return (x, R, bias, *more), (h, saved if trains else None, *last), (True,)
+
+
+def slstm_backward(B, D, dtype, everything, trains):
+    (x, R, _, hold, reset, scale, first, *states), outputs, _ = slstm_forward(
+        B, D, dtype, everything, True
+    )
+    h, saved, _, c, n, _ = outputs
+    last = [torch.zeros_like(c) for _ in "hcn"]
+    given = torch.zeros_like(h), *last, R, first, *states[1:3], hold, reset, scale, h, c, n, saved
+    return given, (torch.empty_like(x), *map(torch.zeros_like, last)), (True, 0.5)
+
+
+@pytest.mark.parametrize("make", [slstm_forward, slstm_backward])
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize(
+    ("B", "D", "dtype", "clusters"),
+    [
+        (3, 64, torch.bfloat16, 8), (3, 768, torch.bfloat16, 8), (100, 192, torch.float16, 1),
+        (3, 20, torch.float32, 8), (100, 100, torch.float32, 8),
+    ],
+)  # fmt: skip
+def test_slstm(make, everything, B, D, dtype, clusters, monkeypatch):
+    fake = Driver(monkeypatch)
+    monkeypatch.setattr(machine, "processors", lambda device: 60)
+    monkeypatch.setattr(machine, "shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(machine, "all_shared_memory", lambda device: 233_472)
+    monkeypatch.setattr(machine, "clusters", lambda device: clusters)
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    given, *_ = make(B, D, dtype, everything, True)
+    kind = slstm._forward_pass if make is slstm_forward else slstm._backward_pass
+    way = kind(given, slstm._device(given[0]))
+    compare(way, fake, lambda: make(B, D, dtype, everything, True))
+    if make is slstm_forward:  # without what training needs it is another kernel
+        compare(way, fake, lambda: make(B, D, dtype, everything, False))
+
+
+def test_a_launch_for_every_step_is_not_recorded(monkeypatch):
+    fake = Driver(monkeypatch)
+    monkeypatch.setattr(machine, "clusters", lambda device: 8)
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    given, results, numbers = slstm_forward(3, 768, torch.bfloat16, False, True)
+    way = slstm._forward_pass(given, slstm._device(given[0]))  # one processor
+    for _ in range(3):
+        _, launched = run(way, fake, 1, given, results, numbers)
+        assert len(launched) == 5
+    assert not way.sequences
 
 
 def test_what_triton_launches_is_not_recorded(monkeypatch):

@@ -30,6 +30,10 @@ ONE, SEVERAL = {"D": 6, "T": 9}, {"D": 70, "T": 9 if GPU else 3, "H": 1}
 both = pytest.mark.parametrize("sizes", [ONE, SEVERAL], ids=["one", "several"])
 
 
+def plan_of(x):
+    return kernels._forward_pass((x,), kernels._device(x)).run.plan
+
+
 def check(case, dtype="float32", factor=1.0, **options):
     with poisoned():
         case.check(dtype, factor, compiled=False, implementation="triton", **options)
@@ -83,7 +87,7 @@ def test_small_devices(processors, rng, monkeypatch):
     monkeypatch.setattr(machine, "processors", lambda device: processors)
     monkeypatch.setattr(machine, "all_shared_memory", machine.shared_memory)
     T, D = (6, 200) if GPU else (3, 136)  # more units than one round has, and a rest
-    plan = kernels._launches(tensor(np.zeros((9, T, 4, 2, D))))
+    plan = plan_of(tensor(np.zeros((9, T, 4, 2, D))))
     assert plan.waits == (plan.tiles <= plan.resident)
     mask = make_mask("holes", 9, T, rng)
     ids = make_segments("growing", 9, T, rng)
@@ -188,7 +192,7 @@ halves = pytest.mark.parametrize("dtype", HALVES)
 
 
 def check_clustered(case, dtype, kind="clustered", **options):
-    assert getattr(kernels._launches(tensor(case.inputs["x"], dtype)), kind)
+    assert getattr(plan_of(tensor(case.inputs["x"], dtype)), kind)
     check(case, dtype, **options)
 
 

@@ -133,6 +133,9 @@ class Launch:
             another address)
         """
         call, values = _Call(self), list(self.pick(arguments))
+        for n in self.pointers:
+            if type(values[n]) is not int:
+                values[n] = values[n].data_ptr()
         call.pointers = [(call.moved(n), values[n]) for n in self.pointers]
         call.matrices = []
         for n, meta in self.descriptors:

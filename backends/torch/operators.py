@@ -119,6 +119,15 @@ class Recording:
     def __init__(self):
         self.buffers, self.launches = [], []
 
+    def add(self, launch, arguments):
+        if not isinstance(launch, driver.Launch):
+            raise NotRecorded
+        self.launches.append((launch, arguments))
+
+
+class NotRecorded(Exception):
+    """A kernel is not compiled yet, or is not launched by the driver itself."""
+
 
 class Launch:
     """A kernel with its programs and constants, called with a stream and its other arguments.
@@ -136,7 +145,7 @@ class Launch:
 
     def __call__(self, stream, *arguments):
         if isinstance(stream, Recording):
-            stream.launches.append((self.known, arguments))
+            stream.add(self.known, arguments)
         elif self.known:
             self.known(stream, arguments)
         else:

@@ -9,29 +9,37 @@ import threading
 
 import numpy as np
 import torch
-from keras_xlstm.backends.torch import driver
-from keras_xlstm.backends.torch.operators import Recording
+from keras_xlstm.backends.torch.operators import NotRecorded, Recording
 
 _SHIFT = 48  # more bits than addresses have
 
 
 class Repeated:
-    """`run(stream, given, results, *numbers)`, for calls with tensors alike (or None) in `given`
-    and `results`. `run` launches kernels (operators.Launch, in `run.launches`), at addresses it
-    has by `data_ptr()`, allocates by the first tensor's `new_empty(bytes, dtype=torch.uint8)`, and
-    returns one of these allocations or None."""
+    """`run(stream, given, results, *numbers)`, for calls with tensors alike (or None) in `given`;
+    where `run.repeats`.
+
+    It launches kernels (operators.Launch, in `run.launches`) with tensors as they are or by their
+    `data_ptr()`, allocates by the first one's `new_empty(bytes, dtype=torch.uint8)`, and returns
+    one of these allocations, or None."""
 
     def __init__(self, run):
         self.run, self.sequences = run, {}
 
     def __call__(self, stream, given, results, *numbers):
-        key = len(results), numbers
+        key = numbers, *[t is None for t in results]
         found = self.sequences.get(key)
         if found is None:
-            if not all(isinstance(one.known, driver.Launch) for one in self.run.launches):
-                return self.run(stream, given, results, *numbers)  # the first compiles them
-            found = self.sequences[key] = _Sequence(self.run, given, results, *numbers)
+            try:
+                found = self._recorded(given, results, numbers)
+            except NotRecorded:  # the first call compiles
+                return self.run(stream, given, results, *numbers)
+            self.sequences[key] = found
         return found(stream, given, results)
+
+    def _recorded(self, given, results, numbers):
+        if not self.run.repeats or not all(launch.known for launch in self.run.launches):
+            raise NotRecorded
+        return _Sequence(self.run, given, results, *numbers)
 
 
 class _Buffer:
@@ -47,6 +55,9 @@ class _Buffer:
 
     def new_empty(self, size, dtype):
         return _Buffer(self.recording, size)
+
+    def view(self, dtype):
+        return self
 
 
 class _Sequence:

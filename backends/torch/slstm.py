@@ -3,13 +3,20 @@
 The native form is slstm_loop.py's. Triton itself is imported on the first launch.
 """
 
-import functools
+import math
 
 import torch
 from keras_xlstm.backends import slstm_launches as launches
 from keras_xlstm.backends.torch import machine
 from keras_xlstm.backends.torch.machine import precision
-from keras_xlstm.backends.torch.operators import launch, no_second_derivative, operator
+from keras_xlstm.backends.torch.operators import (
+    Launch,
+    known,
+    no_second_derivative,
+    on_stream,
+    operator,
+)
+from keras_xlstm.backends.torch.repeated import Repeated
 from keras_xlstm.backends.torch.slstm_loop import native_slstm  # noqa: F401  found by backends
 from torch import Tensor
 
@@ -41,7 +48,7 @@ def slstm(
         *(s.float().contiguous() for s in state) if state else (None,) * 4,
         *(None if flag is None else flag.to(torch.int8).contiguous() for flag in (hold, reset)),
         None if recurrent_scale is None else recurrent_scale.float().contiguous(),
-        forget_gate == "exp", recurrent_gradient_clip or 0.0, trains,
+        forget_gate == "exp", float(recurrent_gradient_clip or 0.0), trains,
     )[:5]  # fmt: skip
     return h, tuple(last)
 
@@ -54,9 +61,63 @@ def _device(x):
     )  # fmt: skip
 
 
-def _launches(x):
+class _Pass:
+    """`function(launches, given, results, *numbers)` on a stream, for calls alike."""
+
+    def __init__(self, function, device, sizes):
+        self.function, self.device, self.sizes = function, device, sizes
+        self.plan = launches.Launches(None, device, *sizes)
+        # Else there is a launch for every step; or it is interpreted.
+        self.repeats = self.plan.waits and not self.plan.memory
+        self.found = {}
+
+    @property
+    def launches(self):
+        return self.found.values()
+
+    def __call__(self, stream, given, results, *numbers):
+        def launch(kernel, programs, *arguments, **constants):
+            # The rest is alike in all calls.
+            key = id(kernel), programs, *[a is None for a in arguments], *constants.items()
+            if key not in self.found:
+                self.found[key] = Launch(kernel, programs, **constants)
+            self.found[key](stream, *arguments)
+
+        run = launches.Launches(launch, self.device, *self.sizes)
+        return self.function(run, given, results, *numbers)
+
+
+def _forward_pass(given, device):
+    x = given[0]
     B, T, _, H, D = x.shape
-    return launches.Launches(launch, _device(x), B, T, H, D, x.dtype.itemsize)
+    return Repeated(_Pass(_run_forward, device, (B, T, H, D, x.dtype.itemsize)))
+
+
+def _run_forward(run, given, results, exp_forget):
+    x, R, bias, hold, reset, scale, first, *states = given
+    h, saved, *last = results
+    memory = _memory(run, x)
+    given = x, R, bias, hold, reset, scale
+    run.forward(given, first, states, h, saved, last, exp_forget, memory)
+
+
+def _backward_pass(given, device):
+    dh = given[0]
+    return Repeated(_Pass(_run_backward, device, (*dh.shape, dh.dtype.itemsize)))
+
+
+def _run_backward(run, given, results, exp_forget, clip):
+    """The recurrent kernel's gradient in parts, float32."""
+    dh, dh_last, dc, dn, R, first, c0, n0, hold, reset, scale, h, c, n, saved = given
+    dx, *d_first = results
+    memory = _memory(run, dh)
+    given = dh, saved, R, hold, reset, scale, c0, n0
+    run.backward(given, (dh_last, dc, dn), c, n, dx, d_first, exp_forget, clip, memory)
+
+    def new(shape):
+        return dh.new_empty(4 * math.prod(shape), dtype=torch.uint8).view(torch.float32)
+
+    return run.kernel_gradient(h, dx, first, reset, scale, new)
 
 
 def _missing(t):
@@ -71,16 +132,16 @@ def _forward(
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     exp_forget: bool, clip: float, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
-    run, outputs = _launches(x), _outputs(x, exp_forget, trains)
-    bias = None if bias is None else bias.float()
+    outputs = _outputs(x, exp_forget, trains)
     h_all, *last, saved = outputs
-    if run.exchanges:
-        _missing(h_all)
-    given = x, recurrent_kernel.to(x.dtype), bias, hold, reset, recurrent_scale
     first = None if h is None else h.to(x.dtype)
-    saved = saved if trains else None
-    memory = _memory(run, x)
-    run.forward(given, first, (h, c, n, m), h_all, saved, last, exp_forget, memory)
+    R, bias = recurrent_kernel.to(x.dtype), None if bias is None else bias.float()
+    given = x, R, bias, hold, reset, recurrent_scale, first, h, c, n, m
+    run = known(_forward_pass, given, _device(x))
+    if run.run.plan.exchanges:
+        _missing(h_all)
+    results = h_all, saved if trains else None, *last
+    on_stream(x.device, run, given, results, exp_forget)
     return outputs
 
 
@@ -114,18 +175,17 @@ def _backward(
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     h: Tensor, c: Tensor, n: Tensor, saved: Tensor, exp_forget: bool, clip: float,
 ) -> list[Tensor]:  # fmt: skip
-    run, dx = _launches(x), torch.empty_like(x)
-    if run.exchanges:
-        _missing(dx)
-    d_first = [torch.empty_like(c) for _ in range(3)]
-    R = recurrent_kernel.to(x.dtype)
-    given = dh, saved, R, hold, reset, recurrent_scale, c0, n0
-    after = dh_last, dc, dn
-    run.backward(given, after, c, n, dx, d_first, exp_forget, clip, _memory(run, x))
+    dx, *d_first = torch.empty_like(x), *(torch.empty_like(c) for _ in range(3))
     first = None if h0 is None else h0.to(x.dtype)
-    new = functools.partial(x.new_empty, dtype=torch.float32)
-    dR = run.kernel_gradient(h, dx, first, reset, recurrent_scale, new)
-    dR = dR.sum(0).to(recurrent_kernel.dtype)
+    R = recurrent_kernel.to(x.dtype)
+    given = (
+        dh, dh_last, dc, dn, R, first, c0, n0, hold, reset, recurrent_scale, h, c, n, saved,
+    )  # fmt: skip
+    run = known(_backward_pass, given, _device(x))
+    if run.run.plan.exchanges:
+        _missing(dx)
+    dR = on_stream(x.device, run, given, (dx, *d_first), exp_forget, clip)
+    dR = dR.view(torch.float32).view(-1, *R.shape).sum(0).to(recurrent_kernel.dtype)
     dbias = x.new_empty(0)
     if bias is not None:
         dbias = dx.sum((0, 1), dtype=torch.float32).to(bias.dtype)
