@@ -33,6 +33,8 @@ class Repeated:
                 found = self._recorded(given, results, numbers)
             except NotRecorded:  # the first call compiles
                 return self.run(stream, given, results, *numbers)
+            if len(self.sequences) >= 100:  # as many numbers as there are may come
+                self.sequences.clear()
             self.sequences[key] = found
         return found(stream, given, results)
 
