@@ -56,7 +56,8 @@ def unsupported(x, halves=False):
         return f"its dtypes are float32, bfloat16 and float16, not {name(x.dtype)}"
     if x.dtype != torch.float32 and interpreted() and not halves:
         return "Triton's interpreter computes float32 alone"
-    return missing(x.device.type, x.device.index)
+    device = x.device
+    return missing(device.type, device.index)
 
 
 @functools.cache

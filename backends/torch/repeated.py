@@ -80,7 +80,7 @@ class _Sequence:
                 moved[number] = tensors, 0
             else:
                 moved[number] = last, self.scratch
-                self.scratch += buffer.size
+                self.scratch += -(-buffer.size // 128) * 128  # aligned, as allocations are
 
         def place(address):
             number, offset = (address >> _SHIFT) - 1, address & ((1 << _SHIFT) - 1)
