@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import torch
+from keras_xlstm.backends.torch import driver
 from keras_xlstm.backends.torch.operators import NotRecorded, Recording
 
 _SHIFT = 48  # more bits than addresses have
@@ -39,7 +40,8 @@ class Repeated:
         return found(stream, given, results)
 
     def _recorded(self, given, results, numbers):
-        if not self.run.repeats or not all(launch.known for launch in self.run.launches):
+        launches = self.run.launches if self.run.repeats else ()
+        if not launches or not all(isinstance(one.known, driver.Launch) for one in launches):
             raise NotRecorded
         return _Sequence(self.run, given, results, *numbers)
 
