@@ -76,12 +76,14 @@ def replayed(run):
     return graph.replay
 
 
-def measure(family, warm):
+def measure(family, warm, only=None):
     """[shape index, "forward" or "both", ms] a line, for one family in this process."""
     import torch
 
     f, heads_first = function(family)
     for n, (B, H, T, K, V) in enumerate(SHAPES):
+        if only and str(n) not in only.split(","):
+            continue
         if family == "attention":  # the width in heads of 128, as a Transformer has them
             if n > 2:
                 continue
@@ -276,11 +278,15 @@ if __name__ == "__main__":
     )
     parser.add_argument("--peers", default=",".join(FAMILIES[1:]), help="of the mLSTM, with commas")
     parser.add_argument("--family", help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.family:
-        (measure_steps if arguments.steps else measure)(arguments.family, arguments.warm)
+        if arguments.steps:
+            measure_steps(arguments.family, arguments.warm)
+        else:
+            measure(arguments.family, arguments.warm, arguments.shapes)
         sys.exit()
     parts = arguments.only.split(",")
     families = ["ours", *arguments.peers.split(",")]
