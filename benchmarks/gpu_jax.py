@@ -59,7 +59,7 @@ def function(family):
         sys.modules.setdefault("jax_triton", types.ModuleType("jax_triton"))
         from mlstm_kernels.jax.chunkwise.native import mlstm_chunkwise__native_autograd
 
-        # A loop over chunks that is unrolled: at 65,536 steps it compiles in larger ones alone.
+        # It unrolls its loop over chunks: at 65,536 steps larger ones ("xla 512") compile sooner.
         chunk_size = int(chunk[0]) if chunk else 64
         return lambda *a: mlstm_chunkwise__native_autograd(*a, chunk_size=chunk_size), True
     from keras_xlstm.ops import mlstm

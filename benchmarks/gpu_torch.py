@@ -252,23 +252,16 @@ def table(bandwidth, families):
 
 
 def step_table(bandwidth):
-    ours, theirs = (
-        figures(run_family("ours", steps=True)),
-        figures(run_family("theirs", steps=True)),
-    )
-    print(
-        "\n| step, float32 state 8x256x512, ms | ours | of the copy's bandwidth | mlstm_kernels |"
-    )
+    ours, theirs = (figures(run_family(f, steps=True)) for f in ("ours", "theirs"))
+    print("\n| step, state 8x256x512, ms | ours | of the copy's bandwidth | mlstm_kernels |")
     print("|---|---|---|---|")
     for B in STEPS:
         ms = ours.get((B, "step"))
         share = "-"
         if isinstance(ms, float):
             share = f"{2 * 4 * B * 8 * 256 * 512 / ms / 1e9 / bandwidth:.0%}"
-        print(
-            f"| B {B} | {cell(ms, None)} | {share} | {cell(theirs.get((B, 'step')), ms)} |",
-            flush=True,
-        )
+        row = cell(ms, None), share, cell(theirs.get((B, "step")), ms)
+        print(f"| B {B} | {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ HERE = pathlib.Path(__file__).parent
 FILES = {
     "blocks, models": ["test_blocks.py", "test_models.py"],
     "kernels": [
-        "test_triton.py", "test_triton_slstm.py", "test_jax_triton.py", "test_jax_triton_slstm.py",
-        "test_pallas.py", "test_pallas_slstm.py",
+        "test_triton.py", "test_triton_slstm.py", "test_triton_slstm_lanes.py",
+        "test_jax_triton.py", "test_jax_triton_slstm.py", "test_pallas.py", "test_pallas_slstm.py",
     ],
     "files, devices": [
         "test_export.py", "test_devices.py", "test_examples.py", "test_tensorflow.py",

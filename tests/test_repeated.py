@@ -3,15 +3,19 @@ given where Python works all of it out anew. No GPU: a driver that stands in for
 
 import ctypes
 import itertools
+import pathlib
 import struct
-import types
+import sys
 
 import pytest
 from tools import BACKEND
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+
 if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
 
+import host_time
 import torch
 from keras_xlstm.backends.torch import driver, machine, mlstm, mlstm_launches, operators, slstm
 
@@ -26,29 +30,14 @@ class Driver:
         self.kinds, self.memory, self.launched = [], {}, []
         monkeypatch.setattr(driver, "_driver", lambda: self)
         monkeypatch.setattr(operators, "_KNOWN", {})
-        driver_of = self
+        kinds = self.kinds
 
         def compile_first(self, stream, arguments):
-            self.known = driver_of.compiled(arguments)
+            self.known = host_time.compiled(arguments, function=len(kinds))
+            kinds.append(self.known.kinds)
             self.known(stream, arguments)
 
         monkeypatch.setattr(operators.Launch, "_first", compile_first)
-
-    def compiled(self, arguments):
-        """A kernel that takes such arguments."""
-        parameters, tiles = [], []
-        for place, a in enumerate(arguments):
-            if hasattr(a, "block_shape"):
-                parameters.append((place, "152s"))
-                tiles.append({"block_size": a.block_shape, "swizzle": 3})
-            elif a is not None:
-                kind = "Q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i"
-                parameters.append((place, kind))
-        self.kinds.append([kind for _, kind in parameters])
-        metadata = types.SimpleNamespace(num_warps=4, shared=0, tensordesc_meta=tiles)
-        function = len(self.kinds) - 1
-        compiled = types.SimpleNamespace(function=function, metadata=metadata)
-        return driver.Launch(compiled, 7, parameters, 1)
 
     def named(self, address):
         for name, t in self.memory.items():

@@ -57,7 +57,8 @@ def check(case, dtype="float32", factor=1.0, chunk_size=16, **options):
 def test_interpreted():
     """In one process: each would import the frameworks again."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    files = ["test_triton.py", "test_triton_slstm.py", "test_poison.py", "test_fuzz.py"]
+    files = ["test_triton.py", "test_triton_slstm.py", "test_triton_slstm_lanes.py"]
+    files += ["test_poison.py", "test_fuzz.py"]
     command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings"]
     command += [str(HERE / file) for file in files]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

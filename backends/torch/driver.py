@@ -98,6 +98,8 @@ def _config(compiled, programs, cluster):
 
 
 class Launch:
+    """A compiled kernel's launches, one at a time; see `launcher`."""
+
     def __init__(self, compiled, programs, parameters, cluster):
         self.function = compiled.function
         self.config = _config(compiled, programs, cluster)

@@ -137,11 +137,11 @@ def _forward(
     first = None if h is None else h.to(x.dtype)
     R, bias = recurrent_kernel.to(x.dtype), None if bias is None else bias.float()
     given = x, R, bias, hold, reset, recurrent_scale, first, h, c, n, m
-    run = known(_forward_pass, given, _device(x))
-    if run.run.plan.exchanges:
+    repeated = known(_forward_pass, given, _device(x))
+    if repeated.run.plan.exchanges:
         _missing(h_all)
     results = h_all, saved if trains else None, *last
-    on_stream(x.device, run, given, results, exp_forget)
+    on_stream(x.device, repeated, given, results, exp_forget)
     return outputs
 
 
@@ -181,10 +181,10 @@ def _backward(
     given = (
         dh, dh_last, dc, dn, R, first, c0, n0, hold, reset, recurrent_scale, h, c, n, saved,
     )  # fmt: skip
-    run = known(_backward_pass, given, _device(x))
-    if run.run.plan.exchanges:
+    repeated = known(_backward_pass, given, _device(x))
+    if repeated.run.plan.exchanges:
         _missing(dx)
-    dR = on_stream(x.device, run, given, (dx, *d_first), exp_forget, clip)
+    dR = on_stream(x.device, repeated, given, (dx, *d_first), exp_forget, clip)
     dR = dR.view(torch.float32).view(-1, *R.shape).sum(0).to(recurrent_kernel.dtype)
     dbias = x.new_empty(0)
     if bias is not None:

@@ -13,6 +13,7 @@ What calls with tensors alike have in common (sizes, tiles, compiled kernels) is
 a small sequence's kernels run for less time than Python takes to ask for them.
 """
 
+import importlib
 from typing import NamedTuple
 
 from keras_xlstm.backends import mlstm_tiles as tiles
@@ -48,10 +49,15 @@ class Call(NamedTuple):
     aligned: bool = True  # every tensor's memory, to 16 bytes: TMA wants it
 
 
-class _Launches:
-    """Sizes and tiles of both passes."""
+def _hopper():
+    # Gluon, their language, may be another in another Triton: only where they run.
+    return importlib.import_module("keras_xlstm.backends.triton.mlstm_hopper_launches")
 
-    repeats = True  # a few launches, always the same
+
+class _Launches:
+    """Sizes and tiles of both passes: a few launches, always the same."""
+
+    repeats = True
 
     def __init__(self, host, call):
         self.host, self.device = host, host.device
@@ -109,7 +115,7 @@ class _Launches:
         if self.aligned and self.device.hopper:
             constants = tiles.hopper(role, DX, DZ, self.dtype, self.T, self.chunk)
             if constants:
-                return self._attend_hopper(role, DX, DZ, **constants)
+                return _hopper().attend(self, role, DX, DZ, **constants)
         memory = self.device.shared_memory
         own = tiles.attend(role, DX, DZ, self.dtype, self.chunk, memory, triton=True)
         rows = self.chunk // own["L"]
@@ -120,59 +126,7 @@ class _Launches:
         """Both in one, or None where that is not for these sizes."""
         if not self.aligned or not self.in_one:
             return None
-        return self._states_and_rows(reverse, has_state, **self.in_one)
-
-    def _states_and_rows(self, reverse, has_state, L, BZ, **constants):
-        from keras_xlstm.backends.triton.mlstm_hopper_serial import serial_hopper
-
-        K, V = self.K, self.V
-        self.parts = V // BZ * L + K
-        launch = self.launch(
-            serial_hopper, self.BH * (V // BZ), REVERSE=reverse, DX=K, DZ=V, BZ=BZ, L=L,
-            LC=self.chunk, HAS_STATE=has_state, **constants,
-        )  # fmt: skip
-        keys, values = (self.B * self.T, self.H * K), (self.B * self.T, self.H * V)
-        written, read = [(self.BH * (self.NC + n) * K, V) for n in (0 if reverse else 1, 1)]
-        # Of x, y, z, the states that are written and those that are read, out.
-        describe = self.host.describe(
-            (keys, (L, K)), (keys, (L, K)), (values, (L, BZ)), (written, (K, BZ)),
-            (read, (L, BZ)), (values, (L, BZ)),
-        )  # fmt: skip
-
-        def call(stream, *given):
-            launch(stream, *describe(given[:6]), *given[6:])
-
-        return call
-
-    def _attend_hopper(self, role, DX, DZ, BZ, BO, L, LN, PROGRAMS, **constants):
-        from keras_xlstm.backends.triton.mlstm_hopper import attend_hopper
-
-        turn = self.chunk // L * (DZ // BZ)
-        items = self.BH * self.NC * turn
-        # A multiple of `turn`, so that long blocks and short ones alternate.
-        programs = max(PROGRAMS * self.device.processors // turn, 1) * turn
-        launch = self.launch(
-            attend_hopper, min(items, programs), ROLE=role, DX=DX, DZ=DZ, BZ=BZ, BO=BO, L=L, LN=LN,
-            LC=self.chunk, SEG=self.common["SEG"], **constants,
-        )  # fmt: skip
-        steps = self.B * self.T, self.H * DX
-        out_steps = self.B * self.T, self.H * DZ
-        borders = self.BH * (self.NC + (1 if role in ("h", "dq") else 0))
-        if role in ("h", "dv"):
-            state, tile = (borders * DX, DZ), (LN, BZ)
-        else:
-            state, tile = (borders * DZ, DX), (DZ, LN)
-        # Of x, y, z, S, out and h.
-        describe = self.host.describe(
-            (steps, (L, DX)), (steps, (LN, DX)), (out_steps, (LN, BZ)), (state, tile),
-            (out_steps, (L, BO)), (steps, (LN, DX)),
-        )  # fmt: skip
-
-        def call(stream, x, y, z, s, n, out, own, dot, h, *rest):
-            *matrices, h = describe((x, y, z, s, out, h))
-            launch(stream, *matrices, n, own, dot, h, *rest, items)
-
-        return call
+        return _hopper().states_and_rows(self, reverse, has_state, **self.in_one)
 
     @property
     def known(self):
@@ -196,8 +150,7 @@ def kept(host, call):
 
 
 class Forward(_Launches):
-    """(q, k, v, i, f, C, n, m, segment_ids), results (h, C, n, m) or (h,), eps -> what `kept`
-    describes."""
+    """(q, k, v, i, f, C, n, m, segment_ids), results (h, C, n, m) or (h,), eps -> as `kept`."""
 
     def __init__(self, host, call, has_state):
         super().__init__(host, call)
@@ -249,8 +202,7 @@ class Forward(_Launches):
 
 
 class Backward(_Launches):
-    """(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), results (dq, dk, dv, di, df), perhaps with
-    (dC, dn)."""
+    """(dh, dC, dn, q, k, v, i, f, segment_ids, h, kept), results (dq, dk, dv, di, df[, dC, dn])."""
 
     def __init__(self, host, call, has_state):
         super().__init__(host, call)

@@ -66,6 +66,23 @@ def _recurrent(
     return i, f, z, v
 
 
+@triton.jit
+def _place(group, H, D: tl.constexpr):
+    """This program's first unit, head and first row, of those from `group` on; lanes, their warps,
+    g and q."""
+    group += tl.program_id(0) // (D // 16)
+    lane = tl.arange(0, LANES)
+    units = tl.program_id(0) % (D // 16) * 16
+    return units, group % H, group // H * 8, lane, lane // 32, lane // 4 % 8, lane % 4
+
+
+@triton.jit
+def _cells(units, first, w, g, q, B):
+    """Lanes' units and rows, and which have a cell."""
+    b = (first + 2 * q + w % 2).to(tl.int64)
+    return units + g + w // 2 % 2 * 8, b, ((b < B) & (w < 4)).to(tl.int32)
+
+
 @_kernel
 def forward(
     x_p, R_p, bias_p, hold_p, reset_p, scale_p, first_p, h0_p, c0_p, n0_p, m0_p,
@@ -74,15 +91,10 @@ def forward(
 ):  # fmt: skip
     """Steps start to stop - 1. `first_p` is h0 in h's dtype, or None; `group` the first one."""
     dtype: tl.constexpr = h_p.dtype.element_ty
-    P: tl.constexpr = D // 16
     ALL: tl.constexpr = D // 32  # chunks of h
     CHUNKS: tl.constexpr = (ALL + 7) // 8
     SUMS: tl.constexpr = 8 * 4 * 32 * 4  # words: all warps' part of every cell's four gates
-    group += tl.program_id(0) // P
-    units, head = tl.program_id(0) % P * 16, group % H
-    first = group // H * 8
-    lane = tl.arange(0, LANES)
-    w, g, q = lane // 32, lane // 4 % 8, lane % 4
+    units, head, first, lane, w, g, q = _place(group, H, D)
     HD = H * D
     memory = messages.shared_memory(lane, memory_p, 2 * SUMS)
     # The last warps with work read some chunks twice, where there are too few; R is zero for those.
@@ -103,9 +115,7 @@ def forward(
         for j in tl.static_range(8 * CHUNKS):
             scale += (lanes.load(row + j // 8 * 32 + j % 8, all_lanes),)
 
-    # Cells.
-    u, b = units + g + w // 2 % 2 * 8, (first + 2 * q + w % 2).to(tl.int64)
-    at = ((b < B) & (w < 4)).to(tl.int32)
+    u, b, at = _cells(units, first, w, g, q, B)
     at_out = at * (g % 2 == 0).to(tl.int32)
     o = b * HD + head * D + u
     zero = tl.zeros((LANES,), tl.float32)
@@ -184,15 +194,10 @@ def backward(
 ):  # fmt: skip
     """Steps stop - 1 down to start; -1 stands for the initial state. Two warps a gate."""
     dtype: tl.constexpr = dx_p.dtype.element_ty
-    P: tl.constexpr = D // 16
     ALL: tl.constexpr = D // 32  # chunks of a gate
     CHUNKS: tl.constexpr = (ALL + 1) // 2
     SUMS: tl.constexpr = 8 * 4 * 32  # words: all warps' part of every cell
-    group += tl.program_id(0) // P
-    units, head = tl.program_id(0) % P * 16, group % H
-    first = group // H * 8
-    lane = tl.arange(0, LANES)
-    w, g, q = lane // 32, lane // 4 % 8, lane % 4
+    units, head, first, lane, w, g, q = _place(group, H, D)
     HD = H * D
     memory = messages.shared_memory(lane, memory_p, 2 * SUMS)
     chunk = tl.minimum(w % 2 * CHUNKS, ALL - CHUNKS)
@@ -204,9 +209,7 @@ def backward(
             p = R_p + (head * D + units + g + part % 2 * 8).to(tl.int64) * 4 * D + w // 2 * D + k
             R += (tl.where(new, lanes.load_pair(p), 0),)
 
-    # Cells.
-    u, b = units + g + w // 2 % 2 * 8, (first + 2 * q + w % 2).to(tl.int64)
-    at = ((b < B) & (w < 4)).to(tl.int32)
+    u, b, at = _cells(units, first, w, g, q, B)
     o_state = b * HD + head * D + u
     zero = tl.zeros((LANES,), tl.float32)
     scale = zero

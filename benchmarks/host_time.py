@@ -1,0 +1,140 @@
+"""What PyTorch's host takes for a call of the Triton kernels, one by one: with launches that do
+nothing, on CPU tensors, so without a GPU.
+
+    python benchmarks/host_time.py
+
+"anew": all that the CUDA driver is given is worked out at every call; "repeated": a call like one
+before has new addresses alone (backends/torch/repeated.py), as our kernels do it. "autograd": a
+function of five inputs that does nothing. Minima of seven rounds, in turn; allocations are a CPU's.
+"""
+
+import ctypes
+import os
+import time
+import types
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+import torch
+from keras_xlstm.backends.torch import driver, machine, mlstm, operators, repeated, slstm
+
+from keras_xlstm.ops import mlstm as mlstm_op
+from keras_xlstm.ops import slstm as slstm_op
+
+
+class Nothing:
+    """In place of CUDA's driver."""
+
+    cuLaunchKernelEx = ctypes.CDLL(None).getpid
+    cuLaunchKernelEx.argtypes, cuLaunchKernelEx.restype = [ctypes.c_void_p] * 4, None
+
+    @staticmethod
+    def cuTensorMapEncodeTiled(*arguments):
+        return 0
+
+
+def compiled(arguments, function=1):
+    """A kernel that takes such arguments, as what Triton compiles is launched."""
+    parameters, tiles = [], []
+    for place, a in enumerate(arguments):
+        if hasattr(a, "block_shape"):
+            parameters.append((place, "152s"))
+            tiles.append({"block_size": a.block_shape, "swizzle": 3})
+        elif a is not None:
+            kind = "Q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i"
+            parameters.append((place, kind))
+    metadata = types.SimpleNamespace(num_warps=4, shared=0, tensordesc_meta=tiles)
+    kernel = types.SimpleNamespace(function=function, metadata=metadata)
+    return driver.Launch(kernel, 7, parameters, 1)
+
+
+def without_a_gpu():
+    """The kernels for an H200, which compile and launch nothing."""
+
+    def first(self, stream, arguments):
+        self.known = compiled(arguments)
+        self.known(stream, arguments)
+
+    operators.Launch._first = first
+    driver._driver = lambda: Nothing
+    machine.missing = lambda device=None, index=None: None
+    machine.interpreted = lambda: False
+    machine.hopper = lambda device: True
+    machine.clusters = lambda device: 8
+    machine.processors = lambda device: 1
+    machine.shared_memory = machine.all_shared_memory = lambda device: 232_448
+    for module in (mlstm, slstm):
+        module.on_stream = lambda device, function, *arguments: function(1, *arguments)
+
+
+def calls():
+    """{name: function}"""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
+
+    q, k, v = random(1, 2048, 1, 64), random(1, 2048, 1, 64), random(1, 2048, 1, 128)
+    gates = random(1, 2048, 1), random(1, 2048, 1)
+    x, R, bias = random(1, 16, 4, 1, 64), random(1, 64, 4, 64), random(4, 1, 64)
+
+    class Autograd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return inputs[2].detach()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return ctx.saved_tensors
+
+    found = {}
+    for name, op, inputs, options in (
+        ("mLSTM 64/128, T 2048", mlstm_op, (q, k, v, *gates), {"implementation": "triton"}),
+        ("sLSTM 64, T 16", slstm_op, (x, R, bias), {"implementation": "triton"}),
+        ("autograd", Autograd.apply, (q, k, v, *gates), {}),
+    ):
+
+        def forward(op=op, inputs=inputs, options=options):
+            with torch.no_grad():
+                return op(*inputs, **options)
+
+        gradient = torch.randn_like(forward())
+
+        def both(op=op, inputs=inputs, options=options, gradient=gradient):
+            torch.autograd.grad(op(*inputs, **options), inputs, gradient)
+
+        found |= {f"{name}: fw": forward, f"{name}: fw+bw": both}
+    return found
+
+
+def microseconds(function, count=300):
+    for _ in range(20):
+        function()
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count * 1e6
+
+
+def not_recorded(self, *arguments):
+    raise operators.NotRecorded
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    without_a_gpu()
+    ways = {"repeated": repeated.Repeated._recorded, "anew": not_recorded}
+    functions = calls()
+    best = {}
+    for _ in range(7):
+        for way, recorded in ways.items():
+            repeated.Repeated._recorded = recorded
+            operators._KNOWN.clear()
+            for name, function in functions.items():
+                key = name, way
+                best[key] = min(best.get(key, float("inf")), microseconds(function))
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, us a call\n")
+    print("| | anew | repeated |\n|---|---|---|")
+    for name in functions:
+        anew, again = best[name, "anew"], best[name, "repeated"]
+        print(f"| {name} | {anew:.0f} | {again:.0f} ({anew / again:.2f}x) |")
