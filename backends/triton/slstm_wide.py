@@ -35,9 +35,10 @@ def _scaled(word, low, high, dtype: tl.constexpr):
 
 @triton.jit
 def _recurrent(
-    words, R, starts, scale, memory, sums, lane, at, dtype: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """What h before adds to the cells' i, f, z, o."""
+    i, f, z, v, words, R, starts, scale, memory, sums, lane, at, dtype: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The cells' i, f, z, o with what h before adds to them."""
     zero = tl.zeros((LANES,), tl.float32)
     a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, zero
     s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -58,12 +59,12 @@ def _recurrent(
     messages.put_gates(memory, place + 256, s0, s2, s4, s6)
     messages.put_gates(memory, place + 384, s1, s3, s5, s7)
     messages.meet_here(lane)
-    i, f, z, v = zero, zero, zero, zero
+    di, df, dz, dv = zero, zero, zero, zero
     for part in tl.static_range(8):
         place = sums + part * 512 + lane % 128 * 4
-        di, df, dz, dv = messages.get_gates(memory, place, at)
-        i, f, z, v = i + di, f + df, z + dz, v + dv
-    return i, f, z, v
+        pi, pf, pz, pv = messages.get_gates(memory, place, at)
+        di, df, dz, dv = di + pi, df + pf, dz + pz, dv + pv
+    return i + di, f + df, z + dz, v + dv
 
 
 @triton.jit
@@ -156,18 +157,16 @@ def forward(
             starts = None
         if t > 0:
             words = messages.receive_far(read, CHUNKS, WAIT)
-            di, df, dz, dv = _recurrent(
-                words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
+            i, f, z, v = _recurrent(
+                i, f, z, v, words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
             )  # fmt: skip
-            i, f, z, v = i + di, f + df, z + dz, v + dv
             sums = SUMS - sums
         elif first_p is not None:
             before = first_p + b_read * HD + head * D + chunk * 32 + q * 8
-            words = messages.receive_far(before, CHUNKS, False)
-            di, df, dz, dv = _recurrent(
-                words, R, starts, scale, memory, sums, lane, at, dtype, CHUNKS
+            i, f, z, v = _recurrent(
+                i, f, z, v, messages.receive_far(before, CHUNKS, False), R, starts, scale, memory,
+                sums, lane, at, dtype, CHUNKS,
             )  # fmt: skip
-            i, f, z, v = i + di, f + df, z + dz, v + dv
             sums = SUMS - sums
         read += HD
         h, c, n, m, i, f, z, v, slope = _cell(i, f, z, v, c, n, m, EXP_FORGET, True)
