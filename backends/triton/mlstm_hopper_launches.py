@@ -4,26 +4,47 @@
 """
 
 from keras_xlstm.backends.triton.mlstm_hopper import attend_hopper
+from keras_xlstm.backends.triton.mlstm_hopper_pair import pair_hopper
 from keras_xlstm.backends.triton.mlstm_hopper_serial import serial_hopper
 
 
-def states_and_rows(run, reverse, has_state, L, BZ, **constants):
+def states_and_rows(run, reverse, has_state, halves, L, BZ, **constants):
     K, V = run.K, run.V
-    run.parts = V // BZ * L + K
+    run.parts = V // BZ * (L + K) if halves else V // BZ * L + K
     launch = run.launch(
         serial_hopper, run.BH * (V // BZ), REVERSE=reverse, DX=K, DZ=V, BZ=BZ, L=L,
-        LC=run.chunk, HAS_STATE=has_state, **constants,
+        LC=run.chunk, HAS_STATE=has_state, HALVES=halves, **constants,
     )  # fmt: skip
     keys, values = (run.B * run.T, run.H * K), (run.B * run.T, run.H * V)
     written, read = [(run.BH * (run.NC + n) * K, V) for n in (0 if reverse else 1, 1)]
-    # Of x, y, z, the states that are written and those that are read, out.
+    # Of x, y, z, the states that are written and those that are read, out, h.
     describe = run.host.describe(
         (keys, (L, K)), (keys, (L, K)), (values, (L, BZ)), (written, (K, BZ)),
-        (read, (L, BZ)), (values, (L, BZ)),
+        (read, (L, BZ)), (values, (L, BZ)), (values, (L, BZ)),
     )  # fmt: skip
 
     def call(stream, *given):
-        launch(stream, *describe(given[:6]), *given[6:])
+        launch(stream, *describe(given[:7]), *given[7:])
+
+    return call
+
+
+def pair(run, **constants):
+    K, V, L = run.K, run.V, run.chunk
+    items = run.BH * run.NC
+    launch = run.launch(
+        pair_hopper, min(items, run.device.processors), K=K, V=V, L=L, **constants
+    )  # fmt: skip
+    keys, values = (run.B * run.T, run.H * K), (run.B * run.T, run.H * V)
+    entering, leaving = [(run.BH * (run.NC + n) * K, V) for n in (1, 0)]
+    # Of dh, v, q, k, the states and their gradients, dq, dk.
+    describe = run.host.describe(
+        (values, (L, V)), (values, (L, V)), (keys, (L, K)), (keys, (L, K)),
+        (entering, (K, V)), (leaving, (K, V)), (keys, (L, K)), (keys, (L, K)),
+    )  # fmt: skip
+
+    def call(stream, *given):
+        launch(stream, *describe(given[:8]), *given[8:], items)
 
     return call
 

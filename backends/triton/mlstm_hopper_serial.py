@@ -31,10 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 @gluon.jit
 def _attend(
-    x_s, y_s, z_s, v_s, S_s, n_s, out_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
-    out_d, sign_p, parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
-    TURN: gl.constexpr, REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr,
+    x_s, y_s, z_s, h_s, v_s, S_s, n_s, rho_s, out_s, xy_full, xy_empty, z_full, z_empty, s_full,
+    s_empty, rho_full, rho_empty, out_d, rho_p, sign_p, parts_p, row_p, row_rest_p, T, H, NC,
+    scale, eps, TURN: gl.constexpr, REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr,
     BZ: gl.constexpr, L: gl.constexpr, LC: gl.constexpr, ST: gl.constexpr, APART: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """The rows of every other part. APART: two sums, added at the end, wait for each other less."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ, 16])
@@ -43,6 +44,8 @@ def _attend(
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, mma_p)
     by_col: gl.constexpr = gl.SliceLayout(0, mma_p)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    by_wide: gl.constexpr = gl.SliceLayout(1, wide)
     by_acc: gl.constexpr = gl.SliceLayout(1, mma)
     NZ: gl.constexpr = DZ // BZ
     PARTS: gl.constexpr = LC // L
@@ -76,6 +79,16 @@ def _attend(
                 next_first = gl.load(parts_p + after * 4)
                 next_second = gl.load(parts_p + after * 4 + (1 if REVERSE else 3))
                 x = x_s.index(slot)
+                if HALVES:
+                    mbarrier.wait(z_full.index(slot), phase)
+                    z = z_s.index(slot).load(wide).to(gl.float32)
+                    dots = gl.sum(z * h_s.index(slot).load(wide).to(gl.float32), 1)
+                    rho = -v_s.index(slot * 5 + 4).load(by_wide) * dots
+                    mbarrier.wait(rho_empty.index(b), (turn & 1) ^ 1)
+                    rho_s.index(b).store(rho)
+                    mbarrier.arrive(rho_full.index(b), count=1)
+                    o_rho = (bh.to(gl.int64) * NZ + part) * NC * LC + at * L
+                    gl.store(rho_p + o_rho + gl.arange(0, L, by_wide), rho)
                 p = warpgroup_mma(
                     x, y_s.index(slot).permute([1, 0]), gl.zeros([L, L], gl.float32, mma_p),
                     use_acc=False, is_async=True,
@@ -163,16 +176,22 @@ def _attend(
 
 @gluon.jit(do_not_specialize=["T", "H", "NC"])
 def serial_hopper(
-    x_d, y_d, z_d, s_d, f_d, out_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, rho_p,
+    x_d, y_d, z_d, s_d, f_d, out_d, h_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, rho_p,
     sign_p, m_p, parts_p, row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p,
     T, H, NC, scale, eps,
     REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
     LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
-    APART: gl.constexpr, ROWS_REGISTERS: gl.constexpr, STATE_REGISTERS: gl.constexpr,
+    APART: gl.constexpr, HALVES: gl.constexpr, ROWS_REGISTERS: gl.constexpr,
+    STATE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Forward x, y, z are q, k, v; in reverse k, q, dh. s: the states that are written; f, fn: in
     reverse, those of the forward pass. _d: descriptors, as in mlstm_hopper.py. T is a multiple of
-    LC, LC of 2 L; DX is L or 2 L, and BZ too."""
+    LC, LC of 2 L; DX is L or 2 L, and BZ too.
+
+    HALVES, in reverse: rho, for which others wait for `attend_hopper` to have read h and dh, is of
+    these, by each program for its values, and so is the gradient of n, which is linear in it:
+    (programs of a head, steps) and (borders, programs of a head, keys), the last behind the others
+    the first state's; for mlstm_hopper_pair.py. BZ is 64."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], y_d.layout)
@@ -188,6 +207,12 @@ def serial_hopper(
     z_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
     s_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
     s_empty = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
+    h_s, rho_s, rho_full, rho_empty = z_s, v_s, s_full, s_empty
+    if HALVES:
+        h_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, BZ], h_d.layout)
+        rho_s = gl.allocate_shared_memory(gl.float32, [2, L], flat)
+        rho_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
+        rho_empty = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
     for s in gl.static_range(ST):
         mbarrier.init(xy_full.index(s), count=33)  # tiles, and each thread's parts of vectors
         mbarrier.init(xy_empty.index(s), count=3)
@@ -196,28 +221,34 @@ def serial_hopper(
     for s in gl.static_range(2):
         mbarrier.init(s_full.index(s), count=1)
         mbarrier.init(s_empty.index(s), count=1)
+        if HALVES:
+            mbarrier.init(rho_full.index(s), count=1)
+            mbarrier.init(rho_empty.index(s), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_attend, (
-                x_s, y_s, z_s, v_s, S_s, n_s, out_s.index(0), xy_full, xy_empty, z_full, z_empty,
-                s_full, s_empty, out_d, sign_p, parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
-                0, REVERSE, DX, DZ, BZ, L, LC, ST, APART,
+                x_s, y_s, z_s, h_s, v_s, S_s, n_s, rho_s, out_s.index(0), xy_full, xy_empty,
+                z_full, z_empty, s_full, s_empty, rho_full, rho_empty, out_d, rho_p, sign_p,
+                parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
+                0, REVERSE, DX, DZ, BZ, L, LC, ST, APART, HALVES,
             )),
             (_attend, (
-                x_s, y_s, z_s, v_s, S_s, n_s, out_s.index(1), xy_full, xy_empty, z_full, z_empty,
-                s_full, s_empty, out_d, sign_p, parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
-                1, REVERSE, DX, DZ, BZ, L, LC, ST, APART,
+                x_s, y_s, z_s, h_s, v_s, S_s, n_s, rho_s, out_s.index(1), xy_full, xy_empty,
+                z_full, z_empty, s_full, s_empty, rho_full, rho_empty, out_d, rho_p, sign_p,
+                parts_p, row_p, row_rest_p, T, H, NC, scale, eps,
+                1, REVERSE, DX, DZ, BZ, L, LC, ST, APART, HALVES,
             )),
             (_keep, (
-                x_s, y_s, z_s, v_s, S_s, n_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
-                s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC, scale,
-                REVERSE, DX, DZ, BZ, L, LC, HAS_STATE, ST, BY,
+                x_s, y_s, z_s, v_s, S_s, n_s, rho_s, xy_full, xy_empty, z_full, z_empty, s_full,
+                s_empty, rho_full, rho_empty, s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p,
+                inner_p, m_p, parts_p, NC, scale,
+                REVERSE, DX, DZ, BZ, L, LC, HAS_STATE, ST, BY, HALVES,
             )),
             (_produce, (
-                x_s, y_s, z_s, v_s, xy_full, xy_empty, z_full, z_empty, x_d, y_d, z_d, f_d,
-                row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p, rho_p, T, H, NC,
-                REVERSE, DX, DZ, BZ, L, LC, ST,
+                x_s, y_s, z_s, h_s, v_s, xy_full, xy_empty, z_full, z_empty, x_d, y_d, z_d, f_d,
+                h_d, row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p, rho_p, sign_p,
+                T, H, NC, REVERSE, DX, DZ, BZ, L, LC, ST, HALVES,
             )),
         ],
         [4, 4, 1],

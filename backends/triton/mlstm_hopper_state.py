@@ -29,10 +29,11 @@ def _place(t, NC, PARTS: gl.constexpr, REVERSE: gl.constexpr):
 
 @gluon.jit
 def _keep(
-    x_s, y_s, z_s, v_s, S_s, n_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
-    s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC, scale,
-    REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
+    x_s, y_s, z_s, v_s, S_s, n_s, rho_s, xy_full, xy_empty, z_full, z_empty, s_full, s_empty,
+    rho_full, rho_empty, s_d, n_p, s0_p, n0_p, s_last_p, n_last_p, fn_p, inner_p, m_p, parts_p, NC,
+    scale, REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr,
+    L: gl.constexpr, LC: gl.constexpr, HAS_STATE: gl.constexpr, ST: gl.constexpr, BY: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """The state: of BY steps at a time, y with their weights in registers."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BZ, 16])
@@ -44,7 +45,12 @@ def _keep(
     part, bh = gl.program_id(0) % NZ, (gl.program_id(0) // NZ).to(gl.int64)
     border = (gl.program_id(0) // NZ) * (NC if REVERSE else NC + 1)  # this head's first
     m_p += bh * (NC + 1)
-    n_p += bh * (NC if REVERSE else NC + 1) * DX
+    # In halves each program has an n of its own; otherwise the first one's is all of it.
+    NN: gl.constexpr = NZ if HALVES else 1
+    if HALVES:
+        n_p += (bh * (NC + 1) * NN + part) * DX
+    else:
+        n_p += bh * (NC if REVERSE else NC + 1) * DX
     parts_p += bh * NC * PARTS * 4
     keys = gl.arange(0, DX, by_key)
     o_s = bh * DX * DZ + part * BZ
@@ -58,6 +64,8 @@ def _keep(
         before = rest_out / scale if REVERSE else rest_in
         S = gl.load(s0_p + o_s) * before
         n = gl.load(n0_p + bh * DX + keys) * before
+        if HALVES:
+            n = gl.where(part == 0, n, 0.0)
     else:
         S = gl.zeros([DX, BZ], gl.float32, mma)
         n = gl.zeros([DX], gl.float32, by_key)
@@ -68,8 +76,8 @@ def _keep(
     fence_async_shared()
     mbarrier.arrive(s_full.index(0), count=1)
     _store(s_d, [(border + slot) * DX, part * BZ], S_s)
-    if part == 0:
-        gl.store(n_p + slot * DX + keys, n)
+    if HALVES or part == 0:
+        gl.store(n_p + slot * (NN * DX) + keys, n)
 
     k = 0
     if REVERSE:
@@ -108,13 +116,14 @@ def _keep(
                 mbarrier.arrive(z_empty.index(k % ST), count=1)
                 k += 1
                 # Summed no further: warps would wait for each other.
-                to = inner_p + (bh * NC + c) * (NZ * L + DX)
+                to = inner_p + (bh * NC + c) * (NZ * L + NN * DX)
                 to_rows = part * L + gl.arange(0, L, gl.SliceLayout(1, mma))
                 gl.store(to + to_rows, dots * scale)
-                if part == 0:
+                if HALVES or part == 0:
                     if not AHEAD:
                         leaving_n = gl.load(fn_p + (c + 1) * DX + keys)
-                    gl.store(to + NZ * L + keys, leaving_n * n * scale)
+                    of_n = NZ * L + (part * DX if HALVES else 0)
+                    gl.store(to + of_n + keys, leaving_n * n * scale)
         slot = k % ST
         phase = (k // ST) & 1
         S *= decay
@@ -130,15 +139,23 @@ def _keep(
                 own = gl.exp((own + end) + (own_rest + rest))
             y = y_s.index(slot).slice(j * BY, BY).permute([1, 0]).load(operand)
             yw = y.to(gl.float32) * own[None, :]
-            if REVERSE:
+            if REVERSE and not HALVES:
                 rho = v_s.index(slot * 5 + 4).slice(j * BY, BY).load(by_step)
                 n += gl.sum(yw * rho[None, :], 1)
-            else:
+            if not REVERSE:
                 n += gl.sum(yw, 1)
             if j == 0:
                 mbarrier.wait(z_full.index(slot), phase)
-            yw = yw.to(gl.bfloat16)
-            S = warpgroup_mma(yw, z_s.index(slot).slice(j * BY, BY), S, is_async=True)
+            S = warpgroup_mma(
+                yw.to(gl.bfloat16), z_s.index(slot).slice(j * BY, BY), S, is_async=True
+            )
+            if HALVES:
+                if j == 0:
+                    mbarrier.wait(rho_full.index(t & 1), (t // 2) & 1)
+                rho = rho_s.index(t & 1).slice(j * BY, BY).load(by_step)
+                n += gl.sum(yw * rho[None, :], 1)
+        if HALVES:
+            mbarrier.arrive(rho_empty.index(t & 1), count=1)
         mbarrier.arrive(xy_empty.index(slot), count=1)
         S = warpgroup_mma_wait(0, deps=[S])
         mbarrier.arrive(z_empty.index(slot), count=1)
@@ -154,21 +171,23 @@ def _keep(
         slot = c - 1 if REVERSE else c + 1
         if (slot >= 0) & (s == (0 if REVERSE else PARTS - 1)):
             _store(s_d, [(border + slot) * DX, part * BZ], S_s)
-            if part == 0:
-                gl.store(n_p + slot * DX + keys, n)
+            if HALVES or part == 0:
+                gl.store(n_p + slot * (NN * DX) + keys, n)
     after = rest_in * scale if REVERSE else rest_out
     gl.store(s_last_p + o_s, S * after)
-    if part == 0:
+    if HALVES:
+        gl.store(n_p + NC * (NN * DX) + keys, n * after)
+    elif part == 0:
         gl.store(n_last_p + bh * DX + keys, n * after)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _produce(
-    x_s, y_s, z_s, v_s, xy_full, xy_empty, z_full, z_empty, x_d, y_d, z_d, f_d,
-    row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p, rho_p, T, H, NC,
+    x_s, y_s, z_s, h_s, v_s, xy_full, xy_empty, z_full, z_empty, x_d, y_d, z_d, f_d, h_d,
+    row_p, row_rest_p, col_p, col_rest_p, b_p, br_p, peak_p, rho_p, sign_p, T, H, NC,
     REVERSE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LC: gl.constexpr, ST: gl.constexpr,
+    LC: gl.constexpr, ST: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     NZ: gl.constexpr = DZ // BZ
     PARTS: gl.constexpr = LC // L
@@ -206,13 +225,16 @@ def _produce(
         if REVERSE:
             _copy_vector(v_s.index(slot * 5 + 2), row_p + o_vec, L)
             _copy_vector(v_s.index(slot * 5 + 3), row_rest_p + o_vec, L)
-            _copy_vector(v_s.index(slot * 5 + 4), rho_p + o_vec, L)
+            of_row = sign_p if HALVES else rho_p
+            _copy_vector(v_s.index(slot * 5 + 4), of_row + o_vec, L)
         else:
             _copy_vector(v_s.index(slot * 5 + 2), b_p + o_vec, L)
             _copy_vector(v_s.index(slot * 5 + 3), br_p + o_vec, L)
             _copy_vector(v_s.index(slot * 5 + 4), peak_p + o_vec, L)
         async_copy.mbarrier_arrive(xy_full.index(slot), increment_count=False)
         mbarrier.wait(z_empty.index(slot), phase)
-        mbarrier.expect(z_full.index(slot), L * BZ * 2)
+        mbarrier.expect(z_full.index(slot), L * BZ * (4 if HALVES else 2))
         _load(z_d, [row, at_z], z_full.index(slot), z_s.index(slot))
+        if HALVES:
+            _load(h_d, [row, at_z], z_full.index(slot), h_s.index(slot))
     async_copy.wait_group(0)

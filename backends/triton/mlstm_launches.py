@@ -122,11 +122,11 @@ class _Launches:
         programs = self.BH * self.NC * rows * -(-DZ // own["BZ"])
         return self.launch(attend, programs, ROLE=role, DX=DX, DZ=DZ, **self.common, **own)
 
-    def states_and_rows(self, reverse, has_state):
+    def states_and_rows(self, reverse, has_state, halves=False):
         """Both in one, or None where that is not for these sizes."""
         if not self.aligned or not self.in_one:
             return None
-        return _hopper().states_and_rows(self, reverse, has_state, **self.in_one)
+        return _hopper().states_and_rows(self, reverse, has_state, halves, **self.in_one)
 
     @property
     def known(self):
@@ -184,8 +184,8 @@ class Forward(_Launches):
         last, none = (C_last, n_last), (None, None, None)
         if self.both:
             self.both(
-                stream, q, k, v, S, None, h, N, C, n, *last, *none, sign, at, parts, row, row_rest,
-                u, u_rest, b, b_rest, peak, *self.sizes, eps,
+                stream, q, k, v, S, None, h, None, N, C, n, *last, *none, sign, at, parts, row,
+                row_rest, u, u_rest, b, b_rest, peak, *self.sizes, eps,
             )  # fmt: skip
             return kept
         self.first(
@@ -207,15 +207,22 @@ class Backward(_Launches):
     def __init__(self, host, call, has_state):
         super().__init__(host, call)
         BH, NC, K, V = self.BH, self.NC, self.K, self.V
-        self.both = self.states_and_rows(True, has_state)
+        pair = tiles.hopper_pair(K, V, self.chunk) if self.aligned and self.in_one else None
+        self.both = self.states_and_rows(True, has_state, halves=bool(pair))
         if not self.both:
             self.first, self.second = self.states(True, has_state)
             self.dv = self.attend("dv", K, V)
+        rho, dN = (BH, NC * self.chunk), (BH, NC, K)
+        if pair:
+            rho, dN = (BH, 2, NC * self.chunk), (BH, NC + 1, 2, K)
+            self.pair = _hopper().pair(self, **pair)
+        else:
+            self.pair = None
+            self.dq, self.dk = self.attend("dq", V, K), self.attend("dk", V, K)
         self.own = host.parts(
-            *[(BH, NC * self.chunk)] * 3, ((BH, NC, K, V), _state_dtype(self.dtype)), (BH, NC, K),
+            rho, *[(BH, NC * self.chunk)] * 2, ((BH, NC, K, V), _state_dtype(self.dtype)), dN,
             (BH, NC, self.parts),
         )  # fmt: skip
-        self.dq, self.dk = self.attend("dq", V, K), self.attend("dk", V, K)
         self.gate_gradients = self.launch(
             gate_gradients, BH * NC, PARTS=self.parts, P=power(self.parts), **self.gates_common
         )
@@ -235,14 +242,26 @@ class Backward(_Launches):
         T, H, NC, scale = self.sizes
         rows, cols, none = (row, row_rest), (u, u_rest), (None, None, None)
         rest = *none, *self.sizes, 0.0
+        if self.pair:
+            dC_first, dn_first = d_first
+            self.both(
+                stream, k, q, dh, dS, S, dv, h, dN, dC, dn, dC_first, None, N, inner, rho, sign, at,
+                parts, *cols, *rows, *none, *self.sizes, 0.0,
+            )  # fmt: skip
+            self.pair(
+                stream, dh, v, q, k, S, dS, dq, dk, q_dot, k_dot, N, dN, dn_first, rho, at, sums,
+                *rows, *cols, *self.sizes,
+            )  # fmt: skip
+            self.gate_gradients(stream, i, f, seg, q_dot, k_dot, inner, di, df, T, H, NC)
+            return
         self.dq(
             stream, dh, v, k, S, N, dq, q, q_dot, h, sign, rho, seg, at, sums, *rows, *cols, *rest
         )
         turned = None, None, rho, seg, at, sums, *cols, *rows, *rest
         if self.both:
             self.both(
-                stream, k, q, dh, dS, S, dv, dN, dC, dn, *d_first, N, inner, rho, None, at, parts,
-                *cols, *rows, *none, *self.sizes, 0.0,
+                stream, k, q, dh, dS, S, dv, None, dN, dC, dn, *d_first, N, inner, rho, None, at,
+                parts, *cols, *rows, *none, *self.sizes, 0.0,
             )  # fmt: skip
         else:
             self.first(
