@@ -206,11 +206,13 @@ def mlstm(
     Returns:
         h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
-    options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
-        run = _own[chosen]["mlstm"].mlstm
-        return run(q, k, v, i, f, state, segment_ids, states=states, **options)
+        return _own[chosen]["mlstm"].mlstm(
+            q, k, v, i, f, state, segment_ids, input_gate=input_gate, eps=eps,
+            chunk_size=chunk_size, states=states,
+        )  # fmt: skip
+    options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     run = _own["xla"]["mlstm"].mlstm if chosen == "xla" else native.mlstm
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)

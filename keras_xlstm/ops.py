@@ -20,17 +20,17 @@ from keras_xlstm._checks import (
 
 __all__ = ["mlstm", "slstm"]
 
-_CHECKED = set()  # sizes and dtypes of calls that passed
+_CHECKED = {}  # of calls that passed, by sizes and dtypes: the options of the last, if any
 
 # A gate that is never open, and one that always is (log sigmoid is exactly 0).
 _SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
-def _remember(alike):
+def _remember(alike, options):
     if alike is not None:
         if len(_CHECKED) >= 1000:  # as many lengths as there are may come
             _CHECKED.clear()
-        _CHECKED.add(alike)
+        _CHECKED[alike] = options
 
 
 @backends.as_written
@@ -96,19 +96,36 @@ def mlstm(
     >>> h.shape
     (2, 10, 4, 8)
     """
-    alike = None
+    state = alike = None
+    options = return_state, input_gate, eps, chunk_size
     if initial_state is None and mask is None and segment_ids is None:
         alike = backends.alike(q, k, v, i, f)
+        options += tuple(map(type, options))  # as True is 1, too
+    if alike is None or _CHECKED.get(alike) != options:
+        q, k, v, i, f, state, segment_ids = _checked(
+            q, k, v, i, f, initial_state, mask, segment_ids, return_state, input_gate, eps,
+            chunk_size,
+        )  # fmt: skip
+        _remember(alike, options)
+    h, state = backends.mlstm(
+        q, k, v, i, f, state, segment_ids,
+        input_gate=input_gate, eps=eps, chunk_size=chunk_size, implementation=implementation,
+        states=return_state,
+    )  # fmt: skip
+    return (h, state) if return_state else h
+
+
+def _checked(
+    q, k, v, i, f, initial_state, mask, segment_ids, return_state, input_gate, eps, chunk_size
+):
     sizes = {}
-    if alike is None or alike not in _CHECKED:
-        q, k, v, i, f = (float_tensor(n, x) for n, x in zip("qkvif", (q, k, v, i, f), strict=True))
-        expect_shape("q", q, ("B", "T", "H", "K"), sizes)
-        expect_shape("k", k, ("B", "T", "H", "K"), sizes)
-        expect_shape("v", v, ("B", "T", "H", "V"), sizes)
-        expect_shape("i", i, ("B", "T", "H"), sizes)
-        expect_shape("f", f, ("B", "T", "H"), sizes)
-        same_dtype(q=q, k=k, v=v)
-        _remember(alike)
+    q, k, v, i, f = (float_tensor(n, x) for n, x in zip("qkvif", (q, k, v, i, f), strict=True))
+    expect_shape("q", q, ("B", "T", "H", "K"), sizes)
+    expect_shape("k", k, ("B", "T", "H", "K"), sizes)
+    expect_shape("v", v, ("B", "T", "H", "V"), sizes)
+    expect_shape("i", i, ("B", "T", "H"), sizes)
+    expect_shape("f", f, ("B", "T", "H"), sizes)
+    same_dtype(q=q, k=k, v=v)
     check_flag("return_state", return_state)
     one_of("input_gate", input_gate, ("exp", "sigmoid"))
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
@@ -130,12 +147,7 @@ def mlstm(
         i, f = (ops.cast(g, gate_dtype(g)) for g in (i, f))
         i, f = ops.where(real, i, _SHUT), ops.where(real, f, _OPEN)
         q, k, v = (ops.where(real[..., None], x, ops.zeros_like(x)) for x in (q, k, v))
-    h, state = backends.mlstm(
-        q, k, v, i, f, state, segment_ids,
-        input_gate=input_gate, eps=eps, chunk_size=chunk_size, implementation=implementation,
-        states=return_state,
-    )  # fmt: skip
-    return (h, state) if return_state else h
+    return q, k, v, i, f, state, segment_ids
 
 
 @backends.as_written
@@ -213,7 +225,7 @@ def slstm(
         if bias is not None:
             bias = float_tensor("bias", bias)
             expect_shape("bias", bias, (4, "H", "D"), sizes)
-        _remember(alike)
+        _remember(alike, None)
     if recurrent_scale is not None:
         recurrent_scale = float_tensor("recurrent_scale", recurrent_scale)
         expect_shape("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)

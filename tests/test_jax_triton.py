@@ -259,25 +259,28 @@ def test_what_is_launched_on_hopper(monkeypatch):
     kernel specialises, which jaxlib must be told of."""
     monkeypatch.delenv("TRITON_INTERPRET")
     script = pathlib.Path(__file__).parent / "lower_for_hopper.py"
-    sizes = "64/128/132", "128/256/2", "64/12", "192/4", "768/1"
+    sizes = "64/128/132", "128/256/132", "128/256/2", "64/12", "192/4", "768/1"
     command = [sys.executable, str(script), *sizes]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     launches = [line.split() for line in done.stdout.splitlines()]
     names = [name for name, *_ in launches]
-    assert names[:7] == [
+    assert names[:6] == [
+        "gates", "chunks", "serial_hopper", "serial_hopper", "pair_hopper", "gate_gradients",
+    ]  # fmt: skip
+    assert names[6:13] == [
         "gates", "chunks", "serial_hopper", "attend_hopper", "serial_hopper", "attend_hopper",
         "gate_gradients",
     ]  # fmt: skip
-    assert names[7:18] == [
+    assert names[13:24] == [
         "gates", "chunks", "states", "borders", "attend_hopper", "attend_hopper", "states",
         "borders", "attend_hopper", "attend_hopper", "gate_gradients",
     ]  # fmt: skip
-    assert names[18:] == ["forward", "backward", "kernel_gradient"] * 3
-    assert [int(cluster) for *_, cluster in launches[18:]] == [2, 2, 1, 6, 6, 1, 1, 1, 1]
+    assert names[24:] == ["forward", "backward", "kernel_gradient"] * 3
+    assert [int(cluster) for *_, cluster in launches[24:]] == [2, 2, 1, 6, 6, 1, 1, 1, 1]
     warps = {name: int(warps) for name, warps, *_ in launches}
     assert warps["serial_hopper"] == 16
-    assert warps["attend_hopper"] == 12
+    assert warps["attend_hopper"] == warps["pair_hopper"] == 12
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorflow"), reason="needs tensorflow")

@@ -226,10 +226,10 @@ def test_uncompiled(case, rng):
     case(rng, T=9).check("float64", compiled=False)
 
 
-def with_extreme_gates(seed):
+def with_extreme_gates(seed, **sizes):
     """An mLSTM's case for kernels: gates of +-1e4 in any mixture; no cotangents of states."""
     rng = np.random.default_rng(seed)
-    case = mLSTMCase(rng, T=40, H=2)
+    case = mLSTMCase(rng, **{"T": 40, "H": 2, **sizes})
     case.cotangents[1:] = [np.zeros_like(x) for x in case.cotangents[1:]]
     for gate in "if":
         case.inputs[gate] += 1e4 * (rng.integers(0, 3, case.inputs[gate].shape) - 1)

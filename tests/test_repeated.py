@@ -17,7 +17,15 @@ if BACKEND != "torch":
 
 import host_time
 import torch
-from keras_xlstm.backends.torch import driver, machine, mlstm, mlstm_launches, operators, slstm
+from keras_xlstm.backends.torch import (
+    driver,
+    machine,
+    mlstm,
+    mlstm_launches,
+    operators,
+    repeated,
+    slstm,
+)
 
 pytest.importorskip("triton")
 SIZES = {"Q": 8, "i": 4, "f": 4}
@@ -92,16 +100,22 @@ def backward(T, states, segments):
     return given, mlstm._gradients(q, k, v, i, f, states), ()
 
 
-def run(way, fake, stream, given, results, numbers):
-    """Calls, with all that it allocates known to the driver; what it returns."""
+def run(way, fake, stream, given, results, numbers, pool=None):
+    """Calls, with all that it allocates (again, from a pool) known to the driver; what it returns."""
+    pool = {} if pool is None else pool
     fake.memory, fake.launched = {}, []
     for name, t in itertools.chain(enumerate(given), enumerate(results, 100)):
         if t is not None:
             fake.memory[name] = t
     first = given[0].view(given[0].shape)  # an object of its own
-    first.new_empty = lambda size, dtype: fake.memory.setdefault(
-        f"new {len(fake.memory)}", torch.empty(size, dtype=dtype)
-    )
+
+    def new_empty(size, dtype):
+        name = f"new {len(fake.memory)}"
+        key = name, size
+        fake.memory[name] = pool[key] = pool.get(key, torch.empty(size, dtype=dtype))
+        return fake.memory[name]
+
+    first.new_empty = new_empty
     returned = way(stream, (first, *given[1:]), results, *numbers)
     if returned is None:
         return None, fake.launched
@@ -130,16 +144,39 @@ def compare(way, fake, make, compiles=1):
         run(way, fake, stream, *make())
     before = len(way.sequences)
     for stream in (1, 1, 2):
-        given, results, numbers = make()
-        seen = []
-        for one in (way, way.run):
-            returned, launched = run(one, fake, stream, given, results, numbers)
-            new = [n for n in fake.memory if isinstance(n, str) and n not in (returned or [()])[0]]
-            seen.append((returned and returned[1], by_place(fake, launched, new)))
-        assert seen[0] == seen[1]
-        assert seen[0][1]
-        assert all(at == stream for _, at, _ in seen[0][1])
+        compare_once(way, fake, stream, make())
         assert len(way.sequences) == before + 1
+
+
+def compare_once(way, fake, stream, call, pool=None):
+    given, results, numbers = call
+    seen = []
+    for one in (way, way.run):
+        returned, launched = run(one, fake, stream, given, results, numbers, pool)
+        new = [n for n in fake.memory if isinstance(n, str) and n not in (returned or [()])[0]]
+        seen.append((returned and returned[1], by_place(fake, launched, new)))
+    assert seen[0] == seen[1]
+    assert seen[0][1]
+    assert all(at == stream for _, at, _ in seen[0][1])
+
+
+@pytest.mark.parametrize("make", [forward, backward])
+def test_addresses_come_again(make, monkeypatch):
+    """Those of a few calls are kept as they were written, and written anew after others."""
+    fake = Driver(monkeypatch)
+    calls = [(make(512, False, False), {}) for _ in range(6)]
+    way = getattr(mlstm_launches, make.__name__)(calls[0][0][0], False, 128)
+    run(way, fake, 1, *calls[0][0])
+    wrote, write = [], repeated._Written.write
+    monkeypatch.setattr(
+        repeated._Written, "write", lambda self, a: (wrote.append(a), write(self, a))
+    )
+    for stream, n in enumerate((0, 1, 0, 1, 2, 3, 2, 4, 5, 5, 4, 0, 1, 3)):
+        compare_once(way, fake, 1 + stream % 2, *calls[n])
+    # All but those whose memory was among the last four.
+    assert len(wrote) == 9
+    (sequence,) = way.sequences.values()
+    assert len(sequence.written) == 4
 
 
 @pytest.mark.parametrize("make", [forward, backward])
@@ -200,11 +237,13 @@ def test_slstm(make, everything, B, D, dtype, clusters, monkeypatch):
     monkeypatch.setattr(machine, "clusters", lambda device: clusters)
     monkeypatch.setattr(machine, "interpreted", lambda: False)
     given, *_ = make(B, D, dtype, everything, True)
-    kind = slstm._forward_pass if make is slstm_forward else slstm._backward_pass
-    way = kind(given, slstm._device(given[0]))
-    compare(way, fake, lambda: make(B, D, dtype, everything, True))
-    if make is slstm_forward:  # without what training needs it is another kernel
-        compare(way, fake, lambda: make(B, D, dtype, everything, False))
+    device = slstm._device(given[0])
+    if make is slstm_backward:
+        ways = {True: slstm._backward_pass(given, device)}
+    else:  # without what training needs it is another kernel
+        ways = {trains: slstm._forward_pass(given, device, trains) for trains in (True, False)}
+    for trains, way in ways.items():
+        compare(way, fake, lambda trains=trains: make(B, D, dtype, everything, trains))
 
 
 def test_a_launch_for_every_step_is_not_recorded(monkeypatch):
@@ -212,7 +251,7 @@ def test_a_launch_for_every_step_is_not_recorded(monkeypatch):
     monkeypatch.setattr(machine, "clusters", lambda device: 8)
     monkeypatch.setattr(machine, "interpreted", lambda: False)
     given, results, numbers = slstm_forward(3, 768, torch.bfloat16, False, True)
-    way = slstm._forward_pass(given, slstm._device(given[0]))  # one processor
+    way = slstm._forward_pass(given, slstm._device(given[0]), True)  # one processor
     for _ in range(3):
         _, launched = run(way, fake, 1, given, results, numbers)
         assert len(launched) == 5
@@ -238,13 +277,15 @@ def test_errors_of_the_driver_are_raised(monkeypatch):
     fake = Driver(monkeypatch)
     given, results, numbers = forward(256, True, False)
     way = mlstm_launches.forward(given, False, 128)
+    pool = {}
     for _ in range(2):
-        run(way, fake, 1, given, results, numbers)
+        run(way, fake, 1, given, results, numbers, pool)
     monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *a: 700)
     monkeypatch.setattr(Driver, "cuGetErrorString", lambda *a: 1, raising=False)
     # A call has the function that it was made with.
     for sequence in way.sequences.values():
-        for one in sequence.calls:
-            one.launch = fake.cuLaunchKernelEx
+        for written in sequence.written.values():
+            for one in written.calls:
+                one.launch = fake.cuLaunchKernelEx
     with pytest.raises(RuntimeError, match="could not be launched: CUDA's error 700"):
-        run(way, fake, 1, given, results, numbers)
+        run(way, fake, 1, given, results, numbers, pool)

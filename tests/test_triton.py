@@ -89,7 +89,7 @@ def assert_same_in_a_cuda_graph(run):
 # was still the fastest tile there (128/128 takes what is fastest at 128/256). Elsewhere none.
 SPILLS = {
     ("90", "128/256"): 384, ("90", "256/512"): 768, ("90", "128/128"): 192,
-    ("90", "64/128"): 64, ("80", "24/40"): 128, ("80", "128/256"): 448,
+    ("90", "64/128"): 112, ("80", "24/40"): 128, ("80", "128/256"): 448,
     ("100", "128/256"): 448, ("90", "200"): 128, ("90", "760"): 400, ("90", "1020"): 832,
     ("86", "1020"): 256, ("100", "200"): 192, ("80", "128"): 192, ("90", "256"): 192,
     ("90", "1024"): 32, ("86", "1024"): 64, ("100", "288"): 16, ("90", "100"): 192,
@@ -125,10 +125,10 @@ COMPILED = [
     ("wide", "86:1024:bfloat16"), ("wide", "100:288:bfloat16"),
 ]  # fmt: skip
 
-# Roles of `attend_hopper`, and how many forms of `serial_hopper`.
+# Roles of `attend_hopper`, how many forms of `serial_hopper`, of `pair_hopper`.
 ON_HOPPER = {
-    "90:64/128:bfloat16": ("dk dq", 2), "90:128/256:bfloat16": ("dk dq dv h", 2),
-    "90:256/512:bfloat16": ("dv h", 0), "90:128/128:bfloat16": ("", 0),
+    "90:64/128:bfloat16": ("dk dq", 2, 1), "90:128/256:bfloat16": ("dk dq dv h", 2, 0),
+    "90:256/512:bfloat16": ("dv h", 0, 0), "90:128/128:bfloat16": ("", 0, 0),
 }  # fmt: skip
 
 
@@ -151,7 +151,8 @@ def test_compiles_without_a_gpu(stages, asked, compiled):
     if asked in ON_HOPPER:
         roles = " ".join(sorted({line[2] for line in lines if line[1] == "hopper.attend_hopper"}))
         serial = sum(line[1] == "serial.serial_hopper" for line in lines)  # and in reverse
-        assert (roles, serial) == ON_HOPPER[asked]
+        pair = sum(line[1] == "pair.pair_hopper" for line in lines)
+        assert (roles, serial, pair) == ON_HOPPER[asked]
     arch, sizes, _ = asked.split(":")
     for *_, shared, limit, stack in lines:
         assert int(shared) <= int(limit), lines
@@ -200,12 +201,25 @@ def test_chunk_sizes(chunk_size, rng):
 @pytest.mark.parametrize("segments", [None, "growing"])
 def test_whole_chunks(K, V, chunk_size, segments, many, rng, monkeypatch):
     """Hopper has kernels of its own for them, and others again where there are heads enough."""
-    if many:
-        monkeypatch.setattr(machine, "processors", lambda device: 4)
+    if many:  # a program of theirs has several chunks, too
+        monkeypatch.setattr(machine, "processors", lambda device: 2)
     T = 4 * chunk_size
     case = mLSTMCase(rng, B=1, T=T, H=2, K=K, V=V)
     segments = make_segments(segments, 1, T, rng)
     check(case, "bfloat16", chunk_size=chunk_size, segment_ids=segments)
+
+
+@on_gpu
+@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
+@pytest.mark.parametrize("T", [128, 896])
+def test_small_heads(T, state, rng, monkeypatch):
+    """On Hopper a program has one chunk after another, of all heads; here one, and seven."""
+    monkeypatch.setattr(machine, "processors", lambda device: 2)
+    for gate in ("exp", "sigmoid"):
+        case = mLSTMCase(rng, B=1, T=T, H=2, K=64, V=128, state=state)
+        check(case, "bfloat16", chunk_size=128, input_gate=gate)
+    case = with_extreme_gates(0, B=1, T=T, K=64, V=128, state=state)
+    check(case, "bfloat16", factor=5.0, chunk_size=128)
 
 
 @on_gpu

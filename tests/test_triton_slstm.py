@@ -31,7 +31,7 @@ both = pytest.mark.parametrize("sizes", [ONE, SEVERAL], ids=["one", "several"])
 
 
 def plan_of(x):
-    return kernels._forward_pass((x,), kernels._device(x)).run.plan
+    return kernels._forward_pass((x,), kernels._device(x), True).run.plan
 
 
 def check(case, dtype="float32", factor=1.0, **options):

@@ -19,6 +19,7 @@ from keras_xlstm.backends.torch.operators import (
     no_second_derivative,
     on_stream,
     operator,
+    plain,
 )
 from torch import Tensor
 
@@ -33,6 +34,10 @@ def unsupported(q=None, v=None, chunk_size=None):
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
     """As `native.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None. Without
     `states` the last state is None."""
+    chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], name(q.dtype))
+    if state is None and segment_ids is None and not states and plain(q, k, v, i, f):
+        given = tuple(t.contiguous() for t in (q, k, v, i, f))
+        return known(_Whole, given, input_gate == "sigmoid", float(eps), chunk)(given), None
     tensors = (q, k, v, i, f, *(state or ()))
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     q, k, v, i, f = (t.contiguous() for t in (q, k, v, i, f))
@@ -46,7 +51,6 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, sta
     C, n, m = state or (None, None, None)
     if m is not None:
         m = carried(m, holds_something(C, n))
-    chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], name(q.dtype))
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int32).contiguous()
     h, *state = _forward(
@@ -148,7 +152,56 @@ def _gradient(ctx, gradients):
     return *gradients, dC, dn, dm, *[None] * 6
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_forward.register_autograd(_gradient, setup_context=_save, hidden=1)  # what was kept
+
+
+class _Whole:
+    """Calls alike of whole sequences and h alone, in PyTorch's eager mode. For a small sequence the
+    general way, with all that a call may have, takes longer than the kernels."""
+
+    def __init__(self, given, sigmoid, eps, chunk):
+        self.eps, self.options = eps, (sigmoid, chunk)
+        self.device = given[0].device
+        self.forward = _launches().forward((*given, *_NOTHING), *self.options)
+        self.backward = None
+
+    def __call__(self, given):
+        if torch.is_grad_enabled() and any([t.requires_grad for t in given]):
+            return _WholeWithGradient.apply(self, *given)
+        return self.run_forward(given)[0]
+
+    def run_forward(self, given):
+        h = torch.empty_like(given[2])
+        return h, on_stream(self.device, self.forward, (*given, *_NOTHING), (h,), self.eps)
+
+    def run_backward(self, dh, given, h, kept):
+        dh = dh.contiguous()
+        # Aligned as h, which PyTorch's memory is; a gradient may be a part of something.
+        if torch.is_grad_enabled() or dh.data_ptr() % 16:
+            return _backward(dh, None, None, *given, None, h, kept, *self.options, False)
+        given = dh, None, None, *given, None, h, kept
+        if self.backward is None:
+            self.backward = _launches().backward(given, *self.options)
+        gradients = [torch.empty_like(t) for t in given[3:8]]
+        on_stream(self.device, self.backward, given, gradients)
+        return gradients
+
+
+_NOTHING = None, None, None, None  # state, segments
+
+
+class _WholeWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, *given):
+        h, kept = whole.run_forward(given)
+        ctx.save_for_backward(*given, h, kept)
+        ctx.whole = whole
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        *given, h, kept = ctx.saved_tensors
+        return None, *ctx.whole.run_backward(dh, given, h, kept)
 
 
 @functools.cache

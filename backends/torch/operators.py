@@ -1,5 +1,6 @@
 """Functions as PyTorch operators, and launches of Triton kernels."""
 
+import itertools
 import math
 
 import torch
@@ -27,6 +28,15 @@ def operator(name):
     return decorate
 
 
+def plain(*tensors):
+    """Whether these are tensors with values, which nothing traces or transforms."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack()
+        or any(type(t) not in PLAIN for t in tensors)
+    )
+
+
 class _Operator:
     """Called with plain tensors and outside a compiler, the function itself: the way through
     PyTorch's dispatcher and its Python autograd takes longer than a small sequence's kernels."""
@@ -37,22 +47,26 @@ class _Operator:
         self.differentiable = self.transformable = None
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling():
-            return self.call(*arguments)
-        if not _KNOWN_TYPES.issuperset(map(type, arguments)):
+        if torch.compiler.is_compiling() or not _KNOWN_TYPES.issuperset(map(type, arguments)):
             return self.call(*arguments)  # some tensor stands for one while something is traced
         if self.differentiable is None or not torch.is_grad_enabled():
             return self.function(*arguments)
         if torch._C._functorch.peek_interpreter_stack():
             return self.transformable.apply(*arguments)
-        trains = any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
-        return self.differentiable.apply(*arguments) if trains else self.function(*arguments)
+        are_tensors = [type(a) in PLAIN for a in arguments]
+        tensors = list(itertools.compress(arguments, are_tensors))
+        if not any(t.requires_grad for t in tensors):
+            return self.function(*arguments)
+        return self.differentiable.apply(arguments, are_tensors, *tensors)
 
     def register_fake(self, function):
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
         return function
 
-    def register_autograd(self, backward, setup_context):
+    def register_autograd(self, backward, setup_context, hidden=0):
+        """As PyTorch's, but for `backward`, which is given the context and all gradients. `hidden`:
+        so many outputs, the last, are for `setup_context` alone, where the function is called
+        itself; their gradients are left out."""
         torch.library.register_autograd(
             self.name, backward, setup_context=setup_context, lib=_LIBRARY
         )
@@ -60,14 +74,17 @@ class _Operator:
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *inputs):
-                output = tuple(function(*inputs))
-                setup_context(ctx, inputs, output)
-                return output
+            def forward(ctx, arguments, are_tensors, *tensors):
+                # PyTorch does something for each input and output: only the tensors among them.
+                output = tuple(function(*arguments))
+                setup_context(ctx, arguments, output)
+                ctx.are_tensors = are_tensors
+                return output[: len(output) - hidden]
 
             @staticmethod
             def backward(ctx, *gradients):
-                return backward(ctx, gradients)
+                found = itertools.compress(backward(ctx, gradients), ctx.are_tensors)
+                return None, None, *found
 
         def transformable(*inputs):
             return tuple(function(*inputs))
@@ -76,7 +93,7 @@ class _Operator:
         members = {
             "forward": staticmethod(transformable),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(Differentiable.backward),
+            "backward": staticmethod(lambda ctx, *gradients: backward(ctx, gradients)),
         }  # fmt: skip
         self.transformable = type("Transformable", (torch.autograd.Function,), members)
         self.differentiable = Differentiable

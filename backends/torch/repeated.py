@@ -16,7 +16,7 @@ _SHIFT = 48  # more bits than addresses have
 
 
 class Repeated:
-    """`run(stream, given, results, *numbers)`, for calls with tensors alike (or None) in `given`;
+    """`run(stream, given, results, *numbers)`, for calls with tensors alike, or None, in both;
     where `run.repeats`.
 
     It launches kernels (operators.Launch, in `run.launches`) with tensors as they are or by their
@@ -27,8 +27,7 @@ class Repeated:
         self.run, self.sequences = run, {}
 
     def __call__(self, stream, given, results, *numbers):
-        key = numbers, *[t is None for t in results]
-        found = self.sequences.get(key)
+        found = self.sequences.get(numbers)
         if found is None:
             try:
                 found = self._recorded(given, results, numbers)
@@ -36,7 +35,7 @@ class Repeated:
                 return self.run(stream, given, results, *numbers)
             if len(self.sequences) >= 100:  # as many numbers as there are may come
                 self.sequences.clear()
-            self.sequences[key] = found
+            self.sequences[numbers] = found
         return found(stream, given, results)
 
     def _recorded(self, given, results, numbers):
@@ -89,24 +88,13 @@ class _Sequence:
             number, more = moved.get(number, (number, 0))
             return number, offset + more
 
-        self.calls, self.descriptors, pointers = [], [], []
-        for launch, arguments in recording.launches:
-            one = launch.again(arguments)
-            pointers += [(*place(address), slot) for slot, address in one.pointers]
-            self.descriptors += [_Descriptor(*place(address), *of) for address, *of in one.matrices]
-            self.calls.append(one)
-        # Pointers are side by side in memory, so that NumPy writes all of them at once.
-        self.buffers, self.offsets = (np.array([p[j] for p in pointers], np.int64) for j in (0, 1))
-        self.addresses = np.zeros(last + (self.scratch > 0), np.int64)
-        self.pointers = np.zeros(len(pointers), np.int64)
-        for n, (_, _, slot) in enumerate(pointers):
-            slot(self.pointers.ctypes.data + 8 * n)
-        self.stream = None
+        self.launches, self.place = recording.launches, place
+        self.tensors = last + (self.scratch > 0)
+        self.written = {}  # for each of a few lists of addresses, as the same memory comes again
         self.lock = threading.Lock()
 
     def __call__(self, stream, given, results):
-        addresses = [t.data_ptr() for t in given if t is not None]
-        addresses += [t.data_ptr() for t in results if t is not None]
+        addresses = [t.data_ptr() for t in (*given, *results) if t is not None]
         returned = scratch = None
         if self.returned is not None:
             returned = given[0].new_empty(self.returned, dtype=torch.uint8)
@@ -114,19 +102,51 @@ class _Sequence:
         if self.scratch:
             scratch = given[0].new_empty(self.scratch, dtype=torch.uint8)
             addresses.append(scratch.data_ptr())
+        addresses = tuple(addresses)
         with self.lock:
-            self.addresses[:] = addresses
-            np.take(self.addresses, self.buffers, out=self.pointers, mode="clip")
-            self.pointers += self.offsets
-            for descriptor in self.descriptors:
-                descriptor(addresses)
-            if stream != self.stream:
-                for one in self.calls:
+            written = self.written.get(addresses) or self._write(addresses)
+            if stream != written.stream:
+                for one in written.calls:
                     one.config.stream = stream
-                self.stream = stream
-            for one in self.calls:
+                written.stream = stream
+            for one in written.calls:
                 one()
         return returned
+
+    def _write(self, addresses):
+        if len(self.written) < 4:
+            written = _Written(self.launches, self.place, self.tensors)
+        else:
+            written = self.written.pop(next(iter(self.written)))
+        written.write(addresses)
+        self.written[addresses] = written
+        return written
+
+
+class _Written:
+    """What the driver is given for a sequence's launches, with the addresses in it."""
+
+    def __init__(self, launches, place, tensors):
+        self.calls, self.descriptors, pointers = [], [], []
+        for launch, arguments in launches:
+            one = launch.again(arguments)
+            pointers += [(*place(address), slot) for slot, address in one.pointers]
+            self.descriptors += [_Descriptor(*place(address), *of) for address, *of in one.matrices]
+            self.calls.append(one)
+        # Pointers are side by side in memory, so that NumPy writes all of them at once.
+        self.buffers, self.offsets = (np.array([p[j] for p in pointers], np.int64) for j in (0, 1))
+        self.addresses = np.zeros(tensors, np.int64)
+        self.pointers = np.zeros(len(pointers), np.int64)
+        for n, (_, _, slot) in enumerate(pointers):
+            slot(self.pointers.ctypes.data + 8 * n)
+        self.stream = None
+
+    def write(self, addresses):
+        self.addresses[:] = addresses
+        np.take(self.addresses, self.buffers, out=self.pointers, mode="clip")
+        self.pointers += self.offsets
+        for descriptor in self.descriptors:
+            descriptor(addresses)
 
 
 class _Descriptor:

@@ -87,7 +87,7 @@ class _Pass:
         return self.function(run, given, results, *numbers)
 
 
-def _forward_pass(given, device):
+def _forward_pass(given, device, trains):
     x = given[0]
     B, T, _, H, D = x.shape
     return Repeated(_Pass(_run_forward, device, (B, T, H, D, x.dtype.itemsize)))
@@ -137,7 +137,7 @@ def _forward(
     first = None if h is None else h.to(x.dtype)
     R, bias = recurrent_kernel.to(x.dtype), None if bias is None else bias.float()
     given = x, R, bias, hold, reset, recurrent_scale, first, h, c, n, m
-    repeated = known(_forward_pass, given, _device(x))
+    repeated = known(_forward_pass, given, _device(x), trains)
     if repeated.run.plan.exchanges:
         _missing(h_all)
     results = h_all, saved if trains else None, *last
@@ -223,5 +223,5 @@ def _gradient(ctx, gradients):
     return dx, dR, None if bias is None else dbias, *state, *[None] * 6
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_forward.register_autograd(_gradient, setup_context=_save, hidden=1)  # what was saved
 no_second_derivative(_backward, "sLSTM")

@@ -106,19 +106,19 @@ def _multiply(
         row_rest = vectors_s.index(at_v + _ROW + 1).load(by_row)
         col = vectors_s.index(at_v + _COL).load(by_row)
         col_rest = vectors_s.index(at_v + _COL + 1).load(by_row)
-        rho_row = vectors_s.index(at_v + _RHO).load(by_row) + vectors_s.index(at_v + _RHO + 1).load(by_row)
+        rho_row = vectors_s.index(at_v + _RHO).load(by_row)
+        rho_row += vectors_s.index(at_v + _RHO + 1).load(by_row)
         w_row = gl.exp((row + _round(border)) + row_rest)
         w_col = gl.exp((col + (out_whole - _round(leaving))) + (col_rest + out_rest))
         row_2 = row_rest * LOG2_E
         tma.store_wait(0)  # the results before have been read
         _barrier()
         p_0, p_1, dq, dk = warpgroup_mma_wait(3, deps=[p_0, p_1, dq, dk])
-        halves = p_s
         p_0 = _pairs(p_0, vectors_s, at_v, rho_row, row, row_2, 0, L)
-        halves.index(0).store(p_0.to(gl.bfloat16))
+        p_s.index(0).store(p_0.to(gl.bfloat16))
         p_1, dq, dk = warpgroup_mma_wait(2, deps=[p_1, dq, dk])
         p_1 = _pairs(p_1, vectors_s, at_v, rho_row, row, row_2, 64, L)
-        halves.index(1).store(p_1.to(gl.bfloat16))
+        p_s.index(1).store(p_1.to(gl.bfloat16))
         dq, dk = warpgroup_mma_wait(0, deps=[dq, dk])
         mbarrier.arrive(v_empty.index(0), count=1)
         mbarrier.arrive(s_empty.index(0), count=1)
@@ -145,12 +145,12 @@ def _multiply(
         gl.store(q_dot_p + o_vec + rows, gl.sum(q.to(gl.float32) * dq, 1))
         gl.store(k_dot_p + o_vec + rows, gl.sum(k.to(gl.float32) * dk, 1))
         _barrier()  # all warps' products have read the pairs
-        halves.index(0).store(dq.to(gl.bfloat16))
-        halves.index(1).store(dk.to(gl.bfloat16))
+        p_s.index(0).store(dq.to(gl.bfloat16))
+        p_s.index(1).store(dk.to(gl.bfloat16))
         fence_async_shared()
         _barrier()
-        _store(dq_d, [bh // H * T + c * L, bh % H * K], halves.index(0))
-        _store(dk_d, [bh // H * T + c * L, bh % H * K], halves.index(1))
+        _store(dq_d, [bh // H * T + c * L, bh % H * K], p_s.index(0))
+        _store(dk_d, [bh // H * T + c * L, bh % H * K], p_s.index(1))
         turn += 1
     tma.store_wait(0)
 
