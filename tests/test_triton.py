@@ -450,6 +450,51 @@ def test_gradients_under_torch_compile(rng):
         torch.testing.assert_close(a, b)
 
 
+def elsewhere(x):
+    """The same numbers, not at a multiple of 16 bytes."""
+    first = max(1, 4 // x.itemsize)
+    memory = x.new_empty(x.numel() + first)[first:].view(x.shape).copy_(x.detach())
+    assert memory.data_ptr() % 16
+    return memory.requires_grad_(x.requires_grad)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_h_alone(dtype, rng):
+    """It has a shorter way than h with states, of calls alike: not of others."""
+    T, K, V = (256, 64, 128) if GPU else (20, 5, 7)
+    case = mLSTMCase(rng, B=1, T=T, H=2, K=K, V=V)
+    inputs = [tensor(case.inputs[n], dtype).requires_grad_() for n in case.names[:5]]
+    gradient = tensor(case.cotangents[0], dtype)
+    again = []
+
+    def saved_elsewhere(*inputs, **options):
+        with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
+            return keras_xlstm.ops.mlstm(*inputs, **options)
+
+    def results(inputs, gradient, op=keras_xlstm.ops.mlstm, **options):
+        options |= {"implementation": "triton", "chunk_size": 128 if GPU else 16, "eps": 0.0}
+        h = op(*inputs, **options)
+        h = h[0] if "return_state" in options else h
+        found = [h, *torch.autograd.grad(h, inputs, gradient)]
+        again.append(found)
+        return found
+
+    want = results(inputs, gradient, return_state=True)
+    results(inputs, gradient)
+    results(inputs, gradient)
+    results(inputs, elsewhere(gradient))
+    results(inputs, gradient.mT.contiguous().mT)
+    results([elsewhere(x) for x in inputs], gradient)
+    results(inputs, gradient, saved_elsewhere)
+    results(inputs, gradient)
+    tolerance = 2e-5 if dtype == "float32" else 2e-2
+    for found in again:
+        for a, b in zip(found, want, strict=True):
+            assert_close(array(a), array(b), tolerance)
+    assert all(torch.equal(a, b) for a, b in zip(again[1], again[-1], strict=True))
+
+
 @runs
 def test_transforms(rng):
     inputs = [x.detach() for x in _small(rng)[:5]]

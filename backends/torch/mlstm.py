@@ -162,8 +162,8 @@ class _Whole:
     def __init__(self, given, sigmoid, eps, chunk):
         self.eps, self.options = eps, (sigmoid, chunk)
         self.device = given[0].device
-        self.forward = _launches().forward((*given, *_NOTHING), *self.options)
-        self.backward = None
+        self.forward = known(_launches().forward, (*given, *_NOTHING), *self.options)
+        self.backward = self.aligned = None
 
     def __call__(self, given):
         if torch.is_grad_enabled() and any([t.requires_grad for t in given]):
@@ -176,15 +176,22 @@ class _Whole:
 
     def run_backward(self, dh, given, h, kept):
         dh = dh.contiguous()
-        # Aligned as h, which PyTorch's memory is; a gradient may be a part of something.
-        if torch.is_grad_enabled() or dh.data_ptr() % 16:
-            return _backward(dh, None, None, *given, None, h, kept, *self.options, False)
-        given = dh, None, None, *given, None, h, kept
+        # A gradient may be a part of something, and what was saved may come from elsewhere.
+        aligned = [t.data_ptr() % 16 for t in (dh, *given, h, kept)]
         if self.backward is None:
-            self.backward = _launches().backward(given, *self.options)
-        gradients = [torch.empty_like(t) for t in given[3:8]]
-        on_stream(self.device, self.backward, given, gradients)
+            self.backward = known(
+                _launches().backward, _of_backward(dh, given, h, kept), *self.options
+            )
+            self.aligned = aligned
+        if torch.is_grad_enabled() or aligned != self.aligned:
+            return _backward(*_of_backward(dh, given, h, kept), *self.options, False)
+        gradients = [torch.empty_like(t) for t in given]
+        on_stream(self.device, self.backward, _of_backward(dh, given, h, kept), gradients)
         return gradients
+
+
+def _of_backward(dh, given, h, kept):
+    return dh, None, None, *given, None, h, kept
 
 
 _NOTHING = None, None, None, None  # state, segments

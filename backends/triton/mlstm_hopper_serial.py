@@ -188,10 +188,9 @@ def serial_hopper(
     reverse, those of the forward pass. _d: descriptors, as in mlstm_hopper.py. T is a multiple of
     LC, LC of 2 L; DX is L or 2 L, and BZ too.
 
-    HALVES, in reverse: rho, for which others wait for `attend_hopper` to have read h and dh, is of
-    these, by each program for its values, and so is the gradient of n, which is linear in it:
-    (programs of a head, steps) and (borders, programs of a head, keys), the last behind the others
-    the first state's; for mlstm_hopper_pair.py. BZ is 64."""
+    HALVES, in reverse, where BZ is 64: no `attend_hopper` before has made rho. Each program makes
+    it of h and dh for its own values, and of that its share of n's gradient, which is linear in it:
+    (programs of a head, steps) and (borders, programs of a head, keys), the first state's last."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], y_d.layout)

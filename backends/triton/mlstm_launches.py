@@ -252,26 +252,28 @@ class Backward(_Launches):
                 stream, dh, v, q, k, S, dS, dq, dk, q_dot, k_dot, N, dN, dn_first, rho, at, sums,
                 *rows, *cols, *self.sizes,
             )  # fmt: skip
-            self.gate_gradients(stream, i, f, seg, q_dot, k_dot, inner, di, df, T, H, NC)
-            return
-        self.dq(
-            stream, dh, v, k, S, N, dq, q, q_dot, h, sign, rho, seg, at, sums, *rows, *cols, *rest
-        )
-        turned = None, None, rho, seg, at, sums, *cols, *rows, *rest
-        if self.both:
-            self.both(
-                stream, k, q, dh, dS, S, dv, None, dN, dC, dn, *d_first, N, inner, rho, None, at,
-                parts, *cols, *rows, *none, *self.sizes, 0.0,
-            )  # fmt: skip
         else:
-            self.first(
-                stream, q, dh, *rows, rho, seg, sums, at, through, dS, dN, dC, dn, *d_first, S, N,
-                inner, *self.sizes,
+            self.dq(
+                stream, dh, v, k, S, N, dq, q, q_dot, h, sign, rho, seg, at, sums, *rows, *cols,
+                *rest,
             )  # fmt: skip
-            if self.second:
-                self.second(stream, dS, dN, dC, dn, through, at, *d_first, S, N, inner, NC, scale)
-            self.dv(stream, k, q, dh, dS, dN, dv, None, None, *turned)
-        self.dk(stream, v, dh, q, dS, dN, dk, k, k_dot, *turned)
+            turned = None, None, rho, seg, at, sums, *cols, *rows, *rest
+            if self.both:
+                self.both(
+                    stream, k, q, dh, dS, S, dv, None, dN, dC, dn, *d_first, N, inner, rho, None,
+                    at, parts, *cols, *rows, *none, *self.sizes, 0.0,
+                )  # fmt: skip
+            else:
+                self.first(
+                    stream, q, dh, *rows, rho, seg, sums, at, through, dS, dN, dC, dn, *d_first, S,
+                    N, inner, *self.sizes,
+                )  # fmt: skip
+                if self.second:
+                    self.second(
+                        stream, dS, dN, dC, dn, through, at, *d_first, S, N, inner, NC, scale
+                    )
+                self.dv(stream, k, q, dh, dS, dN, dv, None, None, *turned)
+            self.dk(stream, v, dh, q, dS, dN, dk, k, k_dot, *turned)
         self.gate_gradients(stream, i, f, seg, q_dot, k_dot, inner, di, df, T, H, NC)
 
 
