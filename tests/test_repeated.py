@@ -197,6 +197,15 @@ def test_mlstm(make, hopper, processors, segments, states, monkeypatch):
         assert any(0.5 in values for _, _, values in launched)
         assert len(way.sequences) == 2
 
+    def with_or_without_states():
+        given, _, numbers = make(512, states, segments)
+        if make is forward:
+            return given, mlstm._results(given[0], given[2], not states), numbers
+        return given, mlstm._gradients(*given[3:8], not states), numbers
+
+    # Results that nobody wants, or that nobody gave a gradient for.
+    compare(way, fake, with_or_without_states, compiles=0)
+
 
 def slstm_forward(B, D, dtype, everything, trains):
     x = torch.zeros(B, 5, 4, 2, D, dtype=dtype)

@@ -16,8 +16,8 @@ _SHIFT = 48  # more bits than addresses have
 
 
 class Repeated:
-    """`run(stream, given, results, *numbers)`, for calls with tensors alike, or None, in both;
-    where `run.repeats`.
+    """`run(stream, given, results, *numbers)`, for calls with tensors alike, or None, in both (of
+    results perhaps fewer); where `run.repeats`.
 
     It launches kernels (operators.Launch, in `run.launches`) with tensors as they are or by their
     `data_ptr()`, allocates by the first one's `new_empty(bytes, dtype=torch.uint8)`, and returns
@@ -27,7 +27,8 @@ class Repeated:
         self.run, self.sequences = run, {}
 
     def __call__(self, stream, given, results, *numbers):
-        found = self.sequences.get(numbers)
+        key = len(results), *numbers
+        found = self.sequences.get(key)
         if found is None:
             try:
                 found = self._recorded(given, results, numbers)
@@ -35,7 +36,7 @@ class Repeated:
                 return self.run(stream, given, results, *numbers)
             if len(self.sequences) >= 100:  # as many numbers as there are may come
                 self.sequences.clear()
-            self.sequences[numbers] = found
+            self.sequences[key] = found
         return found(stream, given, results)
 
     def _recorded(self, given, results, numbers):
