@@ -100,7 +100,7 @@ def mlstm(
     options = return_state, input_gate, eps, chunk_size
     if initial_state is None and mask is None and segment_ids is None:
         alike = backends.alike(q, k, v, i, f)
-        options += tuple(map(type, options))  # as True is 1, too
+        options = *map(type, options), *options  # True is 1, too; arrays have no one answer
     if alike is None or _CHECKED.get(alike) != options:
         q, k, v, i, f, state, segment_ids = _checked(
             q, k, v, i, f, initial_state, mask, segment_ids, return_state, input_gate, eps,

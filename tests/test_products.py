@@ -199,6 +199,11 @@ def test_calls_alike_are_checked_once_and_others_again(rng):
         mlstm(q, k, v, ops.cast(i, "int32"), f)
     with pytest.raises(ValueError, match="`input_gate`"):
         mlstm(q, k, v, i, f, input_gate="exponential")
+    mlstm(q, k, v, i, f, eps=1, chunk_size=1)
+    for wrong in ({"eps": True}, {"eps": np.ones(2)}, {"eps": i}, {"chunk_size": True}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            mlstm(q, k, v, i, f, **{"eps": 1, "chunk_size": 1, **wrong})
     mask = ops.ones((2, 4), "bool")
     with pytest.raises(ValueError, match="`mask` must have shape"):
         mlstm(q, k, v, i, f, mask=mask)

@@ -15,7 +15,7 @@ from importlib.metadata import version
 import keras
 import numpy as np
 import pytest
-from tools import BACKEND, HERE, array, assert_close, tensor
+from tools import BACKEND, HERE, TOLERANCE, array, assert_close, tensor
 
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs on torch, with triton", allow_module_level=True)
@@ -488,10 +488,9 @@ def test_h_alone(dtype, rng):
     results([elsewhere(x) for x in inputs], gradient)
     results(inputs, gradient, saved_elsewhere)
     results(inputs, gradient)
-    tolerance = 2e-5 if dtype == "float32" else 2e-2
     for found in again:
         for a, b in zip(found, want, strict=True):
-            assert_close(array(a), array(b), tolerance)
+            assert_close(array(a), array(b), TOLERANCE[dtype])
     assert all(torch.equal(a, b) for a, b in zip(again[1], again[-1], strict=True))
 
 

@@ -155,6 +155,9 @@ def _gradient(ctx, gradients):
 _forward.register_autograd(_gradient, setup_context=_save, hidden=1)  # what was kept
 
 
+_NOTHING = None, None, None, None  # state, segments
+
+
 class _Whole:
     """Calls alike of whole sequences and h alone, in PyTorch's eager mode. For a small sequence the
     general way, with all that a call may have, takes longer than the kernels."""
@@ -192,9 +195,6 @@ class _Whole:
 
 def _of_backward(dh, given, h, kept):
     return dh, None, None, *given, None, h, kept
-
-
-_NOTHING = None, None, None, None  # state, segments
 
 
 class _WholeWithGradient(torch.autograd.Function):
