@@ -232,12 +232,25 @@ def mlstm(
     return ops.cast(h, dtype), state
 
 
+def multiplies_inside(x, units, implementation):
+    """Whether sLSTM's loop multiplies x (B, T, F) by an input kernel faster than a product before
+    it: a matter of sizes, for the native form alone, in float32."""
+    return (
+        implementation in (None, "native", "xla")
+        and keras.backend.standardize_dtype(x.dtype) == "float32"
+        and x.shape[1] != 1
+        and framework.multiplies_inside(*x.shape, units)
+    )
+
+
 def slstm(
     x, recurrent_kernel, bias=None, state=None, mask=None, segment_ids=None, *,
-    forget_gate="sigmoid", recurrent_gradient_clip=None, recurrent_scale=None, implementation=None,
+    forget_gate="sigmoid", recurrent_gradient_clip=None, recurrent_scale=None, kernel=None,
+    implementation=None,
 ):  # fmt: skip
     """`ops.slstm` below its checks: `segment_ids` never fall from 0. A masked step holds h too,
-    which is a recurrent input, so here the mask goes down to the loop.
+    which is a recurrent input, so here the mask goes down to the loop. With `kernel`, for which
+    `multiplies_inside` was asked, x is (B, T, F).
 
     Returns:
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
@@ -261,7 +274,10 @@ def slstm(
         x, x, recurrent_kernel, bias, recurrent_scale
     )
     if state is None:
-        state = (ops.zeros_like(x[:, 0, 0]),) * 4
+        H, D, _, _ = recurrent_kernel.shape
+        state = (ops.zeros((ops.shape(x)[0], H, D), x.dtype),) * 4
     state = tuple(_working(x, *state))
+    if kernel is not None:
+        options["kernel"] = kernel
     h, state = run(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options)
     return ops.cast(h, dtype), state

@@ -32,26 +32,28 @@ from keras_xlstm.backends.parts import (
 
 
 def slstm(
-    x, recurrent_kernel, bias, state, hold, reset, recurrent_scale,
+    x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, kernel=None,
     differentiable=framework.differentiable, **options,
 ):  # fmt: skip
     """sLSTM, eqs. 8-18.
 
     Args:
-        x: (B, T, 4, H, D) gate inputs in the order i, f, z, o.
+        x: (B, T, 4, H, D) gate inputs in the order i, f, z, o; with `kernel`, (B, T, F).
         recurrent_kernel: (H, D_in, 4, D_out).
         bias: (4, H, D) or None.
         state: (h, c, n, m), each (B, H, D).
         hold: (B, T) bool or None; True: the step does nothing, h and states stay.
         reset: (B, T) bool or None; True: the step starts from an empty state.
         recurrent_scale: (B, H, D) or None; multiplies h where it enters the recurrent kernel.
+        kernel: (F, 4 * H * D) or None: each step multiplies x by it. Where the kernels are small
+            beside a step's rows, that spares passes over all steps' gate inputs.
         differentiable: what makes one function of a forward and a backward pass.
         options: `forget_gate`, `recurrent_gradient_clip`.
 
     Returns:
         h (B, T, H, D) and the last (h, c, n, m).
     """
-    tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale)
+    tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale, kernel)
     if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
         (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
     else:
@@ -59,47 +61,116 @@ def slstm(
     return h, tuple(state)
 
 
-def _gates(g, forget_gate):
-    """Pre-activations (..., 4, D) to i, log f, f's slope, z, o."""
-    i, f, z, o = ops.unstack(g, 4, axis=-2)
-    if forget_gate == "sigmoid":
-        return i, ops.log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), ops.sigmoid(o)
-    return i, f, None, framework.tanh(z), ops.sigmoid(o)
+class _Mixing:
+    """What h of all heads, (..., U) with U = H * D, gives the gates, (..., 4 U) in the order gate,
+    head, unit; and back.
+
+    Heads of few units are multiplied as one kernel (U, 4 U) with zeros between heads: the products
+    are small, and one of them is faster than one a head.
+    """
+
+    def __init__(self, recurrent_kernel):
+        self.shape = H, D, _, _ = recurrent_kernel.shape
+        self.joined = H == 1 or (H * D <= framework.joined_heads and framework.alone_on_device())
+        self.R = recurrent_kernel
+        if self.joined:
+            self.R = ops.reshape(self._apart(recurrent_kernel), (H * D, 4 * H * D))
+            self.R_transposed = ops.transpose(self.R)
+
+    def _apart(self, R):
+        """(H, D, 4, D) to (H, D, 4, H, D), zeros between heads."""
+        H = self.shape[0]
+        if H == 1:
+            return R[:, :, :, None]
+        return R[:, :, :, None] * ops.eye(H, dtype=R.dtype)[:, None, None, :, None]
+
+    def gates(self, h):
+        H, D, _, _ = self.shape
+        if self.joined:
+            return h @ self.R
+        h = ops.reshape(h, (-1, H, D))
+        return ops.reshape(ops.einsum("bhd,hdge->bghe", h, self.R), (-1, 4 * H * D))
+
+    def back(self, dg):
+        """The gradient of h."""
+        H, D, _, _ = self.shape
+        if self.joined:
+            return dg @ self.R_transposed
+        dg = ops.reshape(dg, (-1, 4, H, D))
+        return ops.reshape(ops.einsum("bghe,hdge->bhd", dg, self.R), (-1, H * D))
+
+    def kernel_gradient(self, h, dg):
+        """A step's, or all steps', to be summed up and handed to `as_kernel`."""
+        H, D, _, _ = self.shape
+        if self.joined:
+            return ops.transpose(h) @ dg
+        h, dg = ops.reshape(h, (-1, H, D)), ops.reshape(dg, (-1, 4, H, D))
+        return ops.einsum("bhd,bghe->hdge", h, dg)
+
+    def as_kernel(self, dR):
+        H, D, _, _ = self.shape
+        if not self.joined:
+            return dR
+        dR = ops.reshape(dR, (H, D, 4, H, D))
+        if H > 1:
+            dR = dR * ops.eye(H, dtype=dR.dtype)[:, None, None, :, None]
+        return ops.sum(dR, axis=3)
+
+
+def _gates(g, forget_gate, plain):
+    """Pre-activations (..., 4 U) to i, log f, f's slope, z, o."""
+    i, f, z, o = ops.split(g, 4, axis=-1)
+    # Its derivative would be NaN far below 0; on CPUs it is the fastest.
+    o = ops.sigmoid(o) if plain else 1.0 / (1.0 + ops.exp(-o))
+    if forget_gate == "exp":
+        return i, f, 1.0, framework.tanh(z), o
+    if plain:  # the slope at exactly 0 is the framework's to know
+        return i, ops.log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), o
+    small = ops.exp(-ops.abs(f))
+    log_f = framework.minimum(f, 0.0) - framework.log1p(small)  # log sigmoid(f)
+    slope = ops.where(f > 0, small, 1.0) / (1.0 + small)  # sigmoid(-f)
+    return i, log_f, slope, framework.tanh(z), o
 
 
 def _per_step(flags):
-    """(B, T) to (T, 1, B, 1)."""
-    return ops.transpose(flags)[:, None, :, None]
+    """(B, T) to (T, B, 1)."""
+    return ops.transpose(flags)[..., None]
+
+
+def _flat(x):
+    """(B, H, D) to (B, U)."""
+    return ops.reshape(x, (-1, x.shape[1] * x.shape[2]))
 
 
 def slstm_forward(
-    x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale,
+    x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale, kernel,
     forget_gate, recurrent_gradient_clip, keep=True, plain=False,
 ):  # fmt: skip
     """`keep`: whether a backward pass may come; `plain`: the framework differentiates this."""
-    _, _, _, H, D = x.shape
-    B = ops.shape(x)[0]
-    x = x if bias is None else x + bias
-    x = ops.transpose(x, (1, 3, 0, 2, 4))  # (T, H, B, 4, D)
-    R = ops.reshape(recurrent_kernel, (H, D, 4 * D))
-    h, c, n, m = (ops.transpose(s, (1, 0, 2)) for s in (h, c, n, m))  # (H, B, D)
+    H, D, _, _ = recurrent_kernel.shape
+    if kernel is None:
+        x = ops.reshape(x, (*ops.shape(x)[:2], 4 * H * D))
+    x = ops.transpose(x, (1, 0, 2))  # (T, B, 4 U) or (T, B, F)
+    bias = None if bias is None else ops.reshape(bias, (4 * H * D,))
+    mixing = _Mixing(recurrent_kernel)
+    h, c, n, m = map(_flat, (h, c, n, m))
     m = carried(m, n != 0)
     initial = (h, c, n, m)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
     alone = x.shape[0] == 1
     plain = plain or alone
-    scale = None if recurrent_scale is None else ops.transpose(recurrent_scale, (1, 0, 2))
+    scale = None if recurrent_scale is None else _flat(recurrent_scale)
 
     def step(carry, xs):
         h, c, n, m = carry
-        x, flags = xs[0], list(xs[1:])
+        g, flags = xs[0], list(xs[1:])
         held = None if hold is None else flags.pop(0)
         if reset is not None:
             h = ops.where(flags[0], 0.0, h)
             m = ops.where(flags[0], NEVER, m)
-        recurrent = (h if scale is None else h * scale) @ R
-        g = x + ops.reshape(recurrent, (H, B, 4, D))
-        i, log_f, _, z, o = _gates(g, forget_gate)
+        g = g if kernel is None else g @ kernel
+        g = g + mixing.gates(h if scale is None else h * scale)
+        i, log_f, slope, z, o = _gates(g if bias is None else g + bias, forget_gate, plain)
         new_m = framework.maximum(log_f + m, i)  # eq. 15
         if plain:
             new_m = framework.constant(new_m)
@@ -110,89 +181,96 @@ def slstm_forward(
         new_h = o * (new_c / new_n)  # eq. 10
         new = (new_h, new_c, new_n, new_m)
         if hold is not None:
+            old = carry
             if plain:  # the state's true value is (c, n) exp(m): where held, m hears of it too
-                m = framework.constant(carry[-1])
-                change = ops.exp(carry[-1] - m)
-                carry = (carry[0], change * c, change * n, m)
-            new = tuple(ops.where(held, a, b) for a, b in zip(carry, new, strict=True))
-        return new, new if keep else new[:1]
+                m = framework.constant(old[-1])
+                change = ops.exp(old[-1] - m)
+                old = (old[0], change * c, change * n, m)
+            new = tuple(ops.where(held, a, b) for a, b in zip(old, new, strict=True))
+        return new, (new[0], *((c, n, i, f, f * slope, z, o) if keep else ()))
 
     if alone:
-        last, _ = step(initial, tuple(a[0] for a in (x, *flags)))
-        states = tuple(s[None] for s in last)
+        last, (outputs, *kept) = step(initial, tuple(a[0] for a in (x, *flags)))
+        outputs, kept = outputs[None], [a[None] for a in kept]
     else:
-        last, states = framework.scan(step, initial, (x, *flags))
-    output = ops.transpose(states[0], (2, 0, 1, 3))
-    h, c, n, m = (ops.transpose(s, (1, 0, 2)) for s in last)
-    residuals = (x, R, initial, states, hold, reset, scale, bias is not None)
-    return (output, h, c, n, reported(m)), residuals
+        last, (outputs, *kept) = framework.scan(step, initial, (x, *flags))
+    residuals = (
+        x, recurrent_kernel, initial[:3], outputs, tuple(kept), hold, reset, scale,
+        bias is not None, kernel,
+    )  # fmt: skip
+    outputs = ops.transpose(outputs, (1, 0, 2))
+    outputs = ops.reshape(outputs, (*ops.shape(outputs)[:2], H, D))
+    h, c, n, m = (ops.reshape(s, (-1, H, D)) for s in last)
+    return (outputs, h, c, n, reported(m)), residuals
 
 
 def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
-    """Backpropagation through time: spec'd by eqs. 41-51, with every factor that does not depend
-    on later steps computed for all steps at once, so that the loop itself stays thin."""
-    x, R, initial, states, hold, reset, scale, has_bias = residuals
-    dh, dh_last, dc_last, dn_last, _ = gradients
-    _, H, _, _, D = x.shape
-    h, _, n, m = states
-    h_in, c_in, n_in, m_in = (
-        ops.concatenate([first[None], s[:-1]], axis=0)
-        for first, s in zip(initial, states, strict=True)
-    )
-    if reset is not None:
-        starts = _per_step(reset)
-        h_in, c_in, n_in = (ops.where(starts, 0.0, s) for s in (h_in, c_in, n_in))
-        m_in = ops.where(starts, NEVER, m_in)
-    h_in = h_in if scale is None else h_in * scale
-
-    # Not h_in @ R: a product that broadcasts corrupts memory in TensorFlow (2.21, CPU, oneDNN).
-    recurrent = ops.einsum("thbd,hdg->thbg", h_in, R)
-    g = x + ops.reshape(recurrent, ops.shape(x))  # (T, H, B, 4, D)
-    i, log_f, slope, z, o = _gates(g, forget_gate)
-    i = ops.exp(i - m)
-    f = ops.exp((m_in - m) + log_f)
-    f_slope = f if slope is None else f * slope
-    # What c and n hear from h; what i, f, z hear from c and n; what o hears from h.
-    h_c, h_n = o / n, -h / n
-    c_i, c_f, n_f, c_z, h_o = i * z, f_slope * c_in, f_slope * n_in, i * (1 - z * z), h * (1 - o)
-    factors = [h_c, h_n, i, c_i, c_f, n_f, c_z, h_o]
-    if hold is not None:
-        held = _per_step(hold)
-        factors = [ops.where(held, 0.0, a) for a in factors]
-        f = ops.where(held, 1.0, f)
+    """Backpropagation through time: eqs. 41-51, from each step's gates as they were."""
+    x, recurrent_kernel, initial, h, kept, hold, reset, scale, has_bias, kernel = residuals
+    dh, *d_last = gradients[:4]
+    H, D, _, _ = recurrent_kernel.shape
+    mixing = _Mixing(recurrent_kernel)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
-    R_transposed = ops.transpose(R, (0, 2, 1))
+    kernel_transposed = None if kernel is None else ops.transpose(kernel)
+    h = ops.concatenate([initial[0][None], h[:-1]], axis=0)  # what entered each step
+    if reset is not None:
+        h = ops.where(_per_step(reset), 0.0, h)
+    h = h if scale is None else h * scale
 
     def step(carry, xs):
-        dh_next, dc, dn = carry
-        dh, f, h_c, h_n, n_i, c_i, c_f, n_f, c_z, h_o, *flags = xs
-        dh = dh + dh_next
-        dc = dc + dh * h_c
-        dn = dn + dh * h_n
+        dh, dc, dn, *sums = carry
+        x, d, h, c, n, i, f, f_slope, z, o, *flags = xs
+        dh = dh + d
+        over_n = 1.0 / (f * n + i)
+        ratio = (f * c + i * z) * over_n  # h = o * ratio
+        d_ratio = dh * o * over_n
+        dc_new, dn_new = dc + d_ratio, dn - d_ratio * ratio
+        df = dc_new * c + dn_new * n
         dg = ops.concatenate(
-            [c_i * dc + n_i * dn, c_f * dc + n_f * dn, c_z * dc, h_o * dh], axis=-1
-        )  # (H, B, 4D)
-        dh_in = dg @ R_transposed
+            [
+                i * (z * dc_new + dn_new), f_slope * df, i * dc_new * (1.0 - z * z),
+                dh * ratio * (o * (1.0 - o)),
+            ],
+            axis=-1,
+        )  # fmt: skip
+        if hold is not None:
+            dg = ops.where(flags[0], 0.0, dg)
+        dh_in = mixing.back(dg)
         dh_in = dh_in if scale is None else dh_in * scale
         if recurrent_gradient_clip is not None:
             dh_in = ops.clip(dh_in, -recurrent_gradient_clip, recurrent_gradient_clip)
         if reset is not None:
             dh_in = ops.where(flags[-1], 0.0, dh_in)
+        new = (dh_in, f * dc_new, f * dn_new)
         if hold is not None:
-            dh_in = ops.where(flags[0], dh, dh_in)
-        return (dh_in, f * dc, f * dn), (dg,)
+            new = tuple(ops.where(flags[0], a, b) for a, b in zip((dh, dc, dn), new, strict=True))
+        if kernel is None:
+            return new, (dg,)
+        more = (ops.transpose(x) @ dg, mixing.kernel_gradient(h, dg), ops.sum(dg, axis=0))
+        return (*new, *(a + b for a, b in zip(sums, more, strict=True))), (dg @ kernel_transposed,)
 
-    to_steps = (1, 2, 0, 3)
-    last = tuple(ops.transpose(s, (1, 0, 2)) for s in (dh_last, dc_last, dn_last))
-    xs = (ops.transpose(dh, to_steps), f, *factors, *flags)
-    (dh, dc, dn), (dg,) = framework.scan(step, last, xs, reverse=True)
-    dR = ops.reshape(ops.einsum("thbd,thbg->hdg", h_in, dg), (H, D, 4, D))
-    dx = ops.transpose(ops.reshape(dg, ops.shape(x)), (2, 0, 3, 1, 4))
-    dbias = ops.sum(dx, axis=(0, 1)) if has_bias else None
+    dh = ops.transpose(ops.reshape(dh, (*ops.shape(dh)[:2], H * D)), (1, 0, 2))
+    start = [_flat(s) for s in d_last]
+    if kernel is not None:
+        dR = ops.zeros_like(mixing.R)
+        start += [ops.zeros_like(kernel), dR, ops.zeros_like(kernel[0])]
+    (dh, dc, dn, *sums), (dx,) = framework.scan(
+        step, tuple(start), (x, dh, h, *kept, *flags), reverse=True
+    )
+    if kernel is None:
+        dg = ops.reshape(dx, (-1, 4 * H * D))
+        dR = mixing.kernel_gradient(ops.reshape(h, (-1, H * D)), dg)
+        dkernel, dbias = None, ops.sum(dg, axis=0) if has_bias else None
+    else:
+        dkernel, dR, dbias = sums
+    dx = ops.transpose(dx, (1, 0, 2))
+    if kernel is None:
+        dx = ops.reshape(dx, (*ops.shape(dx)[:2], 4, H, D))
+    dbias = ops.reshape(dbias, (4, H, D)) if has_bias else None
     # The state's true value is (c, n) exp(m), so an initial m scales both.
     dm = initial[1] * dc + initial[2] * dn
-    dh, dc, dn, dm = (ops.transpose(s, (1, 0, 2)) for s in (dh, dc, dn, dm))
-    return dx, dR, dbias, dh, dc, dn, dm, None, None, None
+    states = (ops.reshape(s, (-1, H, D)) for s in (dh, dc, dn, dm))
+    return dx, mixing.as_kernel(dR), dbias, *states, None, None, None, dkernel
 
 
 # --------------------------------------------------------------------------------------- mLSTM

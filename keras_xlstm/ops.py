@@ -163,6 +163,7 @@ def slstm(
     recurrent_gradient_clip: float | None = None,
     implementation: str | None = None,
     recurrent_scale: Any = None,
+    kernel: Any = None,
 ) -> Any:
     """sLSTM: an LSTM with exponential gates, a normaliser and memory mixing within each head.
 
@@ -196,6 +197,8 @@ def slstm(
         recurrent_scale: (B, H, D) or None: multiplies h_{t-1} where it enters the recurrent
             kernel, the same at every step: the place of recurrent dropout. A constant: it gets no
             gradient.
+        kernel: (F, 4 * H * D) or None: x is (B, T, F) then, and the gate inputs are its product
+            with the kernel, units of all heads side by side, gate after gate.
 
     Returns:
         h, (B, T, H, D) in x's dtype; with `return_state` also `(h, c, n, m)`, in float32 (float64
@@ -213,14 +216,18 @@ def slstm(
     (2, 10, 2, 8)
     """
     alike = None
-    if initial_state is None and mask is None and segment_ids is None and recurrent_scale is None:
+    if kernel is not None:
+        x, kernel = _inputs_and_kernel(x, kernel, recurrent_kernel, implementation)
+    plain = initial_state is None and mask is None and segment_ids is None
+    if plain and recurrent_scale is None and kernel is None:
         given = (x, recurrent_kernel) if bias is None else (x, recurrent_kernel, bias)
         alike = backends.alike(*given)
     sizes = {}
     if alike is None or alike not in _CHECKED:
         x = float_tensor("x", x)
         recurrent_kernel = float_tensor("recurrent_kernel", recurrent_kernel)
-        expect_shape("x", x, ("B", "T", 4, "H", "D"), sizes)
+        dims = ("B", "T", 4, "H", "D") if kernel is None else ("B", "T", "F")
+        expect_shape("x", x, dims, sizes)
         expect_shape("recurrent_kernel", recurrent_kernel, ("H", "D", 4, "D"), sizes)
         if bias is not None:
             bias = float_tensor("bias", bias)
@@ -238,10 +245,25 @@ def slstm(
     mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
     if mask is not None:
         # Keeps whatever stands in padding, NaN too, away from everything else.
-        x = ops.where(mask[:, :, None, None, None], x, ops.zeros_like(x))
+        real = mask[:, :, None] if kernel is not None else mask[:, :, None, None, None]
+        x = ops.where(real, x, ops.zeros_like(x))
     h, state = backends.slstm(
         x, recurrent_kernel, bias, state, mask, segment_ids,
         forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip,
-        recurrent_scale=recurrent_scale, implementation=implementation,
+        recurrent_scale=recurrent_scale, kernel=kernel, implementation=implementation,
     )  # fmt: skip
     return (h, state) if return_state else h
+
+
+def _inputs_and_kernel(x, kernel, recurrent_kernel, implementation):
+    """Both, for a loop that multiplies step by step; or gate inputs (B, T, 4, H, D) and None."""
+    sizes = {}
+    x, kernel = float_tensor("x", x), float_tensor("kernel", kernel)
+    recurrent_kernel = float_tensor("recurrent_kernel", recurrent_kernel)
+    expect_shape("x", x, ("B", "T", "F"), sizes)
+    H, D = recurrent_kernel.shape[:2]
+    expect_shape("kernel", kernel, ("F", 4 * H * D), sizes)
+    same_dtype(x=x, kernel=kernel)
+    if backends.multiplies_inside(x, H * D, implementation):
+        return x, kernel
+    return ops.reshape(ops.matmul(x, kernel), (*ops.shape(x)[:2], 4, H, D)), None

@@ -9,6 +9,7 @@ from keras_xlstm.backends.jax import machine
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
+minimum, log1p = jax.numpy.minimum, jax.numpy.log1p
 total, swapaxes, exp = jax.numpy.sum, jax.numpy.swapaxes, jax.numpy.exp
 constant = jax.lax.stop_gradient
 # Products with both halves of a kernel, not one that is cut in two: XLA puts the gradient of both
@@ -140,6 +141,26 @@ def host_values(x):
         return None
     at_hand = x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
     return np.asarray(x) if at_hand else None
+
+
+def multiplies_inside(batch, time, features, units):
+    """Whether the sLSTM's loop had better multiply x by the input kernel step by step: on CPUs,
+    where all steps' gate inputs would not stay in a core's cache, unless the kernels are large
+    beside a step's rows. (Measured: benchmarks/cpu.py.)"""
+    if machine.platform() != "cpu" or not isinstance(batch, int) or not isinstance(time, int):
+        return False
+    kernels = features + units
+    large = batch * time * 4 * units >= 1 << 19
+    return kernels <= batch or (large and kernels <= 20 * batch)
+
+
+# Up to how many units the sLSTM's heads are multiplied as one kernel.
+joined_heads = 128
+
+
+def alone_on_device():
+    """Whether no other device holds some of the heads."""
+    return keras.distribution.distribution() is None
 
 
 def once(function):

@@ -11,6 +11,7 @@ from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
+minimum, log1p = tf.minimum, tf.math.log1p
 swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 as_written = tf.autograph.experimental.do_not_convert
@@ -29,6 +30,24 @@ def host_values(x):
     """As `backends.host_values`."""
     eager = isinstance(x, tf.Tensor) and hasattr(x, "numpy")
     return x.numpy() if eager and "GPU" not in x.device else None
+
+
+def multiplies_inside(batch, time, features, units):
+    """As on JAX, whose rule it is."""
+    if tf.config.list_physical_devices("GPU") or time is None:
+        return False
+    batch, kernels = batch or 32, features + units
+    large = batch * time * 4 * units >= 1 << 19
+    return kernels <= batch or (large and kernels <= 20 * batch)
+
+
+# Up to how many units the sLSTM's heads are multiplied as one kernel.
+joined_heads = 128
+
+
+def alone_on_device():
+    """Whether no other device holds some of the heads."""
+    return True
 
 
 def once(function):

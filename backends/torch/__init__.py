@@ -8,6 +8,7 @@ from keras_xlstm.backends.torch.operators import PLAIN, transforms
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
 tanh, maximum, largest, matmul = torch.tanh, torch.maximum, torch.amax, torch.matmul
+log1p = torch.log1p
 # Several times as fast to call as keras.ops', which small chunks feel.
 total, swapaxes = torch.sum, torch.swapaxes
 constant = torch.detach
@@ -39,6 +40,24 @@ def alike(first, *others):
             return None
         key += x.shape, x.dtype
     return tuple(key)
+
+
+def minimum(x, bound):
+    return torch.clamp(x, max=bound)
+
+
+def multiplies_inside(batch, time, features, units):
+    """Whether the sLSTM's loop had better multiply x by the input kernel step by step."""
+    return False
+
+
+# Up to how many units the sLSTM's heads are multiplied as one kernel.
+joined_heads = 0
+
+
+def alone_on_device():
+    """Whether no other device holds some of the heads."""
+    return True
 
 
 def host_values(x):

@@ -134,7 +134,7 @@ class MultiHeadNorm(keras.layers.Layer):
         return {**super().get_config(), "num_heads": self.num_heads, "epsilon": self.epsilon}
 
 
-def _are_plain(*layers):
+def are_plain(*layers):
     """Whether Dense layers are kernels and biases alone: no low-rank updates, not quantised."""
     return not any(layer.lora_enabled or layer.quantization_mode for layer in layers)
 
@@ -151,7 +151,7 @@ def both_gates(x, first, second):
     """first(x) and second(x) for two `Gate`s of as many units: where the backend has a faster way,
     by one product."""
     both = None
-    if narrow_product is not None and _are_plain(first, second):
+    if narrow_product is not None and are_plain(first, second):
         # Heads last, where model parallelism divides them.
         both = narrow_product(x, ops.stack([first.kernel, second.kernel], axis=1))
     if both is None:
@@ -161,7 +161,7 @@ def both_gates(x, first, second):
 
 def each_alone(x, *layers):
     """[layer(x) for layer in layers], for Dense layers without activation."""
-    if alone is None or x.shape[1] == 1 or not _are_plain(*layers):
+    if alone is None or x.shape[1] == 1 or not are_plain(*layers):
         return [layer(x) for layer in layers]
 
     def product(layer):
@@ -223,7 +223,7 @@ class GatedFeedForward(keras.layers.Layer):
 
     def call(self, inputs):
         many = len(inputs.shape) > 2 and inputs.shape[-2] != 1
-        if by_halves and many and _are_plain(self.up_projection):
+        if by_halves and many and are_plain(self.up_projection):
             # Not for a single step, where the kernel is the largest array, not what it makes.
             kernel = ops.cast(self.up_projection.kernel, self.compute_dtype)
             gate, up = (matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))

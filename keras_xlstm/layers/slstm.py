@@ -166,7 +166,7 @@ class sLSTM(Recurrent):
         return self._drawn(shape, self.recurrent_dropout, self.state_dtype)
 
     def _run(self, sequences, state, mask, scale):
-        return self.cell.run(self.cell.gates(sequences), state, mask, scale, self.use_kernel)
+        return self.cell.run(sequences, state, mask, scale, self.use_kernel)
 
     def get_config(self):
         config = {**super().get_config(), **self.cell.settings()}

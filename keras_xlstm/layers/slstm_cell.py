@@ -16,7 +16,7 @@ from keras_xlstm._checks import (
     load_variables,
 )
 from keras_xlstm.layers.base import Rematerialized, plain
-from keras_xlstm.layers.parts import check_heads, forget_bias
+from keras_xlstm.layers.parts import are_plain, check_heads, forget_bias
 
 _FORGET = ("sigmoid", "exponential")
 
@@ -198,12 +198,20 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         draws = [initializers.reseeded(draw, gate) for gate, draw in enumerate(draws)]
         return ops.stack([draw(shape[1:], dtype=dtype) for draw in draws])
 
-    def run(self, x, state=None, mask=None, recurrent_scale=None, use_kernel="auto"):
-        """All steps: gate inputs (B, T, 4 units) to h (B, T, units), new states (B, units)."""
+    def run(self, inputs, state=None, mask=None, recurrent_scale=None, use_kernel="auto"):
+        """All steps: inputs (B, T, features) to h (B, T, units), new states (B, units)."""
         heads = (self.num_heads, self.units // self.num_heads)
-        batch, time = ops.shape(x)[:2]
-        # A cast that does nothing but under float64, which Keras's Dense leaves on some backends.
-        x = ops.reshape(ops.cast(x, self.compute_dtype), (batch, time, 4, *heads))
+        batch, time = ops.shape(inputs)[:2]
+        kernel = None
+        if are_plain(self.gates) and backends.multiplies_inside(
+            inputs, self.units, backends.prefer(use_kernel)
+        ):
+            x, kernel = inputs, self.gates.kernel
+        else:
+            # Rows, not sequences of one: XLA cannot compile the gradient of that Dense in a loop.
+            x = self.gates(inputs[:, 0] if inputs.shape[1] == 1 else inputs)
+            # A cast that does nothing but under float64, which Dense leaves on some backends.
+            x = ops.reshape(ops.cast(x, self.compute_dtype), (batch, time, 4, *heads))
         if state is not None:
             state = tuple(ops.reshape(s, (batch, *heads)) for s in state)
         h, state = xlstm_ops.slstm(
@@ -216,6 +224,7 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
             forget_gate="exp" if self.forget_activation == "exponential" else "sigmoid",
             recurrent_gradient_clip=self.recurrent_gradient_clip,
             recurrent_scale=recurrent_scale,
+            kernel=kernel,
             implementation=backends.prefer(use_kernel),
         )
         h = ops.reshape(h, (batch, time, self.units))
@@ -223,11 +232,11 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
 
     def call(self, inputs, states, training=False):
         check_state_values("The state of sLSTMCell", dict(zip("hcnm", states, strict=True)))
-        # Rows, not sequences of one: XLA cannot compile the gradient of that Dense in a loop.
-        x = self.gates(ops.cast(inputs, self.compute_dtype))[:, None]
+        x = ops.cast(inputs, self.compute_dtype)
 
         def run(x, *state):
-            h, new = self.run(x, state, use_kernel=False)  # one step is no work for a kernel
+            # One step is no work for a kernel.
+            h, new = self.run(x[:, None], state, use_kernel=False)
             return (h, *new)
 
         if self.remat and training:
