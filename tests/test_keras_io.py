@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tools import BACKEND, array, tensor
+from tools import BACKEND, HERE, array, run_blocks, tensor
 
 from keras_xlstm.layers import mLSTM, sLSTM
 
@@ -265,6 +265,26 @@ def read_letters(model, x, want):
     lengths = np.full(BATCH, want.shape[1], "int32")
     decoded, _ = ops.nn.ctc_decode(want, lengths, strategy="greedy")
     assert array(decoded)[0].shape[0] == BATCH
+
+
+# ------------------------------------------------------------------ stateful training
+
+
+def test_callback_of_the_docs_resets_states(layer, monkeypatch, tmp_path):
+    """At a rate of 0 every pass over the same data has the same loss, if each begins empty."""
+    monkeypatch.chdir(tmp_path)
+    callback = run_blocks(HERE.parent / "docs" / "states.md")["ResetStates"]()
+    inputs = keras.Input(batch_shape=(BATCH, 2, 3))
+    model = keras.Sequential([inputs, layer(8, stateful=True), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=BACKEND == "jax")
+    x = draw(5 * BATCH, 2, 3)
+    data = {"x": x, "y": x.sum((1, 2)), "batch_size": BATCH, "verbose": 0}
+    options = {"epochs": 2, "shuffle": False, "validation_data": (x, data["y"])}
+    reset = model.fit(**data, **options, callbacks=[callback]).history
+    want = model.evaluate(**data, callbacks=[callback])
+    np.testing.assert_allclose([*reset["loss"], *reset["val_loss"]], want, rtol=1e-5)
+    carried = model.fit(**data, **options).history
+    assert abs(carried["val_loss"][0] / want - 1) > 1e-4
 
 
 AFTER = {"translation": translate, "character_text": write_text, "captcha": read_letters}
