@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator
 
 import keras
+import numpy as np
 from keras import ops
 from keras_xlstm.backends import native
 from keras_xlstm.backends.parts import framework
@@ -40,6 +41,16 @@ as_written = getattr(framework, "as_written", lambda function: function)
 alike = getattr(framework, "alike", lambda *tensors: None)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
+
+
+def host_values(x):
+    """A tensor's numbers as a NumPy array where the host can read them at once; None of a tensor
+    that is being traced, or on a GPU."""
+    if isinstance(x, np.ndarray) or x is None:
+        return x
+    return framework.host_values(x.value if isinstance(x, keras.Variable) else x)
+
+
 _active = f"{__name__}.{keras.backend.backend()}"
 # How `model.compile(jit_compile=True)` compiles a block of each kind in place of the whole step.
 regions = importlib.import_module(f"{_active}.regions") if framework.by_region else None

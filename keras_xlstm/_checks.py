@@ -1,7 +1,10 @@
 """What `ops` and the layers ask of their arguments, and masks and segments made ready."""
 
 import keras
+import numpy as np
 from keras import ops
+
+from keras_xlstm import backends
 
 
 def real_first(mask):
@@ -17,6 +20,55 @@ def last_real_step(mask):
     order, count = real_first(mask)
     last = ops.take_along_axis(order, ops.maximum(count - 1, 0), axis=1)
     return ops.where(count > 0, last, -1)
+
+
+def steps_mask(mask):
+    """A mask of steps, (batch, time), of one that has more axes, as that of sentences of words is:
+    a step is real where any of its parts is, as `keras.layers.LSTM` has it."""
+    shape = getattr(mask, "shape", ())
+    return mask if len(shape) < 3 else ops.any(mask, axis=tuple(range(2, len(shape))))
+
+
+def _host_values(state):
+    """Of {name: tensor}, the values that are at hand: a tensor on a GPU would have to be fetched,
+    and one that is being traced has none."""
+    values = {name: backends.host_values(tensor) for name, tensor in state.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_state_values(what, state):
+    """Refuses a state {name: tensor} with NaN or infinity in it, where the values are at hand."""
+    for name, value in _host_values(state).items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{what} must hold finite numbers. Received: NaN or inf in {name}.")
+
+
+def check_state_agrees(what, state):
+    """Refuses a state that is none: a normaliser n below 0, or one that says that nothing is
+    remembered where c, or C, is not 0."""
+    values, memory = _host_values(state), "c" if "c" in state else "C"
+    if not {"n", memory} <= set(values):
+        return
+    if memory == "c" and ((values["n"] < 0) & np.isfinite(values["n"])).any():
+        raise ValueError(
+            f"{what}: the normaliser n must not be negative. Received: n of "
+            f"{values['n'].min():.4g}. {_FROM_LSTM}"
+        )
+    n, held = values["n"] != 0, values[memory] != 0
+    if memory == "C":
+        n, held = n.any(-1), held.any((-2, -1))
+    if (held & ~n).any():
+        remedy = _FROM_LSTM if memory == "c" else "Hand over n as it was returned beside C."
+        raise ValueError(
+            f"{what} contradicts itself: n = 0 says that nothing is remembered, and {memory} is "
+            f"not 0 there. {remedy}"
+        )
+
+
+_FROM_LSTM = (
+    "For a state of keras.layers.LSTM, or one of your own h and c, use "
+    "keras_xlstm.layers.state_from_lstm(h, c): n = 1, m = 0."
+)
 
 
 def check_clip(clip):
@@ -142,6 +194,7 @@ def states_of(state, shapes, sizes):
     state = tuple(float_tensor(f"initial_state {n}", s) for n, s in zip(shapes, state, strict=True))
     for (name, dims), s in zip(shapes.items(), state, strict=True):
         expect_shape(f"initial_state {name}", s, dims, sizes)
+    check_state_agrees("`initial_state`", dict(zip(shapes, state, strict=True)))
     return state
 
 

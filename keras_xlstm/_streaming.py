@@ -129,7 +129,7 @@ def _recorded(model):
         return outputs
 
     if isinstance(model, StackModel):
-        main = model.input[model._main]
+        [main] = model.inputs
         x = keras.Input(main.shape[1:], dtype=main.dtype)
         return [x], calls, [record(model, x)]
     if not isinstance(model, keras.Model) or not model.built:

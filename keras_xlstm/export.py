@@ -223,7 +223,7 @@ def _output_names(count):
 def _main_inputs(model):
     """The inputs that a file has, without optional ones for padding and packed documents."""
     if isinstance(model, StackModel):
-        return [model.input[model._main]], [model._main]
+        return model.inputs, [model._main]
     return model.inputs, _input_names(model.inputs, [x.name for x in model.inputs])
 
 

@@ -524,7 +524,7 @@ def test_bad_states_and_masks(Layer, symbolic, rng):
     refused("must have shape .*Received: a int", [0] * size)
     refused("must be floating-point. Received: dtype int32", [s.astype("int32") for s in state])
     refused(r"`mask` must have shape \(batch, time\)", mask=np.ones((B, T + 1), "bool"))
-    refused(r"`mask` must have shape \(batch, time\)", mask=np.ones((B, T, 1), "bool"))
+    refused(r"`mask` must have shape \(batch, time\)", mask=np.ones((B,), "bool"))
     refused("`mask` must have shape .*Received: mask a str", mask="all")
     refused("floating-point sequences. Received: dtype int32", dtype="int32")
 

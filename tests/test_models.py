@@ -186,15 +186,13 @@ def test_stack_in_a_functional_model(rng, tmp_path):
 
 
 def test_sequences_come_first(rng):
-    """Where Keras sees one tensor it takes it for the first input: `plot_model` draws it so, and
-    `mask=` is its mask."""
+    """Where Keras sees one tensor it takes it for the model's input, and `mask=` is its mask."""
     mask = np.arange(T)[None] < [[5], [11], [0], [8]]
     for model, x in (
         (xLSTMStack(D, 1, num_heads=2), rng.normal(size=(B, T, D)).astype("float32")),
         (xLSTMLanguageModel(V, D, 1, num_heads=2), tokens(rng)),
     ):
-        names = [model._main, "padding_mask", "segment_ids"]
-        assert [tensor.name for tensor in model.inputs] == names
+        assert [tensor.name for tensor in model.inputs] == [model._main]
         want = call(model, {model._main: x, "padding_mask": mask})
         got = call(model, x, mask=keras.ops.convert_to_tensor(mask))
         assert_close(array(got)[mask], array(want)[mask], 1e-6)

@@ -25,6 +25,12 @@ _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 _by_xla = contextvars.ContextVar("keras_xlstm_by_xla", default=False)
 
 
+def host_values(x):
+    """As `backends.host_values`."""
+    eager = isinstance(x, tf.Tensor) and hasattr(x, "numpy")
+    return x.numpy() if eager and "GPU" not in x.device else None
+
+
 def once(function):
     """Marks a function without tensors, which is run when the caller is traced."""
     return function

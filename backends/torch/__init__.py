@@ -41,6 +41,14 @@ def alike(first, *others):
     return tuple(key)
 
 
+def host_values(x):
+    """As `backends.host_values`."""
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or not x.is_cpu or transforms():
+        return None
+    x = x.detach()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
 def exp(x):
     """exp of a fresh tensor of numbers that are at most small."""
     if torch.compiler.is_compiling() or not x.is_cpu:

@@ -1,12 +1,44 @@
 """A layer that starts from a state and returns one: what all layers of the package share."""
 
+import functools
+
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_flag, check_floating
+from keras_xlstm._checks import check_flag, check_floating, check_state_values, steps_mask
 
 
-class StateLayer(keras.layers.Layer):
+class Rematerialized:
+    """A layer whose `call` computes again in the backward pass where `remat` is True.
+
+    `keras.RematScope` sets it, too: its own way takes `training` for a tensor on JAX, cannot be
+    traced on TensorFlow and would draw dropouts a second time.
+    """
+
+    remat = False
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        if super().rematerialized_call(layer_call, *args, **kwargs) is layer_call:
+            return layer_call  # the scope leaves this layer out
+
+        @functools.wraps(layer_call)
+        def call(*args, **kwargs):
+            before, self.remat = self.remat, True
+            try:
+                return layer_call(*args, **kwargs)
+            finally:
+                self.remat = before
+
+        return call
+
+
+def plain():
+    """Layers made inside are computed once, under `keras.RematScope`, too: what they are parts of
+    is computed again as a whole."""
+    return keras.RematScope(mode=None)
+
+
+class StateLayer(Rematerialized, keras.layers.Layer):
     """Checks of inputs, masks and states.
 
     A subclass sets `state_names` and defines `_state_shapes(batch_size)`.
@@ -28,6 +60,12 @@ class StateLayer(keras.layers.Layer):
 
     def get_initial_state(self, batch_size):
         """A fresh state: zeros."""
+        if batch_size is None:
+            raise ValueError(
+                f"{type(self).__name__}.get_initial_state needs a batch size. Received: "
+                "batch_size=None. In a functional model leave `initial_state` out: the layer "
+                "starts empty by itself."
+            )
         return [ops.zeros(shape, self.state_dtype) for shape in self._state_shapes(batch_size)]
 
     def _known_features(self, shape):
@@ -63,13 +101,18 @@ class StateLayer(keras.layers.Layer):
             check_flag("return_state", return_state)
 
     def _check_mask(self, mask, sequences):
-        if not _fits(mask, sequences.shape[:2]):
+        if not _fits(steps_mask(mask), sequences.shape[:2]):
             raise ValueError(
                 "`mask` must have shape (batch, time), True for real steps. Received: mask "
                 f"{_described(mask)} for sequences of shape {tuple(sequences.shape)}."
             )
 
     def _check_state(self, state, sequences):
+        self._check_state_shapes(state, sequences)
+        values = dict(zip(self.state_names, state, strict=True))
+        check_state_values(f"`initial_state` of {type(self).__name__}", values)
+
+    def _check_state_shapes(self, state, sequences):
         names = ", ".join(self.state_names)
         if not isinstance(state, (list, tuple)) or len(state) != len(self.state_names):
             got = (

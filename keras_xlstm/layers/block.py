@@ -6,8 +6,14 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
-from keras_xlstm._checks import check_flag, freeze, load_variables, mask_and_segments
-from keras_xlstm.layers.base import StateLayer
+from keras_xlstm._checks import (
+    check_flag,
+    freeze,
+    load_variables,
+    mask_and_segments,
+    steps_mask,
+)
+from keras_xlstm.layers.base import StateLayer, plain
 from keras_xlstm.layers.parts import Gate, check_positive, check_rate, check_use_kernel
 
 
@@ -92,9 +98,20 @@ class Block(StateLayer):
 
     # ------------------------------------------------------------------ sub-layers
 
+    @classmethod
+    def from_config(cls, config):
+        if "go_backwards" in config:  # keras.layers.Bidirectional makes such a copy
+            raise ValueError(
+                f"{cls.__name__} reads sequences forwards alone, so keras.layers.Bidirectional "
+                "cannot make a backward copy of it. Use keras.layers.Bidirectional(mLSTM(...)) or "
+                "Bidirectional(sLSTM(...)), or reverse the sequence around a second block."
+            )
+        return super().from_config(config)
+
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         self.dim = self._known_features(sequences_shape)
-        self._build(self.dim)
+        with plain():
+            self._build(self.dim)
         freeze(self)
 
     def _initializer(self, initializer, offset):
@@ -138,7 +155,7 @@ class Block(StateLayer):
         state = self._initial_state(initial_state)
         inputs = x = ops.cast(sequences, self.compute_dtype)
         if mask is not None:
-            mask = ops.cast(mask, "bool")
+            mask = steps_mask(ops.cast(mask, "bool"))
             # Whatever padding holds, NaN too, must not reach a weight's gradient.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
         if segment_ids is not None:
@@ -197,7 +214,7 @@ class Block(StateLayer):
         return (output, *(keras.KerasTensor(s, dtype=self.state_dtype) for s in shapes))
 
     def compute_mask(self, sequences, mask=None):
-        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        mask = steps_mask(mask[0] if isinstance(mask, (list, tuple)) else mask)
         return (mask, *[None] * len(self.state_names)) if self.return_state else mask
 
     # ------------------------------------------------------------------ files

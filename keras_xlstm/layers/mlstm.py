@@ -8,6 +8,7 @@ from keras import ops
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_flag, last_real_step
+from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.parts import (
     Gate,
     MultiHeadNorm,
@@ -15,6 +16,7 @@ from keras_xlstm.layers.parts import (
     check_cap,
     check_heads,
     check_positive,
+    forget_bias,
     soft_cap,
 )
 from keras_xlstm.layers.recurrent import Recurrent
@@ -64,6 +66,7 @@ class mLSTM(Recurrent):
             output before them is repeated.
         use_kernel: `"auto"`: a fused kernel where one fits; True: a kernel or an error; False:
             never. Results agree; `keras_xlstm.backends.available()` says what there is.
+        remat: in training, compute the layer again in the backward pass and store its input alone.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -121,8 +124,12 @@ class mLSTM(Recurrent):
         stateful: bool = False,
         zero_output_for_mask: bool = False,
         use_kernel: bool | str = "auto",
+        remat: bool = False,
         **kwargs: Any,
     ) -> None:
+        forget_gate_bias_initializer = forget_bias(
+            forget_gate_bias_initializer, kwargs, default="linspace"
+        )
         super().__init__(
             units=units,
             num_heads=num_heads,
@@ -134,6 +141,7 @@ class mLSTM(Recurrent):
             stateful=stateful,
             zero_output_for_mask=zero_output_for_mask,
             use_kernel=use_kernel,
+            remat=remat,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
@@ -165,19 +173,24 @@ class mLSTM(Recurrent):
 
         self._K = key_dim or units // num_heads
         self._V = value_dim or units // num_heads
+        with plain():
+            self._make_layers()
+
+    def _make_layers(self):
+        num_heads = self.num_heads
         width = num_heads * self._V
         self.query = self._dense(num_heads * self._K, "query", 0)
         self.key = self._dense(num_heads * self._K, "key", 1)
         self.value = self._dense(width, "value", 2)
         self.input_gate = self._gate("input_gate", self.input_gate_bias_initializer)
         self.forget_gate = self._gate("forget_gate", self.forget_gate_bias_initializer)
-        self.output_gate = self._dense(width, "output_gate", 3) if use_output_gate else None
+        self.output_gate = self._dense(width, "output_gate", 3) if self.use_output_gate else None
         self.output_projection = (
-            None if value_dim is None else self._dense(units, "output_projection", 4)
+            None if self.value_dim is None else self._dense(self.units, "output_projection", 4)
         )
         self.head_norm = (
             MultiHeadNorm(num_heads, dtype=self.dtype_policy, name="head_norm")
-            if use_head_norm
+            if self.use_head_norm
             else None
         )
 
@@ -220,7 +233,7 @@ class mLSTM(Recurrent):
             if layer is not None:
                 layer.build((None, None, width))
 
-    def _run(self, sequences, state, mask, training):
+    def _run(self, sequences, state, mask, scale):
         batch, time = ops.shape(sequences)[:2]
 
         def heads(x, size):

@@ -13,6 +13,7 @@ from keras_xlstm.layers.parts import (
     both_gates,
     check_cap,
     check_positive,
+    forget_bias,
     rounded_up,
     soft_cap,
 )
@@ -95,6 +96,9 @@ class mLSTMBlock(Block):
         use_kernel="auto",
         **kwargs,
     ):
+        forget_gate_bias_initializer = forget_bias(
+            forget_gate_bias_initializer, kwargs, default="linspace"
+        )
         super().__init__(
             num_heads, dropout, epsilon, kernel_initializer, output_initializer, block_index,
             num_blocks, seed, return_state, remat, use_kernel, **kwargs,

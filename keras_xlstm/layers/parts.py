@@ -16,6 +16,19 @@ def check_positive(name, value):
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
 
 
+def forget_bias(initializer, kwargs, default):
+    """`forget_gate_bias_initializer`, which older files and code name `forget_bias_initializer`."""
+    if "forget_bias_initializer" not in kwargs:
+        return initializer
+    if initializer != default:
+        raise ValueError(
+            "`forget_bias_initializer` is an older name of `forget_gate_bias_initializer`. "
+            f"Received: both, {kwargs['forget_bias_initializer']!r} and {initializer!r}. Give the "
+            "newer alone."
+        )
+    return kwargs.pop("forget_bias_initializer")
+
+
 def check_cap(name, cap):
     number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
     if cap is not None and not (number and 0 < cap < math.inf):

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_flag, freeze, load_variables
+from keras_xlstm._checks import check_flag, freeze, load_variables, steps_mask
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
@@ -12,8 +12,8 @@ class Recurrent(StateLayer):
     """A layer over time with a carried state; subclasses bring the weights and the recurrence.
 
     A subclass sets `state_names`, and defines `_state_shapes(batch_size)`, `_build(dim)` and
-    `_run(sequences, state, mask, training)`, which returns outputs (B, T, units) that repeat the
-    last real one at masked steps, and the new state.
+    `_run(sequences, state, mask, scale)`, which returns outputs (B, T, units) that repeat the last
+    real one at masked steps, and the new state; `scale` is what `_recurrent_scale` drew.
 
     `keras.layers.RNN` cannot be the base: it has no place for a matrix state, casts states to the
     compute dtype and hides stateful variables from JAX.
@@ -31,6 +31,7 @@ class Recurrent(StateLayer):
         stateful,
         zero_output_for_mask,
         use_kernel,
+        remat,
         activity_regularizer=None,
         **kwargs,
     ):
@@ -50,6 +51,7 @@ class Recurrent(StateLayer):
         self.stateful = check_flag("stateful", stateful)
         self.zero_output_for_mask = check_flag("zero_output_for_mask", zero_output_for_mask)
         self.use_kernel = check_use_kernel(use_kernel)
+        self.remat = check_flag("remat", remat)
         self.states = None
 
     # ------------------------------------------------------------------ shapes and states
@@ -122,7 +124,7 @@ class Recurrent(StateLayer):
 
     def compute_mask(self, sequences, mask=None):
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
-        mask = mask if self.return_sequences else None
+        mask = steps_mask(mask) if self.return_sequences else None
         return (mask, *[None] * len(self.state_names)) if self.return_state else mask
 
     # ------------------------------------------------------------------ the call
@@ -147,7 +149,7 @@ class Recurrent(StateLayer):
             state = self._initial_state(initial_state)
         x = ops.cast(sequences, self.compute_dtype)
         if mask is not None:
-            mask = ops.cast(mask, "bool")
+            mask = steps_mask(ops.cast(mask, "bool"))
             # Whatever padding holds, NaN too, must not reach a weight's gradient.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
         if self.go_backwards:
@@ -157,7 +159,14 @@ class Recurrent(StateLayer):
             # One draw for all steps of a sequence, as in keras.layers.LSTM.
             shape = (ops.shape(x)[0], 1, x.shape[-1])
             x = x * self._drawn(shape, self.dropout, x.dtype)
-        outputs, state = self._run(x, state, mask, training)
+        scale = self._recurrent_scale(x) if training else None
+
+        def run(x, *state):
+            y, state = self._run(x, list(state) or None, mask, scale)
+            return (y, *state)
+
+        run = keras.remat(run) if self.remat and training else run
+        outputs, *state = run(x, *(state or ()))
         if self.stateful:
             for variable, value in zip(self.states, state, strict=True):
                 variable.assign(value)
@@ -167,6 +176,10 @@ class Recurrent(StateLayer):
             outputs = ops.where(mask[:, :, None], outputs, ops.zeros_like(outputs))
         return_state = self.return_state if return_state is None else return_state
         return (outputs, *state) if return_state else outputs
+
+    def _recurrent_scale(self, sequences):
+        """Recurrent dropout's draw, made where nothing is computed a second time, or None."""
+        return None
 
     # ------------------------------------------------------------------ files
 
@@ -189,5 +202,6 @@ class Recurrent(StateLayer):
             "stateful": self.stateful,
             "zero_output_for_mask": self.zero_output_for_mask,
             "use_kernel": self.use_kernel,
+            "remat": self.remat,
             "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer),
         }

@@ -5,9 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_xlstm.layers.parts import check_rate
+from keras_xlstm.layers.base import plain
+from keras_xlstm.layers.parts import check_rate, forget_bias
 from keras_xlstm.layers.recurrent import Recurrent
-from keras_xlstm.layers.slstm_cell import sLSTMCell
+from keras_xlstm.layers.slstm_cell import contradictions_as_nan, sLSTMCell
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -29,8 +30,9 @@ class sLSTM(Recurrent):
         recurrent_initializer: of the recurrent kernel, drawn per head as (units, 4 * units) of a
             head. The paper starts from zeros.
         bias_initializer: of the biases of i, z and o.
-        forget_bias_initializer: of the forget gate's, (num_heads, units of a head): `"power_law"`
-            as in the paper, or any other.
+        forget_gate_bias_initializer: of the forget gate's, (num_heads, units of a head):
+            `"power_law"` as in the paper, or any other. `forget_bias_initializer` is its older
+            name.
         kernel_regularizer, recurrent_regularizer, bias_regularizer: regularisers.
         kernel_constraint, recurrent_constraint, bias_constraint: constraints.
         activity_regularizer: of the outputs.
@@ -47,6 +49,7 @@ class sLSTM(Recurrent):
             output before them is repeated.
         use_kernel: `"auto"`: a fused kernel where one fits; True: a kernel or an error; False:
             never. Results agree; `keras_xlstm.backends.available()` says what there is.
+        remat: in training, compute the layer again in the backward pass and store its input alone.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -84,7 +87,7 @@ class sLSTM(Recurrent):
         kernel_initializer: Any = "glorot_uniform",
         recurrent_initializer: Any = "zeros",
         bias_initializer: Any = "zeros",
-        forget_bias_initializer: Any = "power_law",
+        forget_gate_bias_initializer: Any = "power_law",
         kernel_regularizer: Any = None,
         recurrent_regularizer: Any = None,
         bias_regularizer: Any = None,
@@ -102,8 +105,12 @@ class sLSTM(Recurrent):
         stateful: bool = False,
         zero_output_for_mask: bool = False,
         use_kernel: bool | str = "auto",
+        remat: bool = False,
         **kwargs: Any,
     ) -> None:
+        forget_gate_bias_initializer = forget_bias(
+            forget_gate_bias_initializer, kwargs, default="power_law"
+        )
         super().__init__(
             units=units,
             num_heads=num_heads,
@@ -115,42 +122,50 @@ class sLSTM(Recurrent):
             stateful=stateful,
             zero_output_for_mask=zero_output_for_mask,
             use_kernel=use_kernel,
+            remat=remat,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
         self.recurrent_dropout = check_rate("recurrent_dropout", recurrent_dropout)
-        self.cell = sLSTMCell(
-            units,
-            num_heads,
-            forget_activation=forget_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            forget_bias_initializer=forget_bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            recurrent_gradient_clip=recurrent_gradient_clip,
-            dtype=self.dtype_policy,
-            name="cell",
-        )
+        with plain():
+            self.cell = sLSTMCell(
+                units,
+                num_heads,
+                forget_activation=forget_activation,
+                use_bias=use_bias,
+                kernel_initializer=kernel_initializer,
+                recurrent_initializer=recurrent_initializer,
+                bias_initializer=bias_initializer,
+                forget_gate_bias_initializer=forget_gate_bias_initializer,
+                kernel_regularizer=kernel_regularizer,
+                recurrent_regularizer=recurrent_regularizer,
+                bias_regularizer=bias_regularizer,
+                kernel_constraint=kernel_constraint,
+                recurrent_constraint=recurrent_constraint,
+                bias_constraint=bias_constraint,
+                recurrent_gradient_clip=recurrent_gradient_clip,
+                dtype=self.dtype_policy,
+                name="cell",
+            )
 
     def _state_shapes(self, batch_size):
         return [(batch_size, self.units)] * 4
 
+    def _initial_state(self, state):
+        state = super()._initial_state(state)
+        return None if state is None else contradictions_as_nan(*state)
+
     def _build(self, dim):
         self.cell.build((None, dim))
 
-    def _run(self, sequences, state, mask, training):
-        scale = None
-        if training and self.recurrent_dropout:
-            heads = (self.num_heads, self.units // self.num_heads)
-            shape = (ops.shape(sequences)[0], *heads)
-            scale = self._drawn(shape, self.recurrent_dropout, self.state_dtype)
+    def _recurrent_scale(self, sequences):
+        if not self.recurrent_dropout:
+            return None
+        heads = (self.num_heads, self.units // self.num_heads)
+        shape = (ops.shape(sequences)[0], *heads)
+        return self._drawn(shape, self.recurrent_dropout, self.state_dtype)
+
+    def _run(self, sequences, state, mask, scale):
         return self.cell.run(self.cell.gates(sequences), state, mask, scale, self.use_kernel)
 
     def get_config(self):

@@ -8,7 +8,7 @@ from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_clip
 from keras_xlstm.layers.block import Block, block_diagonal, layer_norm
 from keras_xlstm.layers.convolution import CausalConv1D
-from keras_xlstm.layers.parts import GatedFeedForward, MultiHeadNorm, rounded_up
+from keras_xlstm.layers.parts import GatedFeedForward, MultiHeadNorm, forget_bias, rounded_up
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -83,6 +83,9 @@ class sLSTMBlock(Block):
         use_kernel="auto",
         **kwargs,
     ):
+        forget_gate_bias_initializer = forget_bias(
+            forget_gate_bias_initializer, kwargs, default="power_law"
+        )
         super().__init__(
             num_heads, dropout, epsilon, kernel_initializer, output_initializer, block_index,
             num_blocks, seed, return_state, remat, use_kernel, **kwargs,

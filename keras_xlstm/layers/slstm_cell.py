@@ -7,14 +7,54 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_clip, check_flag, check_floating, freeze, load_variables
-from keras_xlstm.layers.parts import check_heads
+from keras_xlstm._checks import (
+    check_clip,
+    check_flag,
+    check_floating,
+    check_state_values,
+    freeze,
+    load_variables,
+)
+from keras_xlstm.layers.base import Rematerialized, plain
+from keras_xlstm.layers.parts import check_heads, forget_bias
 
 _FORGET = ("sigmoid", "exponential")
 
 
+def state_from_lstm(h: Any, c: Any) -> list[Any]:
+    """The state of an `sLSTM` or `sLSTMCell` that remembers what an LSTM's h and c hold.
+
+    The sLSTM's memory is c / n, and n = 0 says that nothing is remembered: beside h and c it needs
+    n = 1 and m = 0. Use it where the two states of a `keras.layers.LSTM`, or of Dense layers that
+    make them, start an sLSTM.
+
+    Args:
+        h: hidden state, (batch, units), floating point; symbolic in a functional model.
+        c: memory, (batch, units).
+
+    Returns:
+        `[h, c, n, m]`, each (batch, units), for `initial_state`.
+
+    Example:
+
+    >>> h, c = np.zeros((2, 4), "float32"), np.ones((2, 4), "float32")
+    >>> state = keras_xlstm.layers.state_from_lstm(h, c)
+    >>> keras_xlstm.layers.sLSTM(4)(np.ones((2, 5, 3)), initial_state=state).shape
+    (2, 4)
+    """
+    return [h, c, ops.ones_like(c), ops.zeros_like(c)]
+
+
+def contradictions_as_nan(h, c, n, m):
+    """A state whose values are not at hand to be refused, in a compiled step: c is NaN where n says
+    that there is none, so that it shows in the loss."""
+    if backends.host_values(n) is None:
+        c = ops.where((n < 0) | ((n == 0) & (c != 0)), float("nan"), c)
+    return [h, c, n, m]
+
+
 @keras.saving.register_keras_serializable(package="keras_xlstm")
-class sLSTMCell(keras.layers.Layer):
+class sLSTMCell(Rematerialized, keras.layers.Layer):
     """One step of sLSTM, for `keras.layers.RNN` and `StackedRNNCells`.
 
     [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517), section 2.2. The
@@ -30,8 +70,9 @@ class sLSTMCell(keras.layers.Layer):
         recurrent_initializer: of the recurrent kernel, drawn per head as (units, 4 * units) of a
             head. The paper starts from zeros.
         bias_initializer: of the biases of i, z and o.
-        forget_bias_initializer: of the forget gate's, (num_heads, units of a head): `"power_law"`
-            as in the paper, or any other.
+        forget_gate_bias_initializer: of the forget gate's, (num_heads, units of a head):
+            `"power_law"` as in the paper, or any other. `forget_bias_initializer` is its older
+            name.
         kernel_regularizer, recurrent_regularizer, bias_regularizer: regularisers.
         kernel_constraint, recurrent_constraint, bias_constraint: constraints.
         recurrent_gradient_clip: bounds the gradient that flows from a step's gates to the h before
@@ -64,7 +105,7 @@ class sLSTMCell(keras.layers.Layer):
         kernel_initializer: Any = "glorot_uniform",
         recurrent_initializer: Any = "zeros",
         bias_initializer: Any = "zeros",
-        forget_bias_initializer: Any = "power_law",
+        forget_gate_bias_initializer: Any = "power_law",
         kernel_regularizer: Any = None,
         recurrent_regularizer: Any = None,
         bias_regularizer: Any = None,
@@ -74,6 +115,9 @@ class sLSTMCell(keras.layers.Layer):
         recurrent_gradient_clip: float | None = None,
         **kwargs: Any,
     ) -> None:
+        forget_gate_bias_initializer = forget_bias(
+            forget_gate_bias_initializer, kwargs, default="power_law"
+        )
         check_heads(units, num_heads)
         if forget_activation not in _FORGET:
             raise ValueError(
@@ -96,7 +140,7 @@ class sLSTMCell(keras.layers.Layer):
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.recurrent_initializer = initializers.get(recurrent_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
-        self.forget_bias_initializer = initializers.get(forget_bias_initializer)
+        self.forget_gate_bias_initializer = initializers.get(forget_gate_bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.recurrent_regularizer = keras.regularizers.get(recurrent_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
@@ -106,15 +150,16 @@ class sLSTMCell(keras.layers.Layer):
         self.recurrent_gradient_clip = recurrent_gradient_clip
         self.state_size = [units] * 4
         self.output_size = units
-        self.gates = keras.layers.Dense(
-            4 * units,
-            use_bias=False,
-            kernel_initializer=self.kernel_initializer,
-            kernel_regularizer=self.kernel_regularizer,
-            kernel_constraint=self.kernel_constraint,
-            dtype=self.dtype_policy,
-            name="gates",
-        )
+        with plain():
+            self.gates = keras.layers.Dense(
+                4 * units,
+                use_bias=False,
+                kernel_initializer=self.kernel_initializer,
+                kernel_regularizer=self.kernel_regularizer,
+                kernel_constraint=self.kernel_constraint,
+                dtype=self.dtype_policy,
+                name="gates",
+            )
 
     def build(self, input_shape):
         self.gates.build(input_shape)
@@ -148,7 +193,8 @@ class sLSTMCell(keras.layers.Layer):
         return ops.reshape(ops.stack(heads), shape)
 
     def _draw_bias(self, shape, dtype=None):
-        draws = [self.bias_initializer, self.forget_bias_initializer, *[self.bias_initializer] * 2]
+        draws = [self.bias_initializer] * 4
+        draws[1] = self.forget_gate_bias_initializer
         draws = [initializers.reseeded(draw, gate) for gate, draw in enumerate(draws)]
         return ops.stack([draw(shape[1:], dtype=dtype) for draw in draws])
 
@@ -176,11 +222,28 @@ class sLSTMCell(keras.layers.Layer):
         return h, [ops.reshape(s, (batch, self.units)) for s in state]
 
     def call(self, inputs, states, training=False):
+        check_state_values("The state of sLSTMCell", dict(zip("hcnm", states, strict=True)))
         # Rows, not sequences of one: XLA cannot compile the gradient of that Dense in a loop.
         x = self.gates(ops.cast(inputs, self.compute_dtype))[:, None]
-        h, new = self.run(x, states, use_kernel=False)  # one step is no work for a kernel
+
+        def run(x, *state):
+            h, new = self.run(x, state, use_kernel=False)  # one step is no work for a kernel
+            return (h, *new)
+
+        if self.remat and training:
+            run = self._recomputed(run)
+        h, *new = run(x, *contradictions_as_nan(*states))
         # keras.layers.RNN scans with the dtype that it gave.
         return h[:, 0], [ops.cast(s, old.dtype) for s, old in zip(new, states, strict=True)]
+
+    def _recomputed(self, run):
+        if keras.backend.backend() == "tensorflow":
+            raise ValueError(
+                "TensorFlow cannot compute a step of its loops again in the backward pass. "
+                "Received: keras.RematScope around sLSTMCell. Use the layer sLSTM(remat=True), or "
+                "make the cell outside the scope."
+            )
+        return keras.remat(run)
 
     def save_own_variables(self, store):
         for variable in self._own():
@@ -207,7 +270,7 @@ class sLSTMCell(keras.layers.Layer):
             "use_bias": self.use_bias,
             "recurrent_gradient_clip": self.recurrent_gradient_clip,
         }
-        for name in ("kernel", "recurrent", "bias", "forget_bias"):
+        for name in ("kernel", "recurrent", "bias", "forget_gate_bias"):
             initializer = getattr(self, f"{name}_initializer")
             config[f"{name}_initializer"] = initializers.serialize(initializer)
         for name in ("kernel", "recurrent", "bias"):

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from collections import OrderedDict
 
 import keras
 import numpy as np
@@ -10,6 +9,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm._checks import check_flag
+from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
 from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
@@ -17,14 +17,29 @@ from keras_xlstm.models.stack import StackModel
 
 
 def _checked(method):
-    """A method of `keras.Model` that checks token ids in NumPy arrays first."""
+    """A method of `keras.Model` that checks token ids, and labels where it takes some, first."""
+    signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def checked(self, x=None, *args, **kwargs):
-        self._check_ids(x)
-        return method(self, x, *args, **kwargs)
+    def checked(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs).arguments
+        self._check_ids(given.get("x"))
+        self._check_labels(given.get("y"))
+        if isinstance(validation := given.get("validation_data"), (tuple, list)):
+            self._check_ids(validation[0])
+            self._check_labels(validation[1])
+        return method(self, *args, **kwargs)
 
     return checked
+
+
+def _without_padding(sample_weight, mask, loss):
+    """The weights of tokens by which Keras leaves masked ones out of a loss."""
+    weight = ops.cast(mask, loss.dtype)
+    if loss.reduction != "sum":  # the mean is over the real ones
+        count = ops.cast(ops.prod(ops.shape(weight)), loss.dtype)
+        weight = weight * (count / (ops.sum(weight) + keras.config.epsilon()))
+    return weight if sample_weight is None else weight * ops.cast(sample_weight, loss.dtype)
 
 
 class _Given(keras.losses.Loss):
@@ -92,11 +107,12 @@ class xLSTMLanguageModel(Generates, StackModel):
         embedding_dropout=0.0,
         tie_embeddings=False,
         logit_soft_cap=None,
+        output_mask=True,
     ):
         check_positive("vocabulary_size", vocabulary_size)
         settings = settings_of(
             units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
-            slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
+            slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype, output_mask,
         )  # fmt: skip
         settings = {
             "vocabulary_size": vocabulary_size,
@@ -105,37 +121,50 @@ class xLSTMLanguageModel(Generates, StackModel):
             "tie_embeddings": check_flag("tie_embeddings", tie_embeddings),
             "logit_soft_cap": check_cap("logit_soft_cap", logit_soft_cap),
         }
-        policy = settings["dtype"]
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        inputs = OrderedDict(token_ids=token_ids, **self.side_inputs())
-        embed = keras.layers.ReversibleEmbedding if tie_embeddings else keras.layers.Embedding
+        with plain():
+            embedding = self._embedding(settings)
+            x = embedding(token_ids)
+            if embedding_dropout:
+                x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
+        x = self.stacked(settings, x)
+        with plain():
+            x = self._head(settings, embedding, x)
+        super().__init__(inputs=token_ids, outputs=x, name=name)
+        self.settings = settings
+        self._outer_dim = vocabulary_size
+
+    @staticmethod
+    def _embedding(settings):
+        embed = keras.layers.Embedding
+        if settings["tie_embeddings"]:
+            embed = keras.layers.ReversibleEmbedding
         embedding = embed(
-            vocabulary_size,
-            units,
-            embeddings_initializer=initializers.SmallInit(units),
-            dtype=policy,
+            settings["vocabulary_size"],
+            settings["units"],
+            embeddings_initializer=initializers.SmallInit(settings["units"]),
+            dtype=settings["dtype"],
             name="embedding",
         )
         embedding.supports_masking = True  # it acts on every step by itself, in both directions
-        x = embedding(token_ids)
-        if embedding_dropout:
-            x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
-        x = self.stacked(settings, x, inputs["padding_mask"], inputs["segment_ids"])
-        if tie_embeddings:
+        return embedding
+
+    @staticmethod
+    def _head(settings, embedding, x):
+        """Symbolic logits of features."""
+        if settings["tie_embeddings"]:
             x = embedding(x, reverse=True)
         else:
             x = keras.layers.Dense(
-                vocabulary_size,
+                settings["vocabulary_size"],
                 use_bias=False,
-                kernel_initializer=initializers.SmallInit(units),
-                dtype=policy,
+                kernel_initializer=initializers.SmallInit(settings["units"]),
+                dtype=settings["dtype"],
                 name="head",
             )(x)
-        if logit_soft_cap is not None:
-            x = SoftCap(logit_soft_cap, dtype=policy, name="soft_cap")(x)
-        super().__init__(inputs=inputs, outputs=x, name=name)
-        self.settings = settings
-        self._outer_dim = vocabulary_size
+        if settings["logit_soft_cap"] is not None:
+            x = SoftCap(settings["logit_soft_cap"], dtype=settings["dtype"], name="soft_cap")(x)
+        return x
 
     # ------------------------------------------------------------------ loss
 
@@ -159,7 +188,11 @@ class xLSTMLanguageModel(Generates, StackModel):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """`keras.Model.compute_loss`."""
         backend = keras.backend.backend()
-        if backend != "tensorflow" and self._tokens_count_alike(y, y_pred, sample_weight):
+        mask = x.get("padding_mask") if isinstance(x, dict) else None
+        mask = mask if self.settings["output_mask"] else None
+        if backend != "tensorflow" and self._tokens_count_alike(y, y_pred, sample_weight, mask):
+            if mask is not None:
+                sample_weight = _without_padding(sample_weight, mask, self.loss)
             if backend == "torch":
                 # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
                 # across the vocabulary at strides, and was a third of the time of a training step.
@@ -171,12 +204,12 @@ class xLSTMLanguageModel(Generates, StackModel):
                 return self._given_loss(y, y_pred, sample_weight)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
-    def _tokens_count_alike(self, y, y_pred, sample_weight):
+    def _tokens_count_alike(self, y, y_pred, sample_weight, mask):
         """Whether the loss is a mean over tokens that may stand in any order."""
         return (
             type(self.loss) is keras.losses.SparseCategoricalCrossentropy
             and self.loss.reduction in ("sum", "sum_over_batch_size", "mean")
-            and getattr(y_pred, "_keras_mask", None) is None
+            and (mask is None or self.loss.ignore_class is None)  # Keras joins the two masks
             and len(y_pred.shape) == 3
             and len(y.shape) == 2
             and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
@@ -206,6 +239,26 @@ class xLSTMLanguageModel(Generates, StackModel):
                 f"vocabulary. Received: ids from {lowest} to {highest}."
             )
 
+    def _check_labels(self, y):
+        """Of labels that the loss looks up among the vocabulary's: one beyond it would count as a
+        loss of 0 on JAX, and as anything elsewhere."""
+        losses = (keras.losses.SparseCategoricalCrossentropy, "sparse_categorical_crossentropy")
+        loss = getattr(self, "loss", None)
+        if not (isinstance(loss, losses[0]) or loss == losses[1]):
+            return
+        y = backends.host_values(y) if hasattr(y, "dtype") else None
+        if y is None or not y.size or y.dtype.kind not in "iuf":
+            return
+        allowed = y != getattr(loss, "ignore_class", None)
+        y = y[allowed] if allowed is not True else y
+        if y.size and (y.min() < 0 or y.max() >= self.settings["vocabulary_size"]):
+            raise ValueError(
+                f"Labels must be token ids from 0 to {self.settings['vocabulary_size'] - 1}, the "
+                f"model's vocabulary. Received: labels from {y.min()} to {y.max()}. For labels "
+                "that are to be left out, such as -100, compile with keras.losses."
+                "SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100)."
+            )
+
     def __call__(self, inputs, *args, **kwargs):
         self._check_ids(inputs)
         return super().__call__(inputs, *args, **kwargs)
@@ -223,7 +276,7 @@ class xLSTMLanguageModel(Generates, StackModel):
 
         Args:
             token_ids: (batch, time).
-            state: as `get_initial_state(batch)` or an earlier call gives it.
+            state: as `get_initial_state(batch)` or an earlier call gives it; None starts empty.
             padding_mask, segment_ids: as in the inputs, or None.
 
         Returns:

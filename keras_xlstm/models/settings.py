@@ -41,7 +41,7 @@ def slstm_positions(num_blocks, pattern, slstm_at):
 
 def settings_of(
     units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options, slstm_options,
-    dropout, final_norm, seed, remat, use_kernel, dtype,
+    dropout, final_norm, seed, remat, use_kernel, dtype, output_mask,
 ):  # fmt: skip
     """The arguments of a stack, checked, with the positions of its sLSTM blocks worked out."""
     check_positive("units", units)
@@ -75,6 +75,7 @@ def settings_of(
         "seed": seed,
         "remat": check_flag("remat", remat),
         "use_kernel": use_kernel,
+        "output_mask": check_flag("output_mask", output_mask),
         "dtype": keras.dtype_policies.get(dtype or keras.config.dtype_policy()),
     }
 
@@ -92,4 +93,6 @@ ARGUMENTS = """num_blocks: residual blocks.
         remat: in training, compute each block again in the backward pass and store its input alone.
         use_kernel: as in `mLSTM`.
         dtype: policy of all layers; None takes Keras's own.
-        name: of the model."""
+        name: of the model.
+        output_mask: whether the output carries the padding mask on, as Keras's layers do: losses,
+            metrics and pooling behind the model leave padded steps out. False: they count."""

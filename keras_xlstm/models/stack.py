@@ -1,30 +1,52 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
+import contextvars
 from collections import OrderedDict
 
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_segments
+from keras_xlstm._checks import check_segments, steps_mask
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
+from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.parts import check_positive
 from keras_xlstm.models.compiling import CompilesBlocks
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 
+_SIDE = contextvars.ContextVar("keras_xlstm_side_inputs", default=(None, None))
+
+
+class _SideInputs(keras.Operation):
+    """For a block, the padding mask and the segment ids of the call that is running, or None.
+
+    Not `keras.Input(optional=True)`: models made of a part of the graph, and clones, would ask for
+    all inputs. The argument only gives it a place in the graph.
+    """
+
+    def rematerialized_call(self, call, *args, **kwargs):
+        return call  # under keras.RematScope there is nothing to compute again
+
+    def call(self, x):
+        return list(_SIDE.get())
+
+    def compute_output_spec(self, x):
+        return [keras.KerasTensor(x.shape[:2], dtype=dtype) for dtype in ("bool", "int32")]
+
 
 class StackModel(CompilesBlocks, keras.Model):
-    """A functional model of blocks with optional inputs for padding and packed documents.
+    """A functional model of blocks; a call may give padding and packed documents beside its input.
 
     A subclass sets `_main`, the name of its first input, and `_outer_dim`.
     """
 
+    supports_masking = True
     _optional = ("padding_mask", "segment_ids")
     quantization = None
 
     @staticmethod
-    def stacked(settings, x, padding_mask, segment_ids):
+    def stacked(settings, x):
         """The blocks on symbolic inputs."""
-        at = settings["slstm_at"]
+        at, side_inputs = settings["slstm_at"], _SideInputs(name="side_inputs")
         for index in range(settings["num_blocks"]):
             kind, options = mLSTMBlock, settings["mlstm_options"]
             if settings["architecture"] == "large":
@@ -43,31 +65,26 @@ class StackModel(CompilesBlocks, keras.Model):
                 **options,
             }
             block = kind(**arguments, name=f"block_{index}")
+            padding_mask, segment_ids = side_inputs(x)
             x = block(x, mask=padding_mask, segment_ids=segment_ids)
         if not settings["final_norm"]:
             return x
         options = {"epsilon": block.epsilon, "dtype": settings["dtype"], "name": "norm"}
-        if settings["architecture"] == "large":
-            norm = keras.layers.RMSNormalization(**options)
-            norm.supports_masking = True  # it acts on every step by itself
-        else:
-            norm = keras.layers.LayerNormalization(center=False, **options)
+        with plain():
+            if settings["architecture"] == "large":
+                norm = keras.layers.RMSNormalization(**options)
+                norm.supports_masking = True  # it acts on every step by itself
+            else:
+                norm = keras.layers.LayerNormalization(center=False, **options)
         return norm(x)
-
-    @staticmethod
-    def side_inputs():
-        return {
-            "padding_mask": keras.Input((None,), dtype="bool", name="padding_mask", optional=True),
-            "segment_ids": keras.Input((None,), dtype="int32", name="segment_ids", optional=True),
-        }
 
     # ------------------------------------------------------------------ calling
 
     def _named(self, inputs):
         """One tensor, or a dict that leaves inputs out, as the dict of all inputs.
 
-        Ordered, here and in the constructors: Keras sorts the names of a plain dict, and
-        `plot_model` would then draw the sequences into the first of them, the padding mask.
+        Ordered: Keras sorts the names of a plain dict, and would compare the padding mask with the
+        model's input.
         """
         if not isinstance(inputs, dict):
             inputs = {self._main: inputs}
@@ -80,18 +97,35 @@ class StackModel(CompilesBlocks, keras.Model):
             )
         return OrderedDict((name, inputs.get(name)) for name in (self._main, *self._optional))
 
+    # Of one tensor, which `call` takes out of the dict that Keras would compare it with.
+    input_spec = None
+
+    def rematerialized_call(self, call, *args, **kwargs):
+        return call  # under keras.RematScope each block computes itself again
+
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(self._named(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
         inputs = self._named(inputs)
-        mask = None if mask is None else self._named(mask)
-        if inputs["segment_ids"] is not None:
-            check_segments(inputs["segment_ids"])  # Keras would round them
-        return super().call(inputs, training=training, mask=mask)
+        mask = None if mask is None else self._named(mask)[self._main]
+        side = [inputs[name] for name in self._optional]
+        if side[1] is not None:
+            check_segments(side[1])  # Keras would round them
+        token = _SIDE.set(side)
+        try:
+            outputs = super().call(inputs[self._main], training=training, mask=mask)
+        finally:
+            _SIDE.reset(token)
+        # The last layer's outputs carry the mask: a copy does not.
+        return outputs if self.settings["output_mask"] else ops.copy(outputs)
 
     def compute_mask(self, inputs, mask=None):
-        return mask.get(self._main) if isinstance(mask, dict) else mask
+        if not self.settings["output_mask"]:
+            return None
+        padding_mask = inputs.get("padding_mask") if isinstance(inputs, dict) else None
+        mask = mask.get(self._main) if isinstance(mask, dict) else mask
+        return steps_mask(mask if padding_mask is None else padding_mask)
 
     def compute_output_shape(self, input_shape):
         shape = input_shape[self._main] if isinstance(input_shape, dict) else input_shape
@@ -113,8 +147,8 @@ class StackModel(CompilesBlocks, keras.Model):
         return [block.get_initial_state(batch_size) for block in self.blocks]
 
     def _run_blocks(self, x, state, padding_mask=None, segment_ids=None, training=False):
-        new = []
-        for block, before in zip(self.blocks, state, strict=True):
+        new, blocks = [], self.blocks
+        for block, before in zip(blocks, state or [None] * len(blocks), strict=True):
             x, *after = block(
                 x, initial_state=before, mask=padding_mask, segment_ids=segment_ids,
                 training=training, return_state=True,
@@ -123,6 +157,14 @@ class StackModel(CompilesBlocks, keras.Model):
         return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new
 
     # ------------------------------------------------------------------ adapting
+
+    def with_graph(self, inputs, outputs):
+        """A model of this class and these settings, of other layers: what a clone is."""
+        new = type(self).__new__(type(self))
+        super(StackModel, new).__init__(inputs=inputs, outputs=outputs, name=self.name)
+        new.settings, new._outer_dim = dict(self.settings), self._outer_dim
+        new.quantization = self.quantization
+        return new
 
     def enable_lora(self, rank, lora_alpha=None):
         """Freezes the model and adds trainable low-rank updates to the projections of all blocks.
@@ -222,16 +264,14 @@ class xLSTMStack(StackModel):
         use_kernel="auto",
         dtype=None,
         name=None,
+        output_mask=True,
     ):
         settings = settings_of(
             units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
-            slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype,
+            slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype, output_mask,
         )  # fmt: skip
         sequences = keras.Input((None, units), name="sequences")
-        inputs = OrderedDict(sequences=sequences, **self.side_inputs())
-        x = self.stacked(settings, *inputs.values())
-        super().__init__(inputs=inputs, outputs=x, name=name)
-        self.supports_masking = True
+        super().__init__(inputs=sequences, outputs=self.stacked(settings, sequences), name=name)
         self.settings = settings
         self._outer_dim = units
 
@@ -250,7 +290,7 @@ class xLSTMStack(StackModel):
         if mask is None:
             return sequences
         self.blocks[0]._check_mask(mask, sequences)
-        mask = ops.cast(mask, "bool")
+        mask = steps_mask(ops.cast(mask, "bool"))
         return ops.where(mask[:, :, None], sequences, ops.zeros_like(sequences))
 
     def run(self, sequences, state, padding_mask=None, segment_ids=None):
@@ -258,7 +298,7 @@ class xLSTMStack(StackModel):
 
         Args:
             sequences: (batch, time, units).
-            state: as `get_initial_state(batch)` or an earlier call gives it.
+            state: as `get_initial_state(batch)` or an earlier call gives it; None starts empty.
             padding_mask, segment_ids: as in the inputs, or None.
         """
         sequences = self._without_padding(sequences, padding_mask)
