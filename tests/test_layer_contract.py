@@ -5,8 +5,10 @@ backend does by default, and compares dtypes under mixed precision (on torch wit
 """
 
 import keras
+import numpy as np
 import pytest
 from keras.src import testing
+from tools import array
 
 from keras_xlstm import layers
 
@@ -140,3 +142,24 @@ def test_one_cell():
     cell = layers.sLSTMCell(6, num_heads=2)
     revived = testing.TestCase().run_class_serialization_test(cell)
     assert revived.state_size == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("units", [[3], [3, 2]], ids=["a cell", "two cells"])
+def test_cells_carry_states_from_call_to_call(rng, units):
+    cells = [layers.sLSTMCell(n) for n in units]
+    cells = cells[0] if len(cells) == 1 else cells
+    x = 3 * rng.normal(size=(2, 6, 4)).astype("float32")
+    want = array(keras.layers.RNN(cells)(x))
+    stateful = keras.layers.RNN(cells, stateful=True)
+    for _ in range(2):
+        stateful(x[:, :2])
+        np.testing.assert_allclose(array(stateful(x[:, 2:])), want, atol=1e-6)
+        for variable in keras.tree.flatten(stateful.states):  # reset_state knows one cell alone
+            variable.assign(keras.ops.zeros(variable.shape))
+
+
+@pytest.mark.parametrize("states", [2, 5])
+def test_a_cell_says_how_many_states_it_has(states):
+    zeros = [np.zeros((2, 3), "float32")] * states
+    with pytest.raises(ValueError, match=f"4 tensors .h, c, n, m.*Received: {states} tensors"):
+        layers.sLSTMCell(3)(np.zeros((2, 4), "float32"), zeros)
