@@ -9,7 +9,8 @@ it the tests that Keras's own wheel carries are taken. Nothing of Keras is copie
 Every test runs in two ways, for sLSTM and for mLSTM:
 
 - swapped: the word alone is changed. Such a test also fails for numbers that LSTM computed, for
-  arguments that LSTM alone has and for its two states: that is the substitution, not a fault.
+  arguments that LSTM alone has and for its two states: that is the substitution, not a fault, and
+  says nothing of what ours would have given there.
 - adapted: arguments are said in our words, and of numbers the pattern is compared: places where
   LSTM's outputs are equal (a state carried on, a step repeated under a mask, unrolled or not) must
   be equal in ours, and zeros must be zeros.
