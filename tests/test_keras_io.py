@@ -275,7 +275,9 @@ def test_callback_of_the_docs_resets_states(layer, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     callback = run_blocks(HERE.parent / "docs" / "states.md")["ResetStates"]()
     inputs = keras.Input(batch_shape=(BATCH, 2, 3))
-    model = keras.Sequential([inputs, layer(8, stateful=True), keras.layers.Dense(1)])
+    keras.utils.set_random_seed(0)
+    memory = layer(8, stateful=True, forget_gate_bias_initializer=keras.initializers.Constant(5.0))
+    model = keras.Sequential([inputs, memory, keras.layers.Dense(1)])
     model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=BACKEND == "jax")
     x = draw(5 * BATCH, 2, 3)
     data = {"x": x, "y": x.sum((1, 2)), "batch_size": BATCH, "verbose": 0}
@@ -284,7 +286,7 @@ def test_callback_of_the_docs_resets_states(layer, monkeypatch, tmp_path):
     want = model.evaluate(**data, callbacks=[callback])
     np.testing.assert_allclose([*reset["loss"], *reset["val_loss"]], want, rtol=1e-5)
     carried = model.fit(**data, **options).history
-    assert abs(carried["val_loss"][0] / want - 1) > 1e-4
+    assert abs(carried["val_loss"][0] / want - 1) > 1e-3
 
 
 AFTER = {"translation": translate, "character_text": write_text, "captcha": read_letters}
