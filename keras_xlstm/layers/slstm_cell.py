@@ -231,6 +231,12 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         return h, [ops.reshape(s, (batch, self.units)) for s in state]
 
     def call(self, inputs, states, training=False):
+        if not isinstance(states, (list, tuple)) or len(states) != 4:
+            got = f"{len(states)} tensors" if isinstance(states, (list, tuple)) else type(states)
+            raise ValueError(
+                f"The states of sLSTMCell must be the 4 tensors (h, c, n, m). Received: {got}. For "
+                "the h and c of an LSTM use keras_xlstm.layers.state_from_lstm(h, c)."
+            )
         check_state_values("The state of sLSTMCell", dict(zip("hcnm", states, strict=True)))
         x = ops.cast(inputs, self.compute_dtype)
 
@@ -265,7 +271,8 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         return [v for v in (self.recurrent_kernel, self.bias) if v is not None]
 
     def get_initial_state(self, batch_size=None):
-        return [ops.zeros((batch_size, self.units), self.compute_dtype)] * 4
+        # Four tensors: of one, torch would make stateful variables that share their memory.
+        return [ops.zeros((batch_size, self.units), self.compute_dtype) for _ in range(4)]
 
     def get_config(self):
         return {**super().get_config(), **self.settings()}
