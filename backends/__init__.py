@@ -232,6 +232,23 @@ def mlstm(
     return ops.cast(h, dtype), state
 
 
+def reads_once(k, v, implementation):
+    """Whether the mLSTM's output after the last step alone had better be a sum over all steps: it
+    is where no kernel would run."""
+    if k.shape[1] == 1:
+        return False
+    return _choose("mlstm", implementation, q=k, v=v, chunk_size=None) in ("native", "xla")
+
+
+def mlstm_last(q, k, v, i, f, state, input_gate, eps):
+    """`native.mlstm_last` for tensors of any dtype."""
+    dtype = v.dtype
+    q, k, v, i, f = _working(v, q, k, v, i, f)
+    state = None if state is None else tuple(_working(v, *state))
+    h, state = native.mlstm_last(q, k, v, i, f, state, input_gate, eps)
+    return ops.cast(h, dtype), state
+
+
 def multiplies_inside(x, units, implementation):
     """Whether sLSTM's loop multiplies x (B, T, F) by an input kernel faster than a product before
     it: a matter of sizes, for the native form alone, in float32."""

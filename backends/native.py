@@ -298,7 +298,9 @@ def mlstm(
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
     if T == 1 or (dynamic and keras.backend.backend() == "jax"):
         return _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps)
-    chunk_size = chunk_size or 64
+    chunk_size = chunk_size or framework.chunk_size(
+        q.shape[-1], v.shape[-1], None if dynamic else T
+    )
     if dynamic:
         T = ops.shape(q)[1]
     else:  # the shortest chunks that need no more of them: less padding
@@ -318,6 +320,52 @@ def mlstm(
         chunkwise.forward, chunkwise.backward, tensors, eps=eps, chunk_size=chunk_size
     )
     return h[:, :T], tuple(state)
+
+
+def mlstm_last(q, k, v, i, f, state, input_gate, eps):
+    """mLSTM read once, after the last step: a sum over all steps, without a loop.
+
+    Args:
+        q: (B, H, K), of the read. The others as in `mlstm`; there are no segments.
+
+    Returns:
+        h (B, H, V) and the last (C, n, m).
+    """
+    i = ops.log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = ops.log_sigmoid(f)
+    log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
+    # Whole parts, whose sums are exact, and rests: as in chunkwise.py.
+    i_whole, f_whole = (framework.constant(ops.round(x)) for x in (i, log_f))
+    i_rest, f_rest = i - i_whole, log_f - f_whole
+    from_here, from_here_rest = _sums_to_the_end(f_whole), _sums_to_the_end(f_rest)  # (B, T, H)
+    log_w = (from_here - f_whole) + i_whole
+    log_w_rest = (from_here_rest - f_rest) + i_rest
+    m = framework.largest(log_w + log_w_rest, 1)
+    if state is not None:
+        C, n, m_in = state
+        m_in = carried(m_in, holds_something(C, n))
+        m_in_whole = framework.constant(ops.round(m_in))
+        m_in, m_in_rest = m_in_whole + from_here[:, 0], (m_in - m_in_whole) + from_here_rest[:, 0]
+        m = framework.maximum(m, m_in + m_in_rest)
+    m = framework.constant(m)
+    m_whole = ops.round(m)
+    m_rest = m - m_whole
+    w = ops.exp((log_w - m_whole[:, None]) + (log_w_rest - m_rest[:, None]))
+    k = k * w[..., None]
+    new_C = ops.einsum("bthk,bthv->bhkv", k, v)
+    new_n = ops.sum(k, axis=1)
+    if state is not None:
+        through = ops.exp((m_in - m_whole) + (m_in_rest - m_rest))
+        new_C, new_n = new_C + through[..., None, None] * C, new_n + through[..., None] * n
+    q = q * q.shape[-1] ** -0.5
+    r = ops.sum(q * new_n, axis=-1)
+    h = ops.squeeze(q[..., None, :] @ new_C, -2) / bound(r, m, eps)[..., None]
+    return h, (new_C, new_n, reported(m))
+
+
+def _sums_to_the_end(x):
+    """(B, T, H): sums of x from each step on."""
+    return ops.flip(ops.cumsum(ops.flip(x, axis=1), axis=1), axis=1)
 
 
 def _pad(x, length, fill):

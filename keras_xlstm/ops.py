@@ -141,13 +141,30 @@ def _checked(
     state = states_of(initial_state, shapes, sizes)
     mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
     if mask is not None:
-        # A shut input gate and an open forget gate leave the state exactly as it is; the zeros
-        # keep whatever stands in padding, NaN too, away from everything else.
-        real = mask[:, :, None]
-        i, f = (ops.cast(g, gate_dtype(g)) for g in (i, f))
-        i, f = ops.where(real, i, _SHUT), ops.where(real, f, _OPEN)
-        q, k, v = (ops.where(real[..., None], x, ops.zeros_like(x)) for x in (q, k, v))
+        i, f, (q, k, v) = _left_out(mask, i, f, (q, k, v))
     return q, k, v, i, f, state, segment_ids
+
+
+def _left_out(mask, i, f, tensors):
+    """Gates and tensors (B, T, H, ...) by which masked steps do nothing: a shut input gate and an
+    open forget gate leave the state exactly as it is, and zeros keep whatever stands in padding,
+    NaN too, away from everything else."""
+    real = mask[:, :, None]
+    i, f = (ops.cast(g, gate_dtype(g)) for g in (i, f))
+    i, f = ops.where(real, i, _SHUT), ops.where(real, f, _OPEN)
+    return i, f, [ops.where(real[..., None], x, ops.zeros_like(x)) for x in tensors]
+
+
+def mlstm_last(q, k, v, i, f, initial_state=None, mask=None, input_gate="exp", eps=1e-6):
+    """`(h, state)` of `mlstm` after the last real step alone, for q (B, H, K) of that step; from
+    layers, which have checked the rest, where `backends.reads_once` says so."""
+    state = None
+    if initial_state is not None:
+        shapes = {"C": ("B", "H", "K", "V"), "n": ("B", "H", "K"), "m": ("B", "H")}
+        state = states_of(initial_state, shapes, {})
+    if mask is not None:
+        i, f, (k, v) = _left_out(mask, i, f, (k, v))
+    return backends.mlstm_last(q, k, v, i, f, state, input_gate, eps)
 
 
 @backends.as_written

@@ -35,6 +35,13 @@ def apart(x):
     return x if machine.platform() == "cpu" else jax.lax.optimization_barrier(x)
 
 
+def turned(x):
+    """x with its last two axes swapped, to be multiplied by something on the right. XLA on CPUs has
+    no fast product of which the first operand is turned: it is turned before."""
+    x = jax.numpy.swapaxes(x, -1, -2)
+    return jax.lax.optimization_barrier(x) if machine.platform() == "cpu" else x
+
+
 def narrow_product(x, kernel):
     """x (B, T, D) of bfloat16 times kernel (D, 2, H) of float32, as exact as in float32; None where
     that is not worth it.
@@ -141,6 +148,18 @@ def host_values(x):
         return None
     at_hand = x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
     return np.asarray(x) if at_hand else None
+
+
+def chunk_size(key_dim, value_dim, time):
+    """How many steps the mLSTM computes at once. On CPUs as many as make the weights of a chunk's
+    pairs of steps no larger than a memory, so that both stay in the cache; a sequence of two such
+    chunks or less is one. (Measured: benchmarks/cpu.py.)"""
+    if machine.platform() != "cpu":
+        return 64
+    size = 8
+    while size < 64 and 4 * size * size <= key_dim * value_dim:
+        size *= 2
+    return time if isinstance(time, int) and time <= min(2 * size, 64) else size
 
 
 def multiplies_inside(batch, time, features, units):

@@ -32,6 +32,18 @@ def host_values(x):
     return x.numpy() if eager and "GPU" not in x.device else None
 
 
+def chunk_size(key_dim, value_dim, time):
+    """How many steps the mLSTM computes at once. On CPUs as many as make the weights of a chunk's
+    pairs of steps no larger than a memory, so that both stay in the cache; a sequence of two such
+    chunks or less is one. (Measured: benchmarks/cpu.py.)"""
+    if tf.config.list_physical_devices("GPU"):
+        return 64
+    size = 8
+    while size < 64 and 4 * size * size <= key_dim * value_dim:
+        size *= 2
+    return time if isinstance(time, int) and time <= min(2 * size, 64) else size
+
+
 def multiplies_inside(batch, time, features, units):
     """As on JAX, whose rule it is."""
     if tf.config.list_physical_devices("GPU") or time is None:

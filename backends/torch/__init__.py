@@ -46,6 +46,11 @@ def minimum(x, bound):
     return torch.clamp(x, max=bound)
 
 
+def chunk_size(key_dim, value_dim, time):
+    """How many steps the mLSTM computes at once: every chunk costs a dozen calls of PyTorch."""
+    return 64
+
+
 def multiplies_inside(batch, time, features, units):
     """Whether the sLSTM's loop had better multiply x by the input kernel step by step."""
     return False

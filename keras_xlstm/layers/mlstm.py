@@ -234,34 +234,42 @@ class mLSTM(Recurrent):
                 layer.build((None, None, width))
 
     def _run(self, sequences, state, mask, scale):
-        batch, time = ops.shape(sequences)[:2]
-
         def heads(x, size):
             # Does nothing but under float64, which Keras's Dense leaves on some backends.
             x = ops.cast(x, self.compute_dtype)
-            return ops.reshape(x, (batch, time, self.num_heads, size))
+            return ops.reshape(x, (*ops.shape(x)[:-1], self.num_heads, size))
 
+        k, v = heads(self.key(sequences), self._K), heads(self.value(sequences), self._V)
         gates = both_gates(sequences, self.input_gate, self.forget_gate)
+        arguments = (k, v, *(soft_cap(gate, self.gate_soft_cap) for gate in gates))
+        options = {
+            "initial_state": state, "mask": mask,
+            "input_gate": "exp" if self.input_gate_activation == "exponential" else "sigmoid",
+        }  # fmt: skip
+        implementation = backends.prefer(self.use_kernel)
+        if not self.return_sequences and backends.reads_once(k, v, implementation):
+            x, any_real = _last(sequences, mask)
+            h, state = xlstm_ops.mlstm_last(heads(self.query(x), self._K), *arguments, **options)
+            h = self._output(h, x)
+            return h if any_real is None else ops.where(any_real, h, 0), list(state)
         h, state = xlstm_ops.mlstm(
-            heads(self.query(sequences), self._K),
-            heads(self.key(sequences), self._K),
-            heads(self.value(sequences), self._V),
-            *(soft_cap(gate, self.gate_soft_cap) for gate in gates),
-            initial_state=state,
-            mask=mask,
-            return_state=True,
-            input_gate="exp" if self.input_gate_activation == "exponential" else "sigmoid",
-            implementation=backends.prefer(self.use_kernel),
-        )
-        h = ops.reshape(h, (batch, time, self.num_heads * self._V))
+            heads(self.query(sequences), self._K), *arguments, **options,
+            return_state=True, implementation=implementation,
+        )  # fmt: skip
+        h = self._output(h, sequences)
+        h = h if mask is None else _held(h, mask)
+        return h if self.return_sequences else h[:, -1], list(state)
+
+    def _output(self, h, x):
+        """What leaves the layer: h (..., H, V) normalised, and gated by the inputs x."""
+        h = ops.reshape(h, (*ops.shape(h)[:-2], self.num_heads * self._V))
         if self.head_norm is not None:
             h = self.head_norm(h)
         if self.output_gate is not None:
-            h = h * ops.sigmoid(self.output_gate(sequences))
+            h = h * ops.sigmoid(self.output_gate(x))
         if self.output_projection is not None:
             h = self.output_projection(h)
-        h = ops.cast(h, self.compute_dtype)
-        return h if mask is None else _held(h, mask), list(state)
+        return ops.cast(h, self.compute_dtype)
 
     def get_config(self):
         return {
@@ -284,6 +292,15 @@ class mLSTM(Recurrent):
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
         }
+
+
+def _last(sequences, mask):
+    """The newest real step (B, features) and, with a mask, whether there is one (B, 1)."""
+    if mask is None:
+        return sequences[:, -1], None
+    last = last_real_step(mask)[:, -1:, None]
+    x = ops.take_along_axis(sequences, ops.maximum(last, 0), axis=1)[:, 0]
+    return x, last[:, 0] >= 0
 
 
 def _held(outputs, mask):

@@ -13,7 +13,8 @@ class Recurrent(StateLayer):
 
     A subclass sets `state_names`, and defines `_state_shapes(batch_size)`, `_build(dim)` and
     `_run(sequences, state, mask, scale)`, which returns outputs (B, T, units) that repeat the last
-    real one at masked steps, and the new state; `scale` is what `_recurrent_scale` drew.
+    real one at masked steps, without `return_sequences` their last (B, units); and the new state.
+    `scale` is what `_recurrent_scale` drew.
 
     `keras.layers.RNN` cannot be the base: it has no place for a matrix state, casts states to the
     compute dtype and hides stateful variables from JAX.
@@ -170,9 +171,7 @@ class Recurrent(StateLayer):
         if self.stateful:
             for variable, value in zip(self.states, state, strict=True):
                 variable.assign(value)
-        if not self.return_sequences:
-            outputs = outputs[:, -1]
-        elif self.zero_output_for_mask and mask is not None:
+        if self.return_sequences and self.zero_output_for_mask and mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, ops.zeros_like(outputs))
         return_state = self.return_state if return_state is None else return_state
         return (outputs, *state) if return_state else outputs

@@ -166,7 +166,8 @@ class sLSTM(Recurrent):
         return self._drawn(shape, self.recurrent_dropout, self.state_dtype)
 
     def _run(self, sequences, state, mask, scale):
-        return self.cell.run(sequences, state, mask, scale, self.use_kernel)
+        h, state = self.cell.run(sequences, state, mask, scale, self.use_kernel)
+        return h if self.return_sequences else h[:, -1], state
 
     def get_config(self):
         config = {**super().get_config(), **self.cell.settings()}
