@@ -41,6 +41,14 @@ alike = getattr(framework, "alike", lambda *tensors: None)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 _active = f"{__name__}.{keras.backend.backend()}"
+# Refuses x (B, T, ...) where a model is exported to a file that could not hold a loop over it.
+_check_export = getattr(framework, "check_export", lambda x: None)
+# Whether no file could hold a sort along the second axis of x, which is exported.
+unsorted = getattr(framework, "unsorted", lambda x: False)
+# Of x (B, T, ...) the steps (B, S): (B, S, ...).
+steps_of = getattr(framework, "steps_of", native.steps_of)
+# Whether PyTorch traces for TorchScript, whose converters know fewer operators.
+scripting = getattr(framework, "scripting", lambda: False)
 # How `model.compile(jit_compile=True)` compiles a block of each kind in place of the whole step.
 regions = importlib.import_module(f"{_active}.regions") if framework.by_region else None
 # What records whole steps: on torch.
@@ -206,6 +214,7 @@ def mlstm(
     Returns:
         h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
+    _check_export(q)
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
         return _own[chosen]["mlstm"].mlstm(
@@ -231,6 +240,7 @@ def slstm(
     Returns:
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
+    _check_export(x)
     hold = None if mask is None else ops.logical_not(mask)
     reset = None if segment_ids is None else native.segment_starts(segment_ids)
     options = {

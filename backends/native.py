@@ -28,6 +28,18 @@ from keras_xlstm.backends.parts import (
     segment_starts,
 )
 
+# A size as a number where torch.jit.trace has a tensor of it.
+size = getattr(framework, "size", lambda number: number)
+
+log_sigmoid = getattr(framework, "log_sigmoid", ops.log_sigmoid)
+
+
+def steps_of(x, steps):
+    """Of x (B, T, ...) the steps (B, S): (B, S, ...)."""
+    steps = ops.reshape(steps, (*ops.shape(steps), *[1] * (len(x.shape) - 2)))
+    return ops.take_along_axis(x, steps, axis=1)
+
+
 # --------------------------------------------------------------------------------------- sLSTM
 
 
@@ -52,7 +64,7 @@ def slstm(
         h (B, T, H, D) and the last (h, c, n, m).
     """
     tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale)
-    if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
+    if size(x.shape[1]) == 1 and options["recurrent_gradient_clip"] is None:
         (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
     else:
         h, *state = differentiable(slstm_forward, slstm_backward, tensors, **options)
@@ -63,7 +75,7 @@ def _gates(g, forget_gate):
     """Pre-activations (..., 4, D) to i, log f, f's slope, z, o."""
     i, f, z, o = ops.unstack(g, 4, axis=-2)
     if forget_gate == "sigmoid":
-        return i, ops.log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), ops.sigmoid(o)
+        return i, log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), ops.sigmoid(o)
     return i, f, None, framework.tanh(z), ops.sigmoid(o)
 
 
@@ -86,7 +98,7 @@ def slstm_forward(
     m = carried(m, n != 0)
     initial = (h, c, n, m)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
-    alone = x.shape[0] == 1
+    alone = size(x.shape[0]) == 1
     plain = plain or alone
     scale = None if recurrent_scale is None else ops.transpose(recurrent_scale, (1, 0, 2))
 
@@ -213,10 +225,10 @@ def mlstm(
     Returns:
         h (B, T, H, V) and the last (C, n, m).
     """
-    T = q.shape[1]
+    T = size(q.shape[1])
     dynamic = T is None or not isinstance(T, int)
-    i = ops.log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = ops.log_sigmoid(f)
+    i = log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = log_sigmoid(f)
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
     if T == 1 or (dynamic and keras.backend.backend() == "jax"):
         return _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps)

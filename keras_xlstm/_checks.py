@@ -3,19 +3,27 @@
 import keras
 from keras import ops
 
+from keras_xlstm import backends
+
 
 def real_first(mask):
-    """Of a mask (B, T): its steps in order, the real ones first; how many of them come up to each
-    step. Both (B, T) int32."""
+    """Of a mask (B, T): its steps in order, the real ones first, those behind them in any; how many
+    real ones come up to each step. Both (B, T) int32."""
     step = ops.cumsum(ops.ones_like(mask, "int32"), axis=1) - 1
+    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    if backends.unsorted(mask):
+        # Before the real step that is the n-th come all steps at which no more than n are there.
+        earlier = count[:, :, None] <= step[:, None, :]
+        order = ops.sum(ops.cast(earlier, "int32"), axis=1)
+        return ops.minimum(order, step[:, -1:]), count
     order = ops.argsort(ops.where(mask, step, step + ops.shape(mask)[1]), axis=1)
-    return ops.cast(order, "int32"), ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    return ops.cast(order, "int32"), count
 
 
 def last_real_step(mask):
     """(B, T) bool to (B, T) int: the newest real step at or before each step, -1 where none is."""
     order, count = real_first(mask)
-    last = ops.take_along_axis(order, ops.maximum(count - 1, 0), axis=1)
+    last = backends.steps_of(order, ops.maximum(count - 1, 0))
     return ops.where(count > 0, last, -1)
 
 
@@ -171,6 +179,6 @@ def mask_and_segments(mask, segment_ids, sizes):
     if mask is not None:
         last = last_real_step(mask)
         last = ops.concatenate([last[:, :1] * 0 - 1, last[:, :-1]], axis=1)
-        before = ops.take_along_axis(segment_ids, ops.maximum(last, 0), axis=1)
+        before = backends.steps_of(segment_ids, ops.maximum(last, 0))
         before = ops.where(mask & (last >= 0), before, segment_ids)
     return mask, ops.cumsum(ops.cast(segment_ids != before, "int32"), axis=1)

@@ -25,6 +25,11 @@ by_region = False  # whole steps are compiled
 recorded = False
 
 
+def unsorted(x):
+    """Whether the length (the second axis of x) is a symbol, while a file is written."""
+    return not isinstance(x.shape[1], int)
+
+
 def apart(x):
     """x, computed by a kernel of its own on a GPU.
 

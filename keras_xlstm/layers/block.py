@@ -8,6 +8,7 @@ from keras import ops
 from keras_xlstm import initializers
 from keras_xlstm._checks import check_flag, freeze, load_variables, mask_and_segments
 from keras_xlstm.layers.base import StateLayer
+from keras_xlstm.layers.norms import LayerNorm
 from keras_xlstm.layers.parts import Gate, check_positive, check_rate, check_use_kernel
 
 
@@ -255,7 +256,7 @@ def block_diagonal(block, name, blocks, size, use_bias, offset):
 
 def layer_norm(block, name, dim):
     """A built layer norm, without a bias as in the published models."""
-    layer = keras.layers.LayerNormalization(
+    layer = LayerNorm(
         epsilon=block.epsilon, center=False, dtype=block.dtype_policy, name=name
     )
     layer.build((None, None, dim))

@@ -7,6 +7,7 @@ from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.block import Block, dense
+from keras_xlstm.layers.norms import RMSNorm
 from keras_xlstm.layers.parts import (
     GatedFeedForward,
     MultiHeadNorm,
@@ -151,7 +152,7 @@ class xLSTMLargeBlock(Block):
         self.feed_forward.build((None, None, dim))
 
     def _rms_norm(self, name):
-        layer = keras.layers.RMSNormalization(
+        layer = RMSNorm(
             epsilon=self.epsilon, dtype=self.dtype_policy, name=name
         )
         layer.build((None, None, self.dim))

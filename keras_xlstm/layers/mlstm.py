@@ -275,6 +275,6 @@ class mLSTM(Recurrent):
 
 def _held(outputs, mask):
     """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
-    last = last_real_step(mask)[:, :, None]
-    held = ops.take_along_axis(outputs, ops.maximum(last, 0), axis=1)
-    return ops.where(last >= 0, held, ops.zeros_like(held))
+    last = last_real_step(mask)
+    held = backends.steps_of(outputs, ops.maximum(last, 0))
+    return ops.where(last[:, :, None] >= 0, held, ops.zeros_like(held))
