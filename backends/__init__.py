@@ -45,6 +45,8 @@ _active = f"{__name__}.{keras.backend.backend()}"
 _check_export = getattr(framework, "check_export", lambda x: None)
 # Whether no file could hold a sort along the second axis of x, which is exported.
 unsorted = getattr(framework, "unsorted", lambda x: False)
+# activation(x), where a file is written by operators that it can hold.
+activated = getattr(framework, "activated", lambda activation, x: activation(x))
 # Of x (B, T, ...) the steps (B, S): (B, S, ...).
 steps_of = getattr(framework, "steps_of", native.steps_of)
 # Whether PyTorch traces for TorchScript, whose converters know fewer operators.

@@ -16,10 +16,12 @@ _CONVERTERS = {"tf2onnx": "onnx", "tensorflow.lite": "litert", "torch.onnx": "on
 
 def current():
     """The export that calls this, by way of a tracer, or None."""
-    found, format, open_length = False, None, False
+    found, format, open_length, aside = False, None, False, False
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__") or ""
+        # What TensorFlow saves of every model inside the model, with input shapes of its own.
+        aside |= frame.f_code.co_name.endswith("serving_default")
         if name.startswith("keras.src.export."):
             found, module = True, name.rpartition(".")[2]
             # The outermost: all formats of TensorFlow's go by way of a SavedModel.
@@ -31,7 +33,7 @@ def current():
                     found, format = True, its
                     open_length |= _open_axes(frame.f_locals.get("dynamic_axes"))
         frame = frame.f_back
-    return Export(format, open_length) if found else None
+    return Export("tf_saved_model" if aside else format, open_length) if found else None
 
 
 def _open_signature(signature):

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm._checks import freeze
-from keras_xlstm.backends import alone, apart, by_halves, matmul, narrow_product
+from keras_xlstm.backends import activated, alone, apart, by_halves, matmul, narrow_product
 
 
 def check_positive(name, value):
@@ -216,7 +216,7 @@ class GatedFeedForward(keras.layers.Layer):
             gate, up = (matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))
         else:
             gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
-        return self.down_projection(self.activation(gate) * up)
+        return self.down_projection(activated(self.activation, gate) * up)
 
     def compute_output_shape(self, input_shape):
         return input_shape
