@@ -5,6 +5,7 @@ import functools
 import jax
 import keras
 import numpy as np
+from keras_xlstm.backends import exports
 from keras_xlstm.backends.jax import machine
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
@@ -23,6 +24,17 @@ own = {
 }
 by_region = False  # whole steps are compiled
 recorded = False
+
+
+def check_export(x):
+    """Refuses x where it is traced for a file that Keras could not write."""
+    traced = isinstance(x, jax.core.Tracer)
+    if traced and (export := exports.current()) and export.format == "openvino":
+        raise ValueError(
+            "OpenVINO's converter cannot read what Keras hands to it from JAX. Received: "
+            "model.export(..., format='openvino'). Use keras_xlstm.export.export_model(model, "
+            "folder, 'openvino'), which goes by way of ONNX (docs/export.md)."
+        )
 
 
 def unsorted(x):

@@ -116,6 +116,10 @@ def by_xla():
     return _during(_by_xla)
 
 
+def _without_loop(length):
+    return _unrolled.get() or (length is not None and exported_to() in ("litert", "openvino"))
+
+
 def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
 
@@ -123,8 +127,7 @@ def scan(step, init, xs, reverse=False):
     graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
     has neither limit.
     """
-    loops = exported_to() not in ("litert", "openvino") or xs[0].shape[0] is None
-    if _unrolled.get() or not loops:
+    if _without_loop(xs[0].shape[0]):
         return _plain_scan(step, init, xs, reverse)
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
@@ -162,6 +165,8 @@ def scan_chunks(step, init, long, short, reverse=False):
     the step returns is put together likewise. A slice in the loop spares a transposed copy of the
     whole.
     """
+    if _without_loop(short[0].shape[0]):
+        return _plain_scan_chunks(step, init, long, short, reverse)
     count = tf.shape(short[0])[0]
     L = short[0].shape[-1]
     sizes = []
@@ -185,6 +190,18 @@ def scan_chunks(step, init, long, short, reverse=False):
         y = tf.transpose(y, [1, 0, *range(2, len(y.shape))])
         joined.append(tf.reshape(y, [tf.shape(y)[0], -1, *y.shape[3:]]))
     return carry, tuple(joined), entries
+
+
+def _plain_scan_chunks(step, init, long, short, reverse):
+    count, L = short[0].shape[0], short[0].shape[-1]
+    carry, chunks, entries = init, {}, {}
+    for t in reversed(range(count)) if reverse else range(count):
+        xs = (*(x[:, t * L : (t + 1) * L] for x in long), *(x[t] for x in short))
+        carry, chunks[t], entries[t] = step(carry, xs)
+    order = range(count)
+    # Not stacked, turned and reshaped, which OpenVINO's runtime takes for something else.
+    joined = tuple(tf.concat(y, 1) for y in zip(*(chunks[t] for t in order), strict=True))
+    return carry, joined, tuple(map(tf.stack, zip(*(entries[t] for t in order), strict=True)))
 
 
 def differentiable(forward, backward, tensors, **options):

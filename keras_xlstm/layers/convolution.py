@@ -1,6 +1,7 @@
 """The causal convolution of the paper's blocks."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_xlstm import backends
@@ -84,7 +85,8 @@ class CausalConv1D(keras.layers.Layer):
             end = ops.shape(padded)[1] if not before else None
             new_state = padded[:, -before or end :]
         else:
-            last = count[:, -1:] + ops.arange(before, dtype="int32")
+            # NumPy's: where jax2onnx traces, JAX's has no number to start from.
+            last = count[:, -1:] + np.arange(before, dtype="int32")
             new_state = backends.steps_of(padded, last)
             back = ops.maximum(count - 1, 0)
             outputs = backends.steps_of(outputs, back)
