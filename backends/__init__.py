@@ -41,6 +41,10 @@ alike = getattr(framework, "alike", lambda *tensors: None)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 _active = f"{__name__}.{keras.backend.backend()}"
+# What x is traced for, if it is for a file (exports.py), or None.
+export_of = framework.export_of
+# Whether a file that x is traced for can hold a variable's new values, if it holds variables.
+changes = getattr(framework, "changes", lambda variable, x: True)
 # Refuses x (B, T, ...) where a model is exported to a file that could not hold a loop over it.
 _check_export = getattr(framework, "check_export", lambda x: None)
 # Whether no file could hold a sort along the second axis of x, which is exported.

@@ -43,6 +43,17 @@ def check_flag(name, value):
     return value
 
 
+def refuse_states(layer, format):
+    """The error for states in variables where only a SavedModel has variables."""
+    raise ValueError(
+        f"{layer.name} keeps its states in variables (stateful=True), which a file of the format "
+        f"{format!r} cannot: it would start every call from the same states. Build the model with "
+        "stateful=False and load the same weights: keras_xlstm.export.export_model(model, folder, "
+        f"{format!r}, parts=('streaming',)) writes one step of it, states in and states out, and "
+        "keras_xlstm.export.step_model(model) is that step in Keras."
+    )
+
+
 def check_floating(layer):
     if "float" not in layer.compute_dtype:
         raise ValueError(

@@ -26,10 +26,20 @@ by_region = False  # whole steps are compiled
 recorded = False
 
 
+def export_of(x):
+    """What x is traced for, if it is for a file, or None."""
+    return exports.current() if isinstance(x, jax.core.Tracer) else None
+
+
+def changes(variable, x):
+    """Whether a new value of a variable can leave what x is traced in."""
+    return isinstance(variable.value, jax.core.Tracer) and isinstance(x.shape[0], int)
+
+
 def check_export(x):
     """Refuses x where it is traced for a file that Keras could not write."""
-    traced = isinstance(x, jax.core.Tracer)
-    if traced and (export := exports.current()) and export.format == "openvino":
+    export = export_of(x)
+    if export and export.format == "openvino":
         raise ValueError(
             "OpenVINO's converter cannot read what Keras hands to it from JAX. Received: "
             "model.export(..., format='openvino'). Use keras_xlstm.export.export_model(model, "

@@ -26,9 +26,14 @@ _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 _by_xla = contextvars.ContextVar("keras_xlstm_by_xla", default=False)
 
 
+def export_of(x):
+    """What the graph is exported to that is being traced with x, or None."""
+    return None if tf.executing_eagerly() else exports.current()
+
+
 def exported_to():
     """The format that the graph being traced is exported to, or None."""
-    export = None if tf.executing_eagerly() else exports.current()
+    export = export_of(None)
     return export and export.format
 
 

@@ -3,7 +3,7 @@
 import keras
 import torch
 from keras_xlstm.backends.torch import replay
-from keras_xlstm.backends.torch.exporting import check_export  # noqa: F401  found by backends
+from keras_xlstm.backends.torch.exporting import check_export, export_of  # noqa: F401  found by backends
 from keras_xlstm.backends.torch.operators import PLAIN, exporting, size, transforms
 from torch.nn import functional
 

@@ -6,18 +6,27 @@ from keras_xlstm.backends.torch.operators import exporting
 
 
 @torch.compiler.assume_constant_result
-def _open_length():
-    export = exports.current()
-    return export is not None and export.open_length
+def _export():
+    if not exporting():
+        return None
+    # Where a tracer is called without Keras, what it makes is PyTorch's own.
+    found = exports.current() or exports.Export(None, False, None)
+    return found._replace(format=found.format or "torch")
+
+
+def export_of(x):
+    """What x is traced for, if it is for a file, or None."""
+    return _export()
 
 
 def check_export(x):
     """Refuses x (B, T, ...) where its length is to stay open in a file: PyTorch's tracers write
     loops out step by step, and a file would be right for the length of the example alone."""
-    if not exporting():
+    export = _export()
+    if export is None:
         return
     symbolic = not isinstance(x.shape[1], (int, torch.Tensor))
-    if symbolic or _open_length():
+    if symbolic or export.open_length:
         raise ValueError(
             "PyTorch writes a loop over time into a file step by step, so that the file would be "
             "right for one length alone. Received: an input whose length is not fixed. Give "

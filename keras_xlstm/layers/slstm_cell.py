@@ -7,7 +7,14 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_clip, check_flag, check_floating, freeze, load_variables
+from keras_xlstm._checks import (
+    check_clip,
+    check_flag,
+    check_floating,
+    freeze,
+    load_variables,
+    refuse_states,
+)
 from keras_xlstm.layers.parts import check_heads
 
 _FORGET = ("sigmoid", "exponential")
@@ -176,6 +183,9 @@ class sLSTMCell(keras.layers.Layer):
         return h, [ops.reshape(s, (batch, self.units)) for s in state]
 
     def call(self, inputs, states, training=False):
+        export = backends.export_of(inputs)
+        if export and export.stateful and export.format != "tf_saved_model":
+            refuse_states(export.stateful, export.format)
         # Rows, not sequences of one: XLA cannot compile the gradient of that Dense in a loop.
         x = self.gates(ops.cast(inputs, self.compute_dtype))[:, None]
         h, new = self.run(x, states, use_kernel=False)  # one step is no work for a kernel

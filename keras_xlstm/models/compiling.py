@@ -48,10 +48,19 @@ class CompilesBlocks:
         finally:
             self._set_regions(regions)
 
-    def export(self, *args, **kwargs):
-        """`keras.Model.export`."""
+    def export(
+        self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs
+    ):
+        """`keras.Model.export`, of the model without its optional inputs unless `input_signature`
+        names them."""
+        if input_signature is None:
+            main = self.input[self._main]
+            spec = keras.InputSpec(shape=main.shape, dtype=main.dtype, name=self._main)
+            input_signature = [{self._main: spec}]
         with self._plain_blocks():
-            return super().export(*args, **kwargs)
+            return super().export(
+                filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs
+            )
 
     def stateless_call(self, *args, **kwargs):
         """`keras.Model.stateless_call`."""
