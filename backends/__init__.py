@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 from keras_xlstm.backends import native
-from keras_xlstm.backends.parts import framework
+from keras_xlstm.backends.parts import framework, size  # noqa: F401  size: for the layers
 
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 

@@ -26,10 +26,9 @@ from keras_xlstm.backends.parts import (
     holds_something,
     reported,
     segment_starts,
+    size,
 )
 
-# A size as a number where torch.jit.trace has a tensor of it.
-size = getattr(framework, "size", lambda number: number)
 
 log_sigmoid = getattr(framework, "log_sigmoid", ops.log_sigmoid)
 
@@ -287,7 +286,7 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
     xs = (q, k, v, i, log_f)
     if segment_ids is not None:
         xs += (segment_starts(segment_ids),)
-    if q.shape[1] == 1:
+    if size(q.shape[1]) == 1:
         carry, (h,) = step(state, tuple(x[:, 0] for x in xs))
         h = h[:, None]
     else:

@@ -86,7 +86,7 @@ class CausalConv1D(keras.layers.Layer):
             new_state = padded[:, -before or end :]
         else:
             # NumPy's: where jax2onnx traces, JAX's has no number to start from.
-            last = count[:, -1:] + np.arange(before, dtype="int32")
+            last = count[:, -1:] + ops.convert_to_tensor(np.arange(before, dtype="int32"))
             new_state = backends.steps_of(padded, last)
             back = ops.maximum(count - 1, 0)
             outputs = backends.steps_of(outputs, back)
