@@ -29,7 +29,6 @@ from keras_xlstm.backends.parts import (
     size,
 )
 
-
 log_sigmoid = getattr(framework, "log_sigmoid", ops.log_sigmoid)
 
 

@@ -97,6 +97,7 @@ def export_model(
                 "parts=('streaming',), or export the model on another backend (docs/export.md)."
             )
         _check_loops(model, format)
+        _check_batch(model, backend, batch_size)
     if "streaming" in parts:
         models["streaming"] = _named_step(model, batch_size)
     folder = pathlib.Path(folder)
@@ -199,6 +200,16 @@ def _check_states(model, format, parts):
     if stateful and "sequence" in parts and format != "tf_saved_model":
         refuse_states(stateful[0], format)
     return bool(stateful)
+
+
+def _check_batch(model, backend, batch_size):
+    for layer in model._flatten_layers() if backend == "torch" and batch_size is None else ():
+        if type(layer) is keras.layers.RNN:
+            raise ValueError(
+                f"{layer.name}, a keras.layers.RNN, takes its batch for a number on torch. "
+                "Received: batch_size=None. Give export_model batch_size=, or use the layer sLSTM "
+                "in place of a cell, or export the model on another backend (docs/export.md)."
+            )
 
 
 def _check_loops(model, format):

@@ -48,7 +48,8 @@ def check_export(x):
             "folder, 'litert', length=...), or its parts=('streaming',), one step with its states "
             "(docs/export.md)."
         )
-    looped = x.shape[1] == 1 and "while_body" in getattr(tf.compat.v1.get_default_graph(), "name", "")
+    graph = getattr(tf.compat.v1.get_default_graph(), "name", "")
+    looped = x.shape[1] == 1 and "while_body" in graph
     if format in ("litert", "openvino") and looped:
         raise ValueError(
             f"A {format} file cannot hold the loop of keras.layers.RNN on TensorFlow. Received: a "

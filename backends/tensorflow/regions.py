@@ -11,9 +11,9 @@ import functools
 
 import keras
 import tensorflow as tf
+from keras_xlstm.backends.tensorflow import exported_to
 
 from keras_xlstm import backends
-from keras_xlstm.backends.tensorflow import exported_to
 
 # What may differ between blocks that compute the same from the same tensors.
 _APART = ("name", "seed", "trainable", "block_index")

@@ -256,8 +256,6 @@ def block_diagonal(block, name, blocks, size, use_bias, offset):
 
 def layer_norm(block, name, dim):
     """A built layer norm, without a bias as in the published models."""
-    layer = LayerNorm(
-        epsilon=block.epsilon, center=False, dtype=block.dtype_policy, name=name
-    )
+    layer = LayerNorm(epsilon=block.epsilon, center=False, dtype=block.dtype_policy, name=name)
     layer.build((None, None, dim))
     return layer

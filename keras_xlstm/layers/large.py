@@ -152,9 +152,7 @@ class xLSTMLargeBlock(Block):
         self.feed_forward.build((None, None, dim))
 
     def _rms_norm(self, name):
-        layer = RMSNorm(
-            epsilon=self.epsilon, dtype=self.dtype_policy, name=name
-        )
+        layer = RMSNorm(epsilon=self.epsilon, dtype=self.dtype_policy, name=name)
         layer.build((None, None, self.dim))
         return layer
 
