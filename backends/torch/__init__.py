@@ -44,7 +44,10 @@ def alike(first, *others):
     return tuple(key)
 
 
-scripting = torch.jit.is_tracing
+@once
+def scripting():
+    """Whether this is traced for TorchScript."""
+    return torch.jit.is_tracing()
 
 
 def steps_of(x, steps):
