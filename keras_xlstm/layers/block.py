@@ -8,7 +8,7 @@ from keras import ops
 from keras_xlstm import initializers
 from keras_xlstm._checks import check_flag, freeze, load_variables, mask_and_segments
 from keras_xlstm.layers.base import StateLayer
-from keras_xlstm.layers.norms import LayerNorm
+from keras_xlstm.layers.norms import LayerNormalization
 from keras_xlstm.layers.parts import Gate, check_positive, check_rate, check_use_kernel
 
 
@@ -256,6 +256,8 @@ def block_diagonal(block, name, blocks, size, use_bias, offset):
 
 def layer_norm(block, name, dim):
     """A built layer norm, without a bias as in the published models."""
-    layer = LayerNorm(epsilon=block.epsilon, center=False, dtype=block.dtype_policy, name=name)
+    layer = LayerNormalization(
+        epsilon=block.epsilon, center=False, dtype=block.dtype_policy, name=name
+    )
     layer.build((None, None, dim))
     return layer

@@ -1,4 +1,7 @@
-"""Keras's norms, in the blocks and behind them, exported to ONNX from PyTorch too."""
+"""Keras's norms, in the blocks and behind them, exported to ONNX from PyTorch too.
+
+They have the names of Keras's: a .keras file calls the layers of a model by their classes.
+"""
 
 import keras
 from keras import ops
@@ -16,12 +19,12 @@ def _scaled(x, scale, epsilon, centred):
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
-class LayerNorm(keras.layers.LayerNormalization):
+class LayerNormalization(keras.layers.LayerNormalization):
     """`keras.layers.LayerNormalization` without a bias, over the last axis.
 
     Example:
 
-    >>> keras_xlstm.layers.norms.LayerNorm(center=False)(np.ones((2, 5, 8))).shape
+    >>> keras_xlstm.layers.norms.LayerNormalization(center=False)(np.ones((2, 5, 8))).shape
     (2, 5, 8)
     """
 
@@ -33,12 +36,12 @@ class LayerNorm(keras.layers.LayerNormalization):
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
-class RMSNorm(keras.layers.RMSNormalization):
+class RMSNormalization(keras.layers.RMSNormalization):
     """`keras.layers.RMSNormalization`, over the last axis.
 
     Example:
 
-    >>> keras_xlstm.layers.norms.RMSNorm()(np.ones((2, 5, 8))).shape
+    >>> keras_xlstm.layers.norms.RMSNormalization()(np.ones((2, 5, 8))).shape
     (2, 5, 8)
     """
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_xlstm._checks import check_segments
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
-from keras_xlstm.layers.norms import LayerNorm, RMSNorm
+from keras_xlstm.layers.norms import LayerNormalization, RMSNormalization
 from keras_xlstm.layers.parts import check_positive
 from keras_xlstm.models.compiling import CompilesBlocks
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
@@ -49,10 +49,10 @@ class StackModel(CompilesBlocks, keras.Model):
             return x
         options = {"epsilon": block.epsilon, "dtype": settings["dtype"], "name": "norm"}
         if settings["architecture"] == "large":
-            norm = RMSNorm(**options)
+            norm = RMSNormalization(**options)
             norm.supports_masking = True  # it acts on every step by itself
         else:
-            norm = LayerNorm(center=False, **options)
+            norm = LayerNormalization(center=False, **options)
         return norm(x)
 
     @staticmethod
