@@ -22,7 +22,7 @@ import keras
 import numpy as np
 from keras import ops
 from keras_xlstm.backends import native
-from keras_xlstm.backends.parts import framework
+from keras_xlstm.backends.parts import framework, size
 
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
@@ -52,6 +52,20 @@ def host_values(x):
 
 
 _active = f"{__name__}.{keras.backend.backend()}"
+# What x is traced for, if it is for a file (exports.py), or None.
+export_of = framework.export_of
+# Whether a file that x is traced for can hold a variable's new values, if it holds variables.
+changes = getattr(framework, "changes", lambda variable, x: True)
+# Refuses x (B, T, ...) where a model is exported to a file that could not hold a loop over it.
+_check_export = getattr(framework, "check_export", lambda x: None)
+# Whether no file could hold a sort along the second axis of x, which is exported.
+unsorted = getattr(framework, "unsorted", lambda x: False)
+# activation(x), where a file is written by operators that it can hold.
+activated = getattr(framework, "activated", lambda activation, x: activation(x))
+# Of x (B, T, ...) the steps (B, S): (B, S, ...).
+steps_of = getattr(framework, "steps_of", native.steps_of)
+# Whether PyTorch traces for TorchScript, whose converters know fewer operators.
+scripting = getattr(framework, "scripting", lambda: False)
 # How `model.compile(jit_compile=True)` compiles a block of each kind in place of the whole step.
 regions = importlib.import_module(f"{_active}.regions") if framework.by_region else None
 # What records whole steps: on torch.
@@ -217,6 +231,7 @@ def mlstm(
     Returns:
         h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
+    _check_export(q)
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
         return _own[chosen]["mlstm"].mlstm(
@@ -235,7 +250,7 @@ def mlstm(
 def reads_once(k, v, implementation):
     """Whether the mLSTM's output after the last step alone had better be a sum over all steps: it
     is where no kernel would run."""
-    if k.shape[1] == 1:
+    if size(k.shape[1]) == 1:
         return False
     return _choose("mlstm", implementation, q=k, v=v, chunk_size=None) in ("native", "xla")
 
@@ -272,6 +287,7 @@ def slstm(
     Returns:
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
+    _check_export(x)
     hold = None if mask is None else ops.logical_not(mask)
     reset = None if segment_ids is None else native.segment_starts(segment_ids)
     options = {

@@ -15,6 +15,7 @@ from keras_xlstm.backends.parts import (
     framework,
     holds_something,
     reported,
+    size,
 )
 
 
@@ -223,7 +224,8 @@ def _running(op, x, fill, ids=None, reverse=False):
         return ops.concatenate(parts, axis=-1)
 
     distance = 1
-    while distance < x.shape[-1]:
+    length = size(x.shape[-1])
+    while distance < length:
         other = shifted(x, fill)
         if ids is not None:
             other = ops.where(ids == shifted(ids, -1), other, fill)
@@ -235,7 +237,7 @@ def _running(op, x, fill, ids=None, reverse=False):
 def _chunks(x, L):
     """(B, T, H) to (N, B, H, L)."""
     B, T, H = ops.shape(x)
-    return ops.transpose(ops.reshape(x, (B, T // L, L, H)), (1, 0, 3, 2))
+    return ops.transpose(ops.reshape(x, (B, size(T) // L, L, H)), (1, 0, 3, 2))
 
 
 def _steps(x):

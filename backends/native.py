@@ -26,7 +26,17 @@ from keras_xlstm.backends.parts import (
     holds_something,
     reported,
     segment_starts,
+    size,
 )
+
+log_sigmoid = getattr(framework, "log_sigmoid", ops.log_sigmoid)
+
+
+def steps_of(x, steps):
+    """Of x (B, T, ...) the steps (B, S): (B, S, ...)."""
+    steps = ops.reshape(steps, (*ops.shape(steps), *[1] * (len(x.shape) - 2)))
+    return ops.take_along_axis(x, steps, axis=1)
+
 
 # --------------------------------------------------------------------------------------- sLSTM
 
@@ -54,7 +64,7 @@ def slstm(
         h (B, T, H, D) and the last (h, c, n, m).
     """
     tensors = (x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale, kernel)
-    if x.shape[1] == 1 and options["recurrent_gradient_clip"] is None:
+    if size(x.shape[1]) == 1 and options["recurrent_gradient_clip"] is None:
         (h, *state), _ = slstm_forward(*tensors, **options)  # the framework differentiates it
     else:
         h, *state = differentiable(slstm_forward, slstm_backward, tensors, **options)
@@ -125,7 +135,7 @@ def _gates(g, forget_gate, plain):
     if forget_gate == "exp":
         return i, f, 1.0, framework.tanh(z), o
     if plain:  # the slope at exactly 0 is the framework's to know
-        return i, ops.log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), o
+        return i, log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), o
     small = ops.exp(-ops.abs(f))
     log_f = framework.minimum(f, 0.0) - framework.log1p(small)  # log sigmoid(f)
     slope = ops.where(f > 0, small, 1.0) / (1.0 + small)  # sigmoid(-f)
@@ -157,7 +167,7 @@ def slstm_forward(
     m = carried(m, n != 0)
     initial = (h, c, n, m)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
-    alone = x.shape[0] == 1
+    alone = size(x.shape[0]) == 1
     plain = plain or alone
     scale = None if recurrent_scale is None else _flat(recurrent_scale)
 
@@ -291,10 +301,10 @@ def mlstm(
     Returns:
         h (B, T, H, V) and the last (C, n, m).
     """
-    T = q.shape[1]
+    T = size(q.shape[1])
     dynamic = T is None or not isinstance(T, int)
-    i = ops.log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = ops.log_sigmoid(f)
+    i = log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = log_sigmoid(f)
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
     if T == 1 or (dynamic and keras.backend.backend() == "jax"):
         return _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps)
@@ -331,8 +341,8 @@ def mlstm_last(q, k, v, i, f, state, input_gate, eps):
     Returns:
         h (B, H, V) and the last (C, n, m).
     """
-    i = ops.log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = ops.log_sigmoid(f)
+    i = log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = log_sigmoid(f)
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
     # Whole parts, whose sums are exact, and rests: as in chunkwise.py.
     i_whole, f_whole = (framework.constant(ops.round(x)) for x in (i, log_f))
@@ -401,7 +411,7 @@ def _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps):
     xs = (q, k, v, i, log_f)
     if segment_ids is not None:
         xs += (segment_starts(segment_ids),)
-    if q.shape[1] == 1:
+    if size(q.shape[1]) == 1:
         carry, (h,) = step(state, tuple(x[:, 0] for x in xs))
         h = h[:, None]
     else:

@@ -14,6 +14,9 @@ if keras.backend.backend() not in _BACKENDS:
 # The active backend's folder: its `scan`, its `differentiable`.
 framework = importlib.import_module(f"{__package__}.{keras.backend.backend()}")
 
+# A size as a number where torch.jit.trace has a tensor of it.
+size = getattr(framework, "size", lambda number: number)
+
 # The log of "nothing": finite, so that differences of it are never NaN.
 NEVER = -(2.0**100)  # exact in every dtype that it meets
 # Forget gates below exp(LEAST_LOG) are taken as this: their exact sums still fit a float32.

@@ -8,17 +8,23 @@ from keras_xlstm import backends
 
 
 def real_first(mask):
-    """Of a mask (B, T): its steps in order, the real ones first; how many of them come up to each
-    step. Both (B, T) int32."""
+    """Of a mask (B, T): its steps in order, the real ones first, those behind them in any; how many
+    real ones come up to each step. Both (B, T) int32."""
     step = ops.cumsum(ops.ones_like(mask, "int32"), axis=1) - 1
+    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    if backends.unsorted(mask):
+        # Before the real step that is the n-th come all steps at which no more than n are there.
+        earlier = count[:, :, None] <= step[:, None, :]
+        order = ops.sum(ops.cast(earlier, "int32"), axis=1)
+        return ops.minimum(order, step[:, -1:]), count
     order = ops.argsort(ops.where(mask, step, step + ops.shape(mask)[1]), axis=1)
-    return ops.cast(order, "int32"), ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    return ops.cast(order, "int32"), count
 
 
 def last_real_step(mask):
     """(B, T) bool to (B, T) int: the newest real step at or before each step, -1 where none is."""
     order, count = real_first(mask)
-    last = ops.take_along_axis(order, ops.maximum(count - 1, 0), axis=1)
+    last = backends.steps_of(order, ops.maximum(count - 1, 0))
     return ops.where(count > 0, last, -1)
 
 
@@ -85,6 +91,17 @@ def check_flag(name, value):
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
     return value
+
+
+def refuse_states(layer, format):
+    """The error for states in variables where only a SavedModel has variables."""
+    raise ValueError(
+        f"{layer.name} keeps its states in variables (stateful=True), which a file of the format "
+        f"{format!r} cannot: it would start every call from the same states. Build the model with "
+        "stateful=False and load the same weights: keras_xlstm.export.export_model(model, folder, "
+        f"{format!r}, parts=('streaming',)) writes one step of it, states in and states out, and "
+        "keras_xlstm.export.step_model(model) is that step in Keras."
+    )
 
 
 def check_floating(layer):
@@ -224,6 +241,6 @@ def mask_and_segments(mask, segment_ids, sizes):
     if mask is not None:
         last = last_real_step(mask)
         last = ops.concatenate([last[:, :1] * 0 - 1, last[:, :-1]], axis=1)
-        before = ops.take_along_axis(segment_ids, ops.maximum(last, 0), axis=1)
+        before = backends.steps_of(segment_ids, ops.maximum(last, 0))
         before = ops.where(mask & (last >= 0), before, segment_ids)
     return mask, ops.cumsum(ops.cast(segment_ids != before, "int32"), axis=1)

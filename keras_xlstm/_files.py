@@ -13,7 +13,7 @@ def write(backend, format, model, names, path):
     if format == "torch":
         backends.part("export").save(model, path)
     elif format == "tf_saved_model":
-        named.export(path, format=format, verbose=False)
+        named.export(path, format=format, verbose=False, input_signature=[_specs(model)])
     elif format == "litert":
         with backends.part("export").litert() as options:
             named.export(path, format=format, verbose=False, **options)
@@ -25,14 +25,15 @@ def write(backend, format, model, names, path):
             _onnx_to_openvino(f"{folder}/model.onnx", model, names, path)
 
 
+def _specs(model):
+    return [keras.InputSpec(shape=x.shape, dtype=x.dtype, name=x.name) for x in model.inputs]
+
+
 def _write_onnx(backend, model, names, path):
     if backend == "torch":
         backends.part("export").save_onnx(model, names, path)
     else:
-        specs = [
-            keras.InputSpec(shape=x.shape, dtype=x.dtype, name=x.name) for x in model.inputs
-        ]  # fmt: skip
-        model.export(path, format="onnx", verbose=False, input_signature=[specs])
+        model.export(path, format="onnx", verbose=False, input_signature=[_specs(model)])
     _finish_onnx(path, names)
 
 

@@ -19,6 +19,7 @@ import pathlib
 import keras
 
 from keras_xlstm import backends
+from keras_xlstm._checks import refuse_states
 from keras_xlstm._files import write
 from keras_xlstm._streaming import Stepped, timed
 from keras_xlstm.models.stack import StackModel
@@ -85,9 +86,10 @@ def export_model(
     backend = keras.backend.backend()
     parts = _checked(backend, format, parts)
     _check_float32(model, format)
+    stateful = _check_states(model, format, parts)
     models = {}
     if "sequence" in parts:
-        models["sequence"] = _sequence_model(model, length, batch_size)
+        models["sequence"] = _sequence_model(model, length, batch_size, stateful)
         if (backend, format) in _FIXED_LENGTH and _open(models["sequence"][0]):
             raise ValueError(
                 f"The {format} file of whole sequences needs a fixed length on {backend}: "
@@ -95,6 +97,7 @@ def export_model(
                 "parts=('streaming',), or export the model on another backend (docs/export.md)."
             )
         _check_loops(model, format)
+        _check_batch(model, backend, batch_size)
     if "streaming" in parts:
         models["streaming"] = _named_step(model, batch_size)
     folder = pathlib.Path(folder)
@@ -191,6 +194,24 @@ def _check_float32(model, format):
             )
 
 
+def _check_states(model, format, parts):
+    """Whether states are in variables, which the sequence file of a SavedModel alone carries."""
+    stateful = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    if stateful and "sequence" in parts and format != "tf_saved_model":
+        refuse_states(stateful[0], format)
+    return bool(stateful)
+
+
+def _check_batch(model, backend, batch_size):
+    for layer in model._flatten_layers() if backend == "torch" and batch_size is None else ():
+        if type(layer) is keras.layers.RNN:
+            raise ValueError(
+                f"{layer.name}, a keras.layers.RNN, takes its batch for a number on torch. "
+                "Received: batch_size=None. Give export_model batch_size=, or use the layer sLSTM "
+                "in place of a cell, or export the model on another backend (docs/export.md)."
+            )
+
+
 def _check_loops(model, format):
     for layer in model._flatten_layers() if format == "litert" else ():
         if isinstance(layer, keras.layers.RNN) and not layer.unroll:
@@ -227,7 +248,7 @@ def _main_inputs(model):
     return model.inputs, _input_names(model.inputs, [x.name for x in model.inputs])
 
 
-def _sequence_model(model, length, batch_size):
+def _sequence_model(model, length, batch_size, stateful):
     if not isinstance(model, keras.Model) or not model.built or not hasattr(model, "inputs"):
         raise ValueError(
             f"`model` must be a built keras.Model with inputs. Received: {model!r}. "
@@ -244,7 +265,8 @@ def _sequence_model(model, length, batch_size):
                     f"Received: length={length}. Leave length out."
                 )
             shape[0] = length
-        given.append(keras.Input(shape, batch_size=batch_size, dtype=x.dtype, name=name))
+        batch = x.shape[0] if stateful and batch_size is None else batch_size
+        given.append(keras.Input(shape, batch_size=batch, dtype=x.dtype, name=name))
     structure = given[0]
     if not isinstance(model, (StackModel, keras.Sequential)):
         structure = keras.tree.pack_sequence_as(model.input, given)

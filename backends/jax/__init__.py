@@ -5,6 +5,7 @@ import functools
 import jax
 import keras
 import numpy as np
+from keras_xlstm.backends import exports
 from keras_xlstm.backends.jax import machine
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
@@ -24,6 +25,32 @@ own = {
 }
 by_region = False  # whole steps are compiled
 recorded = False
+
+
+def export_of(x):
+    """What x is traced for, if it is for a file, or None."""
+    return exports.current() if isinstance(x, jax.core.Tracer) else None
+
+
+def changes(variable, x):
+    """Whether a new value of a variable can leave what x is traced in."""
+    return isinstance(variable.value, jax.core.Tracer) and isinstance(x.shape[0], int)
+
+
+def check_export(x):
+    """Refuses x where it is traced for a file that Keras could not write."""
+    export = export_of(x)
+    if export and export.format == "openvino":
+        raise ValueError(
+            "OpenVINO's converter cannot read what Keras hands to it from JAX. Received: "
+            "model.export(..., format='openvino'). Use keras_xlstm.export.export_model(model, "
+            "folder, 'openvino'), which goes by way of ONNX (docs/export.md)."
+        )
+
+
+def unsorted(x):
+    """Whether the length (the second axis of x) is a symbol, while a file is written."""
+    return not isinstance(x.shape[1], int)
 
 
 def apart(x):

@@ -6,6 +6,7 @@ import math
 
 import keras
 import tensorflow as tf
+from keras_xlstm.backends import exports
 from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
@@ -62,6 +63,46 @@ def alone_on_device():
     return True
 
 
+def export_of(x):
+    """What the graph is exported to that is being traced with x, or None."""
+    return None if tf.executing_eagerly() else exports.current()
+
+
+def exported_to():
+    """The format that the graph being traced is exported to, or None."""
+    export = export_of(None)
+    return export and export.format
+
+
+def check_export(x):
+    """Refuses x (B, T, ...) where a file of that format could not hold a loop over it."""
+    format = exported_to()
+    if format == "litert" and x.shape[1] is None:
+        raise ValueError(
+            "LiteRT's runtime does not run TensorFlow's loops over time; they are written out step "
+            "by step. Received: an input whose length is not fixed. Give keras.Input, or export's "
+            "`input_signature`, a fixed length; or use keras_xlstm.export.export_model(model, "
+            "folder, 'litert', length=...), or its parts=('streaming',), one step with its states "
+            "(docs/export.md)."
+        )
+    graph = getattr(tf.compat.v1.get_default_graph(), "name", "")
+    looped = x.shape[1] == 1 and "while_body" in graph
+    if format in ("litert", "openvino") and looped:
+        raise ValueError(
+            f"A {format} file cannot hold the loop of keras.layers.RNN on TensorFlow. Received: a "
+            "cell of keras_xlstm in such a loop. Build it with unroll=True and an input of fixed "
+            "length, use keras_xlstm.layers.sLSTM, or take keras_xlstm.export.export_model(model, "
+            f"folder, {format!r}, parts=('streaming',)), one step with its states."
+        )
+
+
+def activated(activation, x):
+    # TensorFlow's gelu is by erfc, which tf2onnx hands on to ONNX, where there is none.
+    if activation is keras.activations.gelu and exported_to() == "onnx":
+        return 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5))
+    return activation(x)
+
+
 def once(function):
     """Marks a function without tensors, which is run when the caller is traced."""
     return function
@@ -69,10 +110,12 @@ def once(function):
 
 def total(x, axis):
     """tf.reduce_sum over the last axis, the one before it, or both. In graphs on CPUs a product
-    with ones: XLA adds what lies side by side number by number. (On a GPU TF32 would round it.)"""
+    with ones: XLA adds what lies side by side number by number. (On a GPU TF32 would round it, and
+    LiteRT's converter loses track of the shape.)"""
     axes = 1 if axis == -1 else 2
     on_gpu = tf.config.list_physical_devices("GPU")
-    if tf.executing_eagerly() or on_gpu or None in x.shape[-axes:]:
+    plain = tf.executing_eagerly() or on_gpu or exported_to() is not None
+    if plain or None in x.shape[-axes:]:
         return tf.reduce_sum(x, axis)
     if axis == -2:
         ones = tf.ones([*[1] * (len(x.shape) - 1), x.shape[-2]], x.dtype)
@@ -116,6 +159,10 @@ def by_xla():
     return _during(_by_xla)
 
 
+def _without_loop(length):
+    return _unrolled.get() or (length is not None and exported_to() in ("litert", "openvino"))
+
+
 def scan(step, init, xs, reverse=False):
     """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
 
@@ -123,7 +170,7 @@ def scan(step, init, xs, reverse=False):
     graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
     has neither limit.
     """
-    if _unrolled.get():
+    if _without_loop(xs[0].shape[0]):
         return _plain_scan(step, init, xs, reverse)
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
@@ -161,6 +208,8 @@ def scan_chunks(step, init, long, short, reverse=False):
     the step returns is put together likewise. A slice in the loop spares a transposed copy of the
     whole.
     """
+    if _without_loop(short[0].shape[0]):
+        return _plain_scan_chunks(step, init, long, short, reverse)
     count = tf.shape(short[0])[0]
     L = short[0].shape[-1]
     sizes = []
@@ -184,6 +233,18 @@ def scan_chunks(step, init, long, short, reverse=False):
         y = tf.transpose(y, [1, 0, *range(2, len(y.shape))])
         joined.append(tf.reshape(y, [tf.shape(y)[0], -1, *y.shape[3:]]))
     return carry, tuple(joined), entries
+
+
+def _plain_scan_chunks(step, init, long, short, reverse):
+    count, L = short[0].shape[0], short[0].shape[-1]
+    carry, chunks, entries = init, {}, {}
+    for t in reversed(range(count)) if reverse else range(count):
+        xs = (*(x[:, t * L : (t + 1) * L] for x in long), *(x[t] for x in short))
+        carry, chunks[t], entries[t] = step(carry, xs)
+    order = range(count)
+    # Not stacked, turned and reshaped, which OpenVINO's runtime takes for something else.
+    joined = tuple(tf.concat(y, 1) for y in zip(*(chunks[t] for t in order), strict=True))
+    return carry, joined, tuple(map(tf.stack, zip(*(entries[t] for t in order), strict=True)))
 
 
 def differentiable(forward, backward, tensors, **options):

@@ -7,7 +7,8 @@ mlstm = xla.compiled(native.mlstm)
 
 
 def unsupported(q=None, v=None, chunk_size=None):
-    """Why XLA cannot run the native form on these tensors: it can."""
+    """Why XLA cannot run the native form on these tensors, or None."""
+    return xla.unsupported()
 
 
 def unwise(q, v=None, chunk_size=None):

@@ -11,6 +11,7 @@ import functools
 
 import keras
 import tensorflow as tf
+from keras_xlstm.backends.tensorflow import exported_to
 
 from keras_xlstm import backends
 
@@ -56,6 +57,7 @@ def _better_plain(block, x):
     which a compiled function would lose."""
     return (
         tf.executing_eagerly()
+        or exported_to() is not None
         or x.shape[1] == 1
         or any(
             layer.activity_regularizer is not None or layer.quantization_mode == "float8"

@@ -7,7 +7,8 @@ slstm = xla.compiled(native.slstm)
 
 
 def unsupported(x=None):
-    """Why XLA cannot run the native form on these tensors: it can."""
+    """Why XLA cannot run the native form on these tensors, or None."""
+    return xla.unsupported()
 
 
 def unwise(x):

@@ -9,11 +9,20 @@ import functools
 import operator
 
 import tensorflow as tf
-from keras_xlstm.backends.tensorflow import by_xla
+from keras_xlstm.backends.tensorflow import by_xla, exported_to
+
+
+def unsupported():
+    """Why XLA cannot run in what is being traced, or None."""
+    if exported_to() not in (None, "tf_saved_model"):
+        return "of exported files a SavedModel alone can hold what XLA compiles"
+    return None
 
 
 def unwise(x):
     """Why TensorFlow had better run the native form on x (B, T, ...) op by op, or None."""
+    if exported_to() is not None:
+        return "it is exported, and a file is to run where XLA is not"
     if x.shape[1] is None:
         return "the length is unknown while it is traced, and XLA compiles for every length"
     if x.shape[1] == 1:

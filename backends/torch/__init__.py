@@ -3,14 +3,17 @@
 import keras
 import torch
 from keras_xlstm.backends.torch import replay
-from keras_xlstm.backends.torch.operators import PLAIN, transforms
+from keras_xlstm.backends.torch.exporting import check_export, export_of  # noqa: F401  found by backends
+from keras_xlstm.backends.torch.operators import PLAIN, exporting, size, transforms
+from torch.nn import functional
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
 tanh, maximum, largest, matmul = torch.tanh, torch.maximum, torch.amax, torch.matmul
 log1p = torch.log1p
-# Several times as fast to call as keras.ops', which small chunks feel.
-total, swapaxes = torch.sum, torch.swapaxes
+# Several times as fast to call as keras.ops', which small chunks feel. (transpose: the converter
+# to ONNX does not know swapaxes, which is the same.)
+total, swapaxes = torch.sum, torch.transpose
 constant = torch.detach
 # Products with both halves of a kernel, not one that is cut in two: the compiler puts the gradient
 # of both together in a pass that works out each for both.
@@ -30,7 +33,7 @@ LOG2_E = 1.4426950408889634
 def alike(first, *others):
     """Sizes and dtypes of tensors on Keras's device, whose checks a small call on a GPU waits for
     longer than for the kernels; None where something has to be converted, or is traced."""
-    if torch.compiler.is_compiling() or type(first) not in PLAIN:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) not in PLAIN:
         return None
     if keras.ops.convert_to_tensor(first) is not first:  # it is to go to another device
         return None
@@ -73,9 +76,33 @@ def host_values(x):
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
+@once
+def scripting():
+    """Whether this is traced for TorchScript."""
+    return torch.jit.is_tracing()
+
+
+def steps_of(x, steps):
+    """Of x (B, T, ...) the steps (B, S): (B, S, ...)."""
+    # Not take_along_dim, which the older exporter to ONNX does not know.
+    steps = steps.long().reshape(*steps.shape, *[1] * (x.ndim - 2))
+    return torch.gather(x, 1, steps.expand(-1, -1, *x.shape[2:]))
+
+
+def log_sigmoid(x):
+    # Of logsigmoid that exporter makes log(sigmoid(x)), and -inf where x is -104.
+    return -functional.softplus(-x) if scripting() else functional.logsigmoid(x)
+
+
+def unsorted(x):
+    """torch.export takes a batch for a constant where it is sorted, and the older exporter to ONNX
+    does not know a stable sort."""
+    return exporting()
+
+
 def exp(x):
     """exp of a fresh tensor of numbers that are at most small."""
-    if torch.compiler.is_compiling() or not x.is_cpu:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu:
         return torch.exp(x)
     # PyTorch's exp on CPU is MKL's, twenty times slower than its exp2 where results underflow, as
     # they do above a causal diagonal.
@@ -83,12 +110,14 @@ def exp(x):
 
 
 def narrow_product(x, kernel):
-    """x (B, T, D) times kernel (D, 2, H), in the kernel's dtype, H small.
+    """x (B, T, D) times kernel (D, 2, H), in the kernel's dtype, H small; None for two products.
 
     For bfloat16 on a GPU by products of bfloat16, summed in float32: the kernel is cut into three
     such numbers, whose sum it is, and so is the gradient. A float32 copy of x would be twice the
     bytes to write, and to read in every product.
     """
+    if exporting():  # OpenVINO's converter does not know tensordot
+        return None
     if x.dtype == torch.bfloat16 and kernel.dtype == torch.float32 and x.is_cuda:
         if not transforms():
             return _ByParts.apply(x, kernel)
@@ -149,11 +178,12 @@ def scan(step, init, xs, reverse=False):
     length = len(columns[0])
     carry, outputs = init, None
     places = reversed(range(length)) if reverse else range(length)
-    if transforms():  # which look at every write into a part of a tensor as one of the whole
+    # To these, or in a file, a write into a part of a tensor is one of the whole.
+    if transforms() or exporting():
         rows = {}
         for t in places:
             carry, rows[t] = step(carry, tuple(column[t] for column in columns))
-        return carry, tuple(map(torch.stack, zip(*(rows[t] for t in range(length)), strict=True)))
+        return carry, _stacked(rows)
     for t in places:
         carry, ys = step(carry, tuple(column[t] for column in columns))
         if outputs is None:
@@ -163,12 +193,19 @@ def scan(step, init, xs, reverse=False):
     return carry, outputs
 
 
+def _stacked(rows):
+    """{step: tensors} to tensors with the steps as their first axis."""
+    return tuple(map(torch.stack, zip(*(rows[t] for t in range(len(rows))), strict=True)))
+
+
 def scan_chunks(step, init, long, short, reverse=False):
     """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
 
     `long` tensors (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
     the step returns is put together likewise.
     """
+    if exporting():
+        return _scan_stacked_chunks(step, init, long, short, reverse)
     count = short[0].shape[0]
     L = long[0].shape[1] // count
     chunks = [x.unflatten(1, (count, L)).unbind(1) for x in long]
@@ -186,6 +223,22 @@ def scan_chunks(step, init, long, short, reverse=False):
         for whole, y in zip(outputs[1], ys[1], strict=True):
             whole[t].copy_(y)
     return carry, tuple(o.flatten(1, 2) for o in outputs[0]), tuple(outputs[1])
+
+
+def _scan_stacked_chunks(step, init, long, short, reverse):
+    """`scan_chunks` by `scan`."""
+    counts = []
+
+    def step_of_all(carry, xs):
+        carry, chunks, entries = step(carry, xs)
+        counts.append(len(chunks))
+        return carry, (*chunks, *entries)
+
+    number = size(short[0].shape[0])
+    stacked = [x.unflatten(1, (number, -1)).transpose(0, 1) for x in long]
+    carry, ys = scan(step_of_all, init, (*stacked, *short), reverse)
+    joined = tuple(y.transpose(0, 1).flatten(1, 2) for y in ys[: counts[0]])
+    return carry, joined, ys[counts[0] :]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -215,9 +268,10 @@ def differentiable(forward, backward, tensors, **options):
     `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
 
     `tensors` may hold None. There is no second derivative: asking for one is PyTorch's error.
-    PyTorch's transforms (torch.func, forward mode) differentiate what `forward` does themselves.
+    PyTorch's transforms (torch.func, forward mode) differentiate what `forward` does themselves,
+    and what is exported is made of PyTorch's own operators.
     """
-    if transforms():
+    if transforms() or exporting():
         return forward(*tensors, **options, keep=False, plain=True)[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return forward(*tensors, **options, keep=False)[0]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import torch
 from keras_xlstm.backends.torch import driver
@@ -115,6 +116,15 @@ def no_second_derivative(operator, name):
 def exporting():
     # As a constant: PyTorch 2.11 takes torch.compile for an export where it traces this.
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def size(number):
+    """A size as a number, where torch.jit.trace would have a tensor of it."""
+    if not isinstance(number, torch.Tensor):
+        return number
+    with warnings.catch_warnings():  # what depends on it is in the file for this size alone
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(number)
 
 
 def transforms():

@@ -9,6 +9,7 @@ import types
 
 import keras
 import torch
+from keras_xlstm.backends.torch.operators import exporting
 
 
 def compiled(function):
@@ -39,7 +40,7 @@ def region(template):
     compiled = torch.compile(types.FunctionType(code, globals(), code.co_name, None, cells))
 
     def run(block, *arguments):
-        if arguments[0].device.type == "meta":  # Keras works out shapes
+        if arguments[0].device.type == "meta" or exporting():  # Keras works out shapes
             return block._run(*arguments)
         # Not .value, which would cast them for the block's policy one by one.
         return compiled([variable._value for variable in block.variables], *arguments)

@@ -14,6 +14,7 @@ from keras_xlstm._checks import (
     steps_mask,
 )
 from keras_xlstm.layers.base import StateLayer, plain
+from keras_xlstm.layers.norms import LayerNormalization
 from keras_xlstm.layers.parts import Gate, check_positive, check_rate, check_use_kernel
 
 
@@ -272,7 +273,7 @@ def block_diagonal(block, name, blocks, size, use_bias, offset):
 
 def layer_norm(block, name, dim):
     """A built layer norm, without a bias as in the published models."""
-    layer = keras.layers.LayerNormalization(
+    layer = LayerNormalization(
         epsilon=block.epsilon, center=False, dtype=block.dtype_policy, name=name
     )
     layer.build((None, None, dim))

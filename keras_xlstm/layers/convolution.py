@@ -1,8 +1,10 @@
 """The causal convolution of the paper's blocks."""
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_xlstm import backends
 from keras_xlstm._checks import check_flag, real_first
 from keras_xlstm.layers.parts import check_positive
 
@@ -63,8 +65,8 @@ class CausalConv1D(keras.layers.Layer):
             order, count = real_first(mask)
             # Zeros: a tap's gradient would be 0 * NaN where padding holds NaN.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
-            x = ops.take_along_axis(x, order[:, :, None], axis=1)
-            ids = None if ids is None else ops.take_along_axis(ids, order, axis=1)
+            x = backends.steps_of(x, order)
+            ids = None if ids is None else backends.steps_of(ids, order)
         padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)
         if ids is not None:
             first = ops.zeros_like(padded[:, :before, 0], ids.dtype)
@@ -83,14 +85,15 @@ class CausalConv1D(keras.layers.Layer):
             end = ops.shape(padded)[1] if not before else None
             new_state = padded[:, -before or end :]
         else:
-            last = count[:, -1:] + ops.arange(before, dtype="int32")
-            new_state = ops.take_along_axis(padded, last[:, :, None], axis=1)
+            # NumPy's: where jax2onnx traces, JAX's has no number to start from.
+            last = count[:, -1:] + ops.convert_to_tensor(np.arange(before, dtype="int32"))
+            new_state = backends.steps_of(padded, last)
             back = ops.maximum(count - 1, 0)
-            outputs = ops.take_along_axis(outputs, back[:, :, None], axis=1)
+            outputs = backends.steps_of(outputs, back)
         if ids is not None and before:
             new_ids = padded_ids[:, -before:]
             if mask is not None:
-                new_ids = ops.take_along_axis(padded_ids, last, axis=1)
+                new_ids = backends.steps_of(padded_ids, last)
             same = new_ids == segment_ids[:, -1:]
             new_state = ops.where(same[:, :, None], new_state, ops.zeros_like(new_state))
         return outputs, ops.cast(new_state, state.dtype)

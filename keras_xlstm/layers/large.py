@@ -7,6 +7,7 @@ from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.block import Block, dense
+from keras_xlstm.layers.norms import RMSNormalization
 from keras_xlstm.layers.parts import (
     GatedFeedForward,
     MultiHeadNorm,
@@ -155,9 +156,7 @@ class xLSTMLargeBlock(Block):
         self.feed_forward.build((None, None, dim))
 
     def _rms_norm(self, name):
-        layer = keras.layers.RMSNormalization(
-            epsilon=self.epsilon, dtype=self.dtype_policy, name=name
-        )
+        layer = RMSNormalization(epsilon=self.epsilon, dtype=self.dtype_policy, name=name)
         layer.build((None, None, self.dim))
         return layer
 

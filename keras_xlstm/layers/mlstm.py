@@ -298,13 +298,12 @@ def _last(sequences, mask):
     """The newest real step (B, features) and, with a mask, whether there is one (B, 1)."""
     if mask is None:
         return sequences[:, -1], None
-    last = last_real_step(mask)[:, -1:, None]
-    x = ops.take_along_axis(sequences, ops.maximum(last, 0), axis=1)[:, 0]
-    return x, last[:, 0] >= 0
+    last = last_real_step(mask)[:, -1:]
+    return backends.steps_of(sequences, ops.maximum(last, 0))[:, 0], last >= 0
 
 
 def _held(outputs, mask):
     """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
-    last = last_real_step(mask)[:, :, None]
-    held = ops.take_along_axis(outputs, ops.maximum(last, 0), axis=1)
-    return ops.where(last >= 0, held, ops.zeros_like(held))
+    last = last_real_step(mask)
+    held = backends.steps_of(outputs, ops.maximum(last, 0))
+    return ops.where(last[:, :, None] >= 0, held, ops.zeros_like(held))

@@ -8,7 +8,15 @@ from keras import ops
 
 from keras_xlstm import initializers
 from keras_xlstm._checks import freeze
-from keras_xlstm.backends import alone, apart, by_halves, matmul, narrow_product
+from keras_xlstm.backends import (
+    activated,
+    alone,
+    apart,
+    by_halves,
+    matmul,
+    narrow_product,
+    size,
+)
 
 
 def check_positive(name, value):
@@ -222,14 +230,14 @@ class GatedFeedForward(keras.layers.Layer):
         freeze(self)
 
     def call(self, inputs):
-        many = len(inputs.shape) > 2 and inputs.shape[-2] != 1
+        many = len(inputs.shape) > 2 and size(inputs.shape[-2]) != 1
         if by_halves and many and are_plain(self.up_projection):
             # Not for a single step, where the kernel is the largest array, not what it makes.
             kernel = ops.cast(self.up_projection.kernel, self.compute_dtype)
             gate, up = (matmul(inputs, half) for half in ops.split(kernel, 2, axis=-1))
         else:
             gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
-        return self.down_projection(self.activation(gate) * up)
+        return self.down_projection(activated(self.activation, gate) * up)
 
     def compute_output_shape(self, input_shape):
         return input_shape

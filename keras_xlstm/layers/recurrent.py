@@ -3,7 +3,8 @@
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_flag, freeze, load_variables, steps_mask
+from keras_xlstm import backends
+from keras_xlstm._checks import check_flag, freeze, load_variables, refuse_states, steps_mask
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
@@ -144,6 +145,7 @@ class Recurrent(StateLayer):
         mask = sequences_mask if mask is None else mask
         self._check(sequences, initial_state, mask, return_state)
         if initial_state is None and self.stateful:
+            sequences = self._of_known_batch(sequences)
             # A copy: torch assigns in place, under the eyes of its autograd.
             state = [ops.copy(variable.value) for variable in self.states]
         else:
@@ -179,6 +181,25 @@ class Recurrent(StateLayer):
     def _recurrent_scale(self, sequences):
         """Recurrent dropout's draw, made where nothing is computed a second time, or None."""
         return None
+
+    def _of_known_batch(self, sequences):
+        """The sequences of a stateful layer: of its batch, where a graph leaves that open."""
+        export = backends.export_of(sequences)
+        batch = self.states[0].shape[0]
+        if export is not None:
+            if export.format != "tf_saved_model":
+                refuse_states(self, export.format)
+            if not backends.changes(self.states[0], sequences):
+                raise ValueError(
+                    f"{self.name} keeps its states in variables (stateful=True), for {batch} "
+                    "sequences. On JAX a SavedModel carries them if its batch is fixed and it is "
+                    "not static. Received: an open batch, or is_static=True. Call model.export "
+                    f"with input_signature=[keras.InputSpec(shape=({batch}, ...), dtype=...)] and "
+                    "without is_static."
+                )
+        if isinstance(sequences.shape[0], int) or export is None:
+            return sequences
+        return ops.reshape(sequences, (batch, *ops.shape(sequences)[1:]))
 
     # ------------------------------------------------------------------ files
 

@@ -14,6 +14,7 @@ from keras_xlstm._checks import (
     check_state_values,
     freeze,
     load_variables,
+    refuse_states,
 )
 from keras_xlstm.layers.base import Rematerialized, plain
 from keras_xlstm.layers.parts import are_plain, check_heads, forget_bias
@@ -209,7 +210,7 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
             x, kernel = inputs, self.gates.kernel
         else:
             # Rows, not sequences of one: XLA cannot compile the gradient of that Dense in a loop.
-            x = self.gates(inputs[:, 0] if inputs.shape[1] == 1 else inputs)
+            x = self.gates(inputs[:, 0] if backends.size(inputs.shape[1]) == 1 else inputs)
             # A cast that does nothing but under float64, which Dense leaves on some backends.
             x = ops.reshape(ops.cast(x, self.compute_dtype), (batch, time, 4, *heads))
         if state is not None:
@@ -231,6 +232,9 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         return h, [ops.reshape(s, (batch, self.units)) for s in state]
 
     def call(self, inputs, states, training=False):
+        export = backends.export_of(inputs)
+        if export and export.stateful and export.format != "tf_saved_model":
+            refuse_states(export.stateful, export.format)
         if not isinstance(states, (list, tuple)) or len(states) != 4:
             got = f"{len(states)} tensors" if isinstance(states, (list, tuple)) else type(states)
             raise ValueError(

@@ -49,7 +49,8 @@ class CompilesBlocks:
             self._set_regions(regions)
 
     def export(self, *args, **kwargs):
-        """`keras.Model.export`."""
+        """`keras.Model.export`, of the model with its main input alone, unless `input_signature`
+        is a dict that names the others."""
         with self._plain_blocks():
             return super().export(*args, **kwargs)
 

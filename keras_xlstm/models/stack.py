@@ -9,6 +9,7 @@ from keras import ops
 from keras_xlstm._checks import check_segments, steps_mask
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
 from keras_xlstm.layers.base import plain
+from keras_xlstm.layers.norms import LayerNormalization, RMSNormalization
 from keras_xlstm.layers.parts import check_positive
 from keras_xlstm.models.compiling import CompilesBlocks
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
@@ -72,10 +73,10 @@ class StackModel(CompilesBlocks, keras.Model):
         options = {"epsilon": block.epsilon, "dtype": settings["dtype"], "name": "norm"}
         with plain():
             if settings["architecture"] == "large":
-                norm = keras.layers.RMSNormalization(**options)
+                norm = RMSNormalization(**options)
                 norm.supports_masking = True  # it acts on every step by itself
             else:
-                norm = keras.layers.LayerNormalization(center=False, **options)
+                norm = LayerNormalization(center=False, **options)
         return norm(x)
 
     # ------------------------------------------------------------------ calling
