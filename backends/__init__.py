@@ -270,7 +270,7 @@ def multiplies_inside(x, units, implementation):
     return (
         implementation in (None, "native", "xla")
         and keras.backend.standardize_dtype(x.dtype) == "float32"
-        and x.shape[1] != 1
+        and size(x.shape[1]) != 1
         and framework.multiplies_inside(*x.shape, units)
     )
 
@@ -307,8 +307,10 @@ def slstm(
         x, x, recurrent_kernel, bias, recurrent_scale
     )
     if state is None:
-        H, D, _, _ = recurrent_kernel.shape
-        state = (ops.zeros((ops.shape(x)[0], H, D), x.dtype),) * 4
+        if kernel is None:
+            state = (ops.zeros_like(x[:, 0, 0]),) * 4
+        else:
+            state = (ops.zeros((ops.shape(x)[0], *recurrent_kernel.shape[:2]), x.dtype),) * 4
     state = tuple(_working(x, *state))
     if kernel is not None:
         options["kernel"] = kernel

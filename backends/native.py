@@ -80,7 +80,7 @@ class _Mixing:
     """
 
     def __init__(self, recurrent_kernel):
-        self.shape = H, D, _, _ = recurrent_kernel.shape
+        self.shape = H, D, _, _ = tuple(map(size, recurrent_kernel.shape))
         self.joined = H == 1 or (H * D <= framework.joined_heads and framework.alone_on_device())
         self.R = recurrent_kernel
         if self.joined:
@@ -149,7 +149,7 @@ def _per_step(flags):
 
 def _flat(x):
     """(B, H, D) to (B, U)."""
-    return ops.reshape(x, (-1, x.shape[1] * x.shape[2]))
+    return ops.reshape(x, (-1, size(x.shape[1]) * size(x.shape[2])))
 
 
 def slstm_forward(
@@ -157,7 +157,7 @@ def slstm_forward(
     forget_gate, recurrent_gradient_clip, keep=True, plain=False,
 ):  # fmt: skip
     """`keep`: whether a backward pass may come; `plain`: the framework differentiates this."""
-    H, D, _, _ = recurrent_kernel.shape
+    H, D, _, _ = map(size, recurrent_kernel.shape)
     if kernel is None:
         x = ops.reshape(x, (*ops.shape(x)[:2], 4 * H * D))
     x = ops.transpose(x, (1, 0, 2))  # (T, B, 4 U) or (T, B, F)
@@ -218,7 +218,7 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
     """Backpropagation through time: eqs. 41-51, from each step's gates as they were."""
     x, recurrent_kernel, initial, h, kept, hold, reset, scale, has_bias, kernel = residuals
     dh, *d_last = gradients[:4]
-    H, D, _, _ = recurrent_kernel.shape
+    H, D, _, _ = map(size, recurrent_kernel.shape)
     mixing = _Mixing(recurrent_kernel)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
     kernel_transposed = None if kernel is None else ops.transpose(kernel)

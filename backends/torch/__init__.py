@@ -70,7 +70,13 @@ def alone_on_device():
 
 def host_values(x):
     """As `backends.host_values`."""
-    if torch.compiler.is_compiling() or type(x) not in PLAIN or not x.is_cpu or transforms():
+    if (
+        exporting()
+        or torch.compiler.is_compiling()
+        or type(x) not in PLAIN
+        or not x.is_cpu
+        or transforms()
+    ):
         return None
     x = x.detach()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()

@@ -262,7 +262,7 @@ class mLSTM(Recurrent):
 
     def _output(self, h, x):
         """What leaves the layer: h (..., H, V) normalised, and gated by the inputs x."""
-        h = ops.reshape(h, (*ops.shape(h)[:-2], self.num_heads * self._V))
+        h = ops.reshape(h, (*ops.shape(x)[:-1], self.num_heads * self._V))
         if self.head_norm is not None:
             h = self.head_norm(h)
         if self.output_gate is not None:
