@@ -375,7 +375,7 @@ def mlstm_last(q, k, v, i, f, state, input_gate, eps):
 
 def _sums_to_the_end(x):
     """(B, T, H): sums of x from each step on."""
-    return ops.flip(ops.cumsum(ops.flip(x, axis=1), axis=1), axis=1)
+    return ops.flip(framework.cumsum(ops.flip(x, axis=1), 1), axis=1)
 
 
 def _pad(x, length, fill):

@@ -409,6 +409,14 @@ def test_bidirectional_blocks_say_what_to_do(Block):
         keras.layers.Bidirectional(Block(num_heads=2))
 
 
+def test_heads_of_one_unit_are_refused_where_a_norm_would_empty_them(rng):
+    for layer in (mLSTM(1), mLSTM(4, num_heads=4), mLSTM(4, value_dim=1), sLSTMBlock(num_heads=F)):
+        with pytest.raises(ValueError, match="A head of one unit is 0 after"):
+            layer(data(rng))
+    for layer in (mLSTM(1, use_head_norm=False), sLSTM(1), sLSTM(F, num_heads=F)):
+        assert np.abs(array(layer(data(rng)))).max() > 0
+
+
 @pytest.mark.parametrize("Layer", [sLSTM, sLSTMCell, mLSTM, *BLOCKS])
 def test_both_names_of_the_forget_bias(Layer, rng):
     units = () if Layer in BLOCKS else (U,)

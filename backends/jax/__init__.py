@@ -10,7 +10,7 @@ from keras_xlstm.backends.jax import machine
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
-minimum, log1p = jax.numpy.minimum, jax.numpy.log1p
+minimum, log1p, cumsum = jax.numpy.minimum, jax.numpy.log1p, jax.numpy.cumsum
 total, swapaxes, exp = jax.numpy.sum, jax.numpy.swapaxes, jax.numpy.exp
 constant = jax.lax.stop_gradient
 # Products with both halves of a kernel, not one that is cut in two: XLA puts the gradient of both

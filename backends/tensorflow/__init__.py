@@ -12,7 +12,7 @@ from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
-minimum, log1p = tf.minimum, tf.math.log1p
+minimum, log1p, cumsum = tf.minimum, tf.math.log1p, tf.cumsum
 swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 as_written = tf.autograph.experimental.do_not_convert

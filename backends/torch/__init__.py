@@ -10,7 +10,7 @@ from torch.nn import functional
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
 # its graph at keras.ops.max.
 tanh, maximum, largest, matmul = torch.tanh, torch.maximum, torch.amax, torch.matmul
-log1p = torch.log1p
+log1p, cumsum = torch.log1p, torch.cumsum
 # Several times as fast to call as keras.ops', which small chunks feel. (transpose: the converter
 # to ONNX does not know swapaxes, which is the same.)
 total, swapaxes = torch.sum, torch.transpose

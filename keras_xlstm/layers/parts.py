@@ -119,6 +119,12 @@ class MultiHeadNorm(keras.layers.Layer):
 
     def build(self, input_shape):
         check_heads(input_shape[-1], self.num_heads)
+        if input_shape[-1] == self.num_heads:
+            raise ValueError(
+                "A head of one unit is 0 after its own normalisation, whatever came in. Received: "
+                f"{input_shape[-1]} units in num_heads={self.num_heads} heads. Take fewer heads or "
+                "more units; mLSTM also takes use_head_norm=False."
+            )
         self.gamma = self.add_weight(
             name="gamma", shape=(input_shape[-1],), initializer="ones", autocast=False
         )
