@@ -12,6 +12,7 @@ from keras_xlstm.backends.torch.operators import exporting, transforms
 from torch import Tensor
 from torch.nn import functional as F
 
+_JOINED = 128  # up to how many units heads are multiplied as one
 _BLOCK = 32  # steps of the backward pass whose factors are computed at once
 
 
@@ -34,6 +35,11 @@ def native_slstm(
         return native.slstm(
             *arguments, forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip
         )
+    heads = recurrent_kernel.shape[:2]
+    if x.is_cpu and heads[0] > 1 and heads[0] * heads[1] <= _JOINED:
+        x, recurrent_kernel, bias, state, recurrent_scale = _joined(
+            x, recurrent_kernel, bias, state, recurrent_scale
+        )
     trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, recurrent_kernel, bias, *state)
     )
@@ -42,8 +48,24 @@ def native_slstm(
         x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale,
         forget_gate == "exp", clip, trains,
     )  # fmt: skip
-    h_last, c, n, m = (s.transpose(0, 1) for s in last)
-    return h.permute(2, 1, 0, 3), (h_last, c, n, reported(m))
+    h_last, c, n, m = (s.transpose(0, 1).reshape(-1, *heads) for s in last)
+    h = h.permute(2, 1, 0, 3)
+    return h.reshape(*h.shape[:2], *heads), (h_last, c, n, reported(m))
+
+
+def _joined(x, recurrent_kernel, bias, state, recurrent_scale):
+    """All heads as one, with a kernel that is zero between them: for few units one product is
+    faster than one a head."""
+    H, D, _, _ = recurrent_kernel.shape
+    between = torch.eye(H, dtype=x.dtype)[:, None, None, :, None]
+    R = (recurrent_kernel[:, :, :, None] * between).reshape(1, H * D, 4, H * D)
+    return (
+        x.reshape(*x.shape[:2], 4, 1, H * D),
+        R,
+        None if bias is None else bias.reshape(4, 1, H * D),
+        tuple(s.reshape(-1, 1, H * D) for s in state),
+        None if recurrent_scale is None else recurrent_scale.reshape(-1, 1, H * D),
+    )
 
 
 def _per_step(flags: Tensor) -> Tensor:
