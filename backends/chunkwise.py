@@ -43,7 +43,7 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True,
         h += q_in @ C
         h /= (framework.maximum(abs(r), floor) + eps * row_eps)[..., None]
         k_end = k * to_end[..., None]
-        new_C = _turned(k_end) @ v
+        new_C = turned(k_end) @ v
         new_C += through[..., None, None] * C
         new_n = through[..., None] * n + framework.total(k_end, axis=-2)
         return (new_C, new_n), (_swap(h),), (r, C, n) if keep else ()
@@ -82,7 +82,7 @@ def backward(residuals, gradients, eps, chunk_size):
         G += dr[..., None]
         G *= within
         dv = (to_end * k) @ dC
-        dv += _turned(S) @ U
+        dv += turned(S) @ U
         dq = U @ _transposed(C)
         dq += dr[..., None] * n[..., None, :]
         dq *= entering
@@ -90,11 +90,11 @@ def backward(residuals, gradients, eps, chunk_size):
         dk = v @ _transposed(dC)
         dk += dn[..., None, :]
         dk *= to_end
-        dk += _turned(G) @ q
+        dk += turned(G) @ q
         di = framework.total(k * dk, axis=-1)
         across = framework.total(q * dq, axis=-1) - di
         q_in = q * entering
-        dC_in = _turned(q_in) @ U
+        dC_in = turned(q_in) @ U
         dC_in += through[..., None, None] * dC
         dn_in = through[..., None] * dn + _by_row(dr, q_in)
         dq, dk, dv = (_swap(a) for a in (dq * scale, dk, dv))
@@ -271,7 +271,7 @@ def _by_row(y, x):
 
 
 # Of the first operand of a product.
-_turned = getattr(framework, "turned", _transposed)
+turned = getattr(framework, "turned", _transposed)
 
 
 def _inner(C, dC, n, dn):

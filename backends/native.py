@@ -113,7 +113,7 @@ class _Mixing:
         """A step's, or all steps', to be summed up and handed to `as_kernel`."""
         H, D, _, _ = self.shape
         if self.joined:
-            return ops.transpose(h) @ dg
+            return chunkwise.turned(h) @ dg
         h, dg = ops.reshape(h, (-1, H, D)), ops.reshape(dg, (-1, 4, H, D))
         return ops.einsum("bhd,bghe->hdge", h, dg)
 
@@ -256,7 +256,7 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
             new = tuple(ops.where(flags[0], a, b) for a, b in zip((dh, dc, dn), new, strict=True))
         if kernel is None:
             return new, (dg,)
-        more = (ops.transpose(x) @ dg, mixing.kernel_gradient(h, dg), ops.sum(dg, axis=0))
+        more = (chunkwise.turned(x) @ dg, mixing.kernel_gradient(h, dg), ops.sum(dg, axis=0))
         return (*new, *(a + b for a, b in zip(sums, more, strict=True))), (dg @ kernel_transposed,)
 
     dh = ops.transpose(ops.reshape(dh, (*ops.shape(dh)[:2], H * D)), (1, 0, 2))

@@ -1,13 +1,17 @@
 """CPU speed, each backend in a process of its own, every figure beside its peer in the same run.
 
     python benchmarks/cpu.py                    # jax, tensorflow, torch, then the official code
-    python benchmarks/cpu.py --only torch
+    python benchmarks/cpu.py --only torch --shapes tutorials
+    python benchmarks/cpu.py --only jax --shapes 64x60x12x48 32x200x64x64
 
-Keras part: one `fit` step of sLSTM(256, num_heads=4) and mLSTM(256, num_heads=4) beside
-keras.layers.LSTM(256): batch 16, 256 steps, 256 features, return_sequences. Official part: the
+Keras part: one `fit` step, one `predict` step and the first step's compilation of
+Sequential([Input((T, F)), LAYER(units), Dense(1)]) at Keras's defaults, for keras.layers.LSTM,
+sLSTM and mLSTM of one head and of four, and an xLSTMStack of 2 blocks; in process time (both
+cores' work), as ratios to LSTM. Shapes are batch, steps, features, units: of public tutorials,
+and sweeps over units, steps and batch. `sequences`: with `return_sequences`. Official part: the
 functional ops on torch beside `xlstm` (sLSTM cell, vanilla) and `mlstm_kernels` (native), which
 `pip install "keras-xlstm[benchmark]"` brings. Repetitions of the compared things alternate, so
-that a slow moment of the machine meets all of them; medians.
+that a slow moment of the machine meets all of them; the least of each.
 """
 
 import argparse
@@ -19,10 +23,28 @@ import subprocess
 import sys
 import time
 
-B, T, U, H = 16, 256, 256, 4
+H = 4
+SHAPES = {
+    "tutorials": {
+        "weather forecast": (256, 120, 7, 32),
+        "sentiment": (32, 200, 128, 64),
+        "characters": (128, 40, 56, 128),
+        "video features": (8, 20, 1024, 16),
+        "sequence pairs": (64, 16, 70, 256),
+        "sensors": (64, 500, 1, 64),
+        "small table": (64, 60, 12, 48),
+        "tokens": (32, 200, 64, 64),
+        "wide": (16, 256, 256, 256),
+    },
+    "sweeps": {
+        **{f"{units} units": (32, 100, 16, units) for units in (8, 16, 32, 64, 128, 256, 512)},
+        **{f"{steps} steps": (32, steps, 16, 64) for steps in (20, 100, 300, 1000)},
+        **{f"batch {batch}": (batch, 100, 16, 64) for batch in (1, 8, 32, 128, 256)},
+    },
+}
 
 
-def medians(functions, repeats, of=statistics.median):
+def medians(functions, repeats, of=statistics.median, clock=time.perf_counter):
     """{name: median ms} (or another figure `of` them), the functions taking turns."""
     for f in functions.values():
         f()
@@ -30,9 +52,9 @@ def medians(functions, repeats, of=statistics.median):
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, f in functions.items():
-            start = time.perf_counter()
+            start = clock()
             f()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return {name: of(t) for name, t in times.items()}
 
 
@@ -51,29 +73,70 @@ def environment():
     return f"{machine}, {', '.join(versions)}"
 
 
-def keras_part(jit_compile):
+def layers_of(units, sequences):
+    import keras
+
+    from keras_xlstm.layers import mLSTM, sLSTM
+    from keras_xlstm.models import xLSTMStack
+
+    options = {"return_sequences": sequences}
+
+    def stack():
+        parts = [keras.layers.Dense(units), xLSTMStack(units, 2)]
+        return parts if sequences else [*parts, keras.layers.GlobalAveragePooling1D()]
+
+    made = {
+        "LSTM": lambda: [keras.layers.LSTM(units, **options)],
+        "sLSTM": lambda: [sLSTM(units, **options)],
+        "sLSTM, 4 heads": lambda: [sLSTM(units, num_heads=H, **options)],
+        "mLSTM": lambda: [mLSTM(units, **options)],
+        "mLSTM, 4 heads": lambda: [mLSTM(units, num_heads=H, **options)],
+        "stack of 2": stack,
+    }
+    return made
+
+
+def measured(shape, names, jit_compile, sequences, steps=6, repeats=5):
+    """{(layer, what): process time in ms}; `what` is fit, predict or first (step)."""
     import keras
     import numpy as np
 
-    from keras_xlstm.layers import mLSTM, sLSTM
-
-    print(f"## {keras.backend.backend()}, jit_compile={jit_compile}: {environment()}", flush=True)
+    B, T, F, units = shape
     rng = np.random.default_rng(0)
-    steps = 4
-    x, y = (rng.normal(size=(B * steps, T, U)).astype("float32") for _ in "xy")
-    functions = {}
-    layers = {
-        "keras LSTM": keras.layers.LSTM(U, return_sequences=True),
-        "sLSTM": sLSTM(U, num_heads=H, return_sequences=True),
-        "mLSTM": mLSTM(U, num_heads=H, return_sequences=True),
-    }
-    for name, layer in layers.items():
-        model = keras.Sequential([keras.Input((T, U)), layer])
-        model.compile("sgd", "mse", jit_compile=jit_compile)
-        functions[name] = lambda m=model: m.fit(x, y, batch_size=B, verbose=0)
-    for name, ms in (result := medians(functions, 7)).items():
-        ratio = ms / result["keras LSTM"]
-        print(f"{name:11} fit step {ms / steps:7.1f} ms   {ratio:5.2f} of keras LSTM", flush=True)
+    x = rng.normal(size=(B * steps, T, F)).astype("float32")
+    y = rng.normal(size=(B * steps, T, 1) if sequences else (B * steps, 1)).astype("float32")
+    runs, first = {}, {}
+    for name, make in layers_of(units, sequences).items():
+        if name not in names:
+            continue
+        model = keras.Sequential([keras.Input((T, F)), *make(), keras.layers.Dense(1)])
+        model.compile("adam", "mse", jit_compile=jit_compile)
+        runs[name, "fit"] = lambda m=model: m.fit(x, y, batch_size=B, verbose=0)
+        runs[name, "predict"] = lambda m=model: m.predict(x, batch_size=B, verbose=0)
+        start = time.process_time()
+        model.fit(x[:B], y[:B], batch_size=B, verbose=0)
+        first[name, "first"] = (time.process_time() - start) * 1e3
+    times = medians(runs, repeats, of=min, clock=time.process_time)
+    return {key: ms / steps for key, ms in times.items()} | first
+
+
+def keras_part(jit_compile, shapes, names, sequences):
+    import keras
+
+    kind = ", return_sequences" if sequences else ""
+    print(f"## {keras.backend.backend()}, jit_compile={jit_compile}{kind}: {environment()}\n")
+    print("LSTM's time in ms; the others as ratios to it: fit, predict, first step.\n")
+    others = [name for name in names if name != "LSTM"]
+    print(f"| | B T F units | LSTM | {' | '.join(others)} |")
+    print(f"|{'---|' * (3 + len(others))}", flush=True)
+    for label, shape in shapes.items():
+        ms = measured(shape, names, jit_compile, sequences)
+        kinds = ("fit", "predict", "first")
+        cells = [", ".join(f"{ms['LSTM', what]:.1f}" for what in kinds)]
+        for name in others:
+            ratios = (ms[name, what] / ms["LSTM", what] for what in kinds)
+            cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
+        print(f"| {label} | {' '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
 
 
 def official_part():
@@ -143,15 +206,27 @@ def main():
     parts = ("jax", "tensorflow", "tensorflow-jit", "torch", "official")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--here", choices=parts, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["tutorials"], help=f"of {list(SHAPES)}, or as 64x60x12x48"
+    )
+    parser.add_argument("--layers", nargs="+", help="of those compared, beside LSTM")
+    parser.add_argument("--sequences", action="store_true", help="with return_sequences")
     args = parser.parse_args()
     if args.here == "official":
-        official_part()
-    elif args.here:
-        keras_part({"tensorflow": False, "tensorflow-jit": True}.get(args.here, "auto"))
-    for part in () if args.here else args.only or parts:
+        return official_part()
+    if args.here:
+        shapes = {}
+        for name in args.shapes:
+            shapes |= SHAPES[name] if name in SHAPES else {name: tuple(map(int, name.split("x")))}
+        names = list(layers_of(1, False))
+        names = ["LSTM", *(n for n in names if n in args.layers)] if args.layers else names
+        jit_compile = {"tensorflow": False, "tensorflow-jit": True}.get(args.here, "auto")
+        return keras_part(jit_compile, shapes, names, args.sequences)
+    for part in args.only or parts:
         backend = {"official": "torch", "tensorflow-jit": "tensorflow"}.get(part, part)
         env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        subprocess.run([sys.executable, __file__, "--here", part], env=env, check=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--here", part]
+        subprocess.run(command, env=env, check=True)
 
 
 if __name__ == "__main__":
