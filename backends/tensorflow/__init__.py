@@ -12,7 +12,7 @@ from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
-minimum, log1p, cumsum = tf.minimum, tf.math.log1p, tf.cumsum
+minimum, cumsum = tf.minimum, tf.cumsum
 swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 as_written = tf.autograph.experimental.do_not_convert
@@ -94,6 +94,11 @@ def check_export(x):
             "length, use keras_xlstm.layers.sLSTM, or take keras_xlstm.export.export_model(model, "
             f"folder, {format!r}, parts=('streaming',)), one step with its states."
         )
+
+
+def log1p(x):
+    # tf2onnx does not know it. Of exp(-|f|) the rest that is lost is below f's own last digit.
+    return tf.math.log(1.0 + x) if exported_to() == "onnx" else tf.math.log1p(x)
 
 
 def activated(activation, x):

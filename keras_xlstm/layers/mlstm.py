@@ -234,10 +234,13 @@ class mLSTM(Recurrent):
                 layer.build((None, None, width))
 
     def _run(self, sequences, state, mask, scale):
+        steps = ops.shape(sequences)[:2]  # not of what Dense made: tf2onnx takes that for rows
+
         def heads(x, size):
             # Does nothing but under float64, which Keras's Dense leaves on some backends.
             x = ops.cast(x, self.compute_dtype)
-            return ops.reshape(x, (*ops.shape(x)[:-1], self.num_heads, size))
+            leading = steps if len(x.shape) == 3 else (-1,)
+            return ops.reshape(x, (*leading, self.num_heads, size))
 
         k, v = heads(self.key(sequences), self._K), heads(self.value(sequences), self._V)
         gates = both_gates(sequences, self.input_gate, self.forget_gate)
@@ -262,7 +265,8 @@ class mLSTM(Recurrent):
 
     def _output(self, h, x):
         """What leaves the layer: h (..., H, V) normalised, and gated by the inputs x."""
-        h = ops.reshape(h, (*ops.shape(x)[:-1], self.num_heads * self._V))
+        leading = ops.shape(x)[:2] if len(x.shape) == 3 else (-1,)
+        h = ops.reshape(h, (*leading, self.num_heads * self._V))
         if self.head_norm is not None:
             h = self.head_norm(h)
         if self.output_gate is not None:
