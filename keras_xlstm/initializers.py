@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import inspect
 
 import keras
@@ -169,14 +170,16 @@ class WangInit(_Scaled):
 _BY_NAME = {
     "power_law": PowerLawForgetBias,
     "linspace": LinspaceForgetBias,
+    "spread": functools.partial(LinspaceForgetBias, -2.0, 4.0),
     "small_init": SmallInit,
     "wang_init": WangInit,
 }
 
 
 def get(identifier, default=None, **sizes):
-    """`keras.initializers.get`, which also knows "power_law", "linspace", "small_init" and
-    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index).
+    """`keras.initializers.get`, which also knows "power_law", "linspace", "spread" (linspace from
+    -2 to 4), "small_init" and "wang_init"; those take what they need of `sizes` (dim, num_blocks,
+    block_index).
 
     None is `default`, or an error where there is none: Keras leaves it to `add_weight`, which draws
     biases too.
@@ -189,7 +192,7 @@ def get(identifier, default=None, **sizes):
         )
     if isinstance(identifier, str) and identifier in _BY_NAME:
         kind = _BY_NAME[identifier]
-        taken = inspect.signature(kind.__init__).parameters
+        taken = inspect.signature(kind).parameters
         return kind(**{name: size for name, size in sizes.items() if name in taken})
     return keras.initializers.get(identifier)
 
