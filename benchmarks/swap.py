@@ -211,6 +211,7 @@ def layers():
         "sLSTM, 4 heads": made(sLSTM, num_heads=4),
         "mLSTM": made(mLSTM),
         "mLSTM, 4 heads": made(mLSTM, num_heads=4),
+        "mLSTM, 4 heads, use_bias": made(mLSTM, num_heads=4, use_bias=True),
         "xLSTMStack": stack,
     }
 

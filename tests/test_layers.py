@@ -119,9 +119,13 @@ def test_initial_values_are_as_documented():
     cell = sLSTMCell(8, num_heads=2)
     settings = cell.settings()
     assert {k: v for k, v in layer.get_config().items() if k in settings} == settings
-    layer = mLSTM(8, num_heads=4)
+    for num_heads, want in ((4, np.linspace(1, 6, 4)), (1, [3.5])):
+        layer = mLSTM(8, num_heads=num_heads)
+        layer.build((None, None, 3))
+        np.testing.assert_allclose(array(layer.forget_gate.bias), want, rtol=1e-6)
+    layer = sLSTM(2, num_heads=2)  # heads of one unit start as LSTM's do
     layer.build((None, None, 3))
-    np.testing.assert_allclose(array(layer.forget_gate.bias), [3, 4, 5, 6], rtol=1e-6)
+    np.testing.assert_allclose(array(layer.cell.bias)[1], [[1], [1]])
 
 
 def test_the_papers_initial_values_have_names():
@@ -132,6 +136,9 @@ def test_the_papers_initial_values_have_names():
     want = 5 - 12 * (np.arange(4) / 3) ** 0.3
     np.testing.assert_allclose(array(layer.cell.bias)[1], [want, want], rtol=1e-6)
     assert not array(layer.cell.recurrent_kernel).any()
+    layer = mLSTM(8, num_heads=4, forget_gate_bias_initializer="linspace")
+    layer.build((None, None, 3))
+    np.testing.assert_allclose(array(layer.forget_gate.bias), [3, 4, 5, 6], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
