@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import inspect
 
 import keras
@@ -12,6 +13,7 @@ __all__ = [
     "LinspaceForgetBias",
     "PowerLawForgetBias",
     "SmallInit",
+    "SpreadForgetBias",
     "WangInit",
     "get",
     "reseeded",
@@ -100,6 +102,33 @@ class LinspaceForgetBias(keras.initializers.Initializer):
         return {"start": self.start, "stop": self.stop}
 
 
+@keras.saving.register_keras_serializable(package="keras_xlstm")
+class SpreadForgetBias(LinspaceForgetBias):
+    """Evenly spaced values over the last axis, a single one in the middle: the forget biases that
+    `sLSTM` and `mLSTM` start with.
+
+    The units of a head of `sLSTM` get -2 to 4, memories of 1 to 50 steps (`"spread"`), the heads of
+    `mLSTM` 1 to 6, memories of 4 to 400 steps (`"spread_heads"`).
+
+    Args:
+        start, stop: first and last value.
+
+    Example:
+
+    >>> bias = keras_xlstm.initializers.SpreadForgetBias()
+    >>> keras.ops.convert_to_numpy(bias((4,))), keras.ops.convert_to_numpy(bias((1,)))
+    (array([-2.,  0.,  2.,  4.], dtype=float32), array([1.], dtype=float32))
+    """
+
+    def __init__(self, start: float = -2.0, stop: float = 4.0) -> None:
+        super().__init__(start, stop)
+
+    def __call__(self, shape, dtype=None):
+        if shape[-1] == 1:
+            return _tensor((self.start + self.stop) / 2, shape, dtype)
+        return super().__call__(shape, dtype)
+
+
 class _Scaled(keras.initializers.RandomNormal):
     """Normal with a standard deviation that follows from sizes, `_stddev(dim)`."""
 
@@ -169,14 +198,17 @@ class WangInit(_Scaled):
 _BY_NAME = {
     "power_law": PowerLawForgetBias,
     "linspace": LinspaceForgetBias,
+    "spread": SpreadForgetBias,
+    "spread_heads": functools.partial(SpreadForgetBias, 1.0, 6.0),
     "small_init": SmallInit,
     "wang_init": WangInit,
 }
 
 
 def get(identifier, default=None, **sizes):
-    """`keras.initializers.get`, which also knows "power_law", "linspace", "small_init" and
-    "wang_init"; those take what they need of `sizes` (dim, num_blocks, block_index).
+    """`keras.initializers.get`, which also knows "power_law", "linspace", "spread", "spread_heads",
+    "small_init" and "wang_init"; those take what they need of `sizes` (dim, num_blocks,
+    block_index).
 
     None is `default`, or an error where there is none: Keras leaves it to `add_weight`, which draws
     biases too.
@@ -189,7 +221,7 @@ def get(identifier, default=None, **sizes):
         )
     if isinstance(identifier, str) and identifier in _BY_NAME:
         kind = _BY_NAME[identifier]
-        taken = inspect.signature(kind.__init__).parameters
+        taken = inspect.signature(kind).parameters
         return kind(**{name: size for name, size in sizes.items() if name in taken})
     return keras.initializers.get(identifier)
 

@@ -321,6 +321,11 @@ def test_initial_values(rng):
     np.testing.assert_allclose(array(block.bias)[1], [want, want], rtol=1e-5)
     assert not array(block.bias)[[0, 2, 3]].any()
     assert not array(block.recurrent_kernel).any()
+    block = sLSTMBlock(num_heads=H)  # the paper's too, where the layer sLSTM starts otherwise
+    block.build((None, None, 16))
+    want = 5 - 12 * (np.arange(8) / 7) ** 0.3
+    np.testing.assert_allclose(array(block.bias)[1], [want, want], rtol=1e-5)
+    assert not array(block.recurrent_kernel).any()
     block = xLSTMLargeBlock(num_heads=H)
     block.build((None, None, 16))
     np.testing.assert_allclose(array(block.input_gate.bias), [-10, -10])

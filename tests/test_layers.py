@@ -101,22 +101,54 @@ def test_every_kernel_of_a_layer_is_drawn_anew(rng):
     layer.build((None, None, 16))
     kernels = [layer.query, layer.key, layer.value, layer.output_gate]
     assert len({array(k.kernel).tobytes() for k in kernels}) == 4
-    layer = sLSTM(16, num_heads=2, recurrent_initializer="orthogonal")
+    layer = sLSTM(16, num_heads=2)
     layer.build((None, None, 16))
     R = array(layer.cell.recurrent_kernel)
     assert not np.allclose(R[0], R[1])
     np.testing.assert_allclose(R[0].reshape(8, 32) @ R[0].reshape(8, 32).T, np.eye(8), atol=1e-5)
 
 
-def test_forget_bias_is_the_papers():
+def test_initial_values_are_as_documented():
     layer = sLSTM(8, num_heads=2)
+    layer.build((None, None, 3))
+    bias, R = array(layer.cell.bias), array(layer.cell.recurrent_kernel).reshape(2, 4, 16)
+    np.testing.assert_allclose(bias[1], [[-2, 0, 2, 4]] * 2, atol=1e-6)
+    assert not bias[[0, 2, 3]].any()
+    for head in R:
+        np.testing.assert_allclose(head @ head.T, np.eye(4), atol=1e-5)
+    cell = sLSTMCell(8, num_heads=2)
+    settings = cell.settings()
+    assert {k: v for k, v in layer.get_config().items() if k in settings} == settings
+    for num_heads, want in ((4, np.linspace(1, 6, 4)), (1, [3.5])):
+        layer = mLSTM(8, num_heads=num_heads)
+        layer.build((None, None, 3))
+        np.testing.assert_allclose(array(layer.forget_gate.bias), want, rtol=1e-6)
+    layer = sLSTM(2, num_heads=2)  # heads of one unit start as LSTM's do
+    layer.build((None, None, 3))
+    np.testing.assert_allclose(array(layer.cell.bias)[1], [[1], [1]])
+
+
+def test_the_papers_initial_values_have_names():
+    layer = sLSTM(
+        8, num_heads=2, recurrent_initializer="zeros", forget_gate_bias_initializer="power_law"
+    )
     layer.build((None, None, 3))
     want = 5 - 12 * (np.arange(4) / 3) ** 0.3
     np.testing.assert_allclose(array(layer.cell.bias)[1], [want, want], rtol=1e-6)
-    assert not array(layer.cell.bias)[[0, 2, 3]].any()
-    layer = mLSTM(8, num_heads=4)
+    assert not array(layer.cell.recurrent_kernel).any()
+    layer = mLSTM(8, num_heads=4, forget_gate_bias_initializer="linspace")
     layer.build((None, None, 3))
     np.testing.assert_allclose(array(layer.forget_gate.bias), [3, 4, 5, 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_orthogonal_in_half_precision(dtype):
+    """Keras's LSTM(8, dtype="bfloat16") is an error: no backend has that decomposition."""
+    cell = sLSTMCell(8, dtype=dtype)
+    cell.build((None, 3))
+    assert cell.recurrent_kernel.dtype == dtype
+    R = array(ops.cast(cell.recurrent_kernel, "float32")).reshape(8, 32)
+    np.testing.assert_allclose(R @ R.T, np.eye(8), atol=0.02)
 
 
 # ------------------------------------------------------------------------------- Keras surface

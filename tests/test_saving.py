@@ -46,6 +46,18 @@ def test_golden_file():
     continues_as_written(GOLDEN)
 
 
+def test_old_files_keep_their_initial_values():
+    """The file says them: drawn anew, its sLSTM starts as in version 0.1, not as sLSTM() does now."""
+    model = keras.models.clone_model(keras.models.load_model(GOLDEN / "model.keras", compile=False))
+    layer = next(x for x in model.layers if isinstance(x, keras_xlstm.layers.sLSTM))
+    assert not array(layer.cell.recurrent_kernel).any()
+    heads, units = layer.num_heads, layer.units // layer.num_heads
+    want = 5 - 12 * np.linspace(0, 1, units) ** 0.3
+    np.testing.assert_allclose(array(layer.cell.bias)[1], [want] * heads, rtol=1e-6)
+    memory = model.get_layer("bidirectional").forward_layer
+    np.testing.assert_allclose(array(memory.forget_gate.bias), [3, 6], rtol=1e-6)
+
+
 def continues_as_written(folder):
     """Greedy decoding gives the same tokens on every backend."""
     model = keras.models.load_model(folder / "language_model.keras")

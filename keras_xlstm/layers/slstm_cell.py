@@ -69,11 +69,11 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         kernel_initializer: of the input kernel (features, 4 * units), gates in the order
             i, f, z, o.
         recurrent_initializer: of the recurrent kernel, drawn per head as (units, 4 * units) of a
-            head. The paper starts from zeros.
+            head. LSTM's; the paper's, which the blocks keep, is `"zeros"`.
         bias_initializer: of the biases of i, z and o.
         forget_gate_bias_initializer: of the forget gate's, (num_heads, units of a head):
-            `"power_law"` as in the paper, or any other. `forget_bias_initializer` is its older
-            name.
+            `"spread"` from -2 to 4 over the units of a head, memories of 1 to 50 steps; the
+            paper's is `"power_law"`. `forget_bias_initializer` is its older name.
         kernel_regularizer, recurrent_regularizer, bias_regularizer: regularisers.
         kernel_constraint, recurrent_constraint, bias_constraint: constraints.
         recurrent_gradient_clip: bounds the gradient that flows from a step's gates to the h before
@@ -104,9 +104,9 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         forget_activation: str = "sigmoid",
         use_bias: bool = True,
         kernel_initializer: Any = "glorot_uniform",
-        recurrent_initializer: Any = "zeros",
+        recurrent_initializer: Any = "orthogonal",
         bias_initializer: Any = "zeros",
-        forget_gate_bias_initializer: Any = "power_law",
+        forget_gate_bias_initializer: Any = "spread",
         kernel_regularizer: Any = None,
         recurrent_regularizer: Any = None,
         bias_regularizer: Any = None,
@@ -117,7 +117,7 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         forget_gate_bias_initializer = forget_bias(
-            forget_gate_bias_initializer, kwargs, default="power_law"
+            forget_gate_bias_initializer, kwargs, default="spread"
         )
         check_heads(units, num_heads)
         if forget_activation not in _FORGET:
@@ -187,11 +187,13 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
 
     def _draw_recurrent(self, shape, dtype=None):
         H, D, _, _ = shape
+        # Backends make no orthogonal matrices in half precision.
+        wide = "float32" if dtype in ("float16", "bfloat16") else dtype
         heads = [
-            initializers.reseeded(self.recurrent_initializer, head)((D, 4 * D), dtype=dtype)
+            initializers.reseeded(self.recurrent_initializer, head)((D, 4 * D), dtype=wide)
             for head in range(H)
         ]
-        return ops.reshape(ops.stack(heads), shape)
+        return ops.cast(ops.reshape(ops.stack(heads), shape), dtype)
 
     def _draw_bias(self, shape, dtype=None):
         draws = [self.bias_initializer] * 4
