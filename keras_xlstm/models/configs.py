@@ -9,7 +9,8 @@ Sizes: tables 4 and 7 of [xLSTM](https://arxiv.org/abs/2405.04517) and table 1 o
 __all__ = ["xlstm_1_3b", "xlstm_7b", "xlstm_125m", "xlstm_350m", "xlstm_760m"]
 
 _VOCABULARY = 50304
-# Where the paper's 48-block [7:1] models have their sLSTM blocks, and its 24-block one.
+# Where the paper's [7:1] models, 7 mLSTM blocks for every sLSTM block, have the sLSTM blocks: those
+# of 48 blocks, and that of 24.
 _SLSTM_OF_48, _SLSTM_OF_24 = (3, 5, 7, 40, 42, 44), (3, 20)
 
 
