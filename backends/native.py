@@ -16,6 +16,7 @@ Equation numbers are those of "xLSTM: Extended Long Short-Term Memory" (arXiv 24
 import keras
 from keras import ops
 from keras_xlstm.backends import chunkwise
+from keras_xlstm.backends.mixing import Mixing
 from keras_xlstm.backends.parts import (
     LEAST_LOG,
     NEVER,
@@ -71,62 +72,6 @@ def slstm(
     return h, tuple(state)
 
 
-class _Mixing:
-    """What h of all heads, (..., U) with U = H * D, gives the gates, (..., 4 U) in the order gate,
-    head, unit; and back.
-
-    Heads of few units are multiplied as one kernel (U, 4 U) with zeros between heads: the products
-    are small, and one of them is faster than one a head.
-    """
-
-    def __init__(self, recurrent_kernel):
-        self.shape = H, D, _, _ = tuple(map(size, recurrent_kernel.shape))
-        self.joined = H == 1 or (H * D <= framework.joined_heads and framework.alone_on_device())
-        self.R = recurrent_kernel
-        if self.joined:
-            self.R = ops.reshape(self._apart(recurrent_kernel), (H * D, 4 * H * D))
-            self.R_transposed = ops.transpose(self.R)
-
-    def _apart(self, R):
-        """(H, D, 4, D) to (H, D, 4, H, D), zeros between heads."""
-        H = self.shape[0]
-        if H == 1:
-            return R[:, :, :, None]
-        return R[:, :, :, None] * ops.eye(H, dtype=R.dtype)[:, None, None, :, None]
-
-    def gates(self, h):
-        H, D, _, _ = self.shape
-        if self.joined:
-            return h @ self.R
-        h = ops.reshape(h, (-1, H, D))
-        return ops.reshape(ops.einsum("bhd,hdge->bghe", h, self.R), (-1, 4 * H * D))
-
-    def back(self, dg):
-        """The gradient of h."""
-        H, D, _, _ = self.shape
-        if self.joined:
-            return dg @ self.R_transposed
-        dg = ops.reshape(dg, (-1, 4, H, D))
-        return ops.reshape(ops.einsum("bghe,hdge->bhd", dg, self.R), (-1, H * D))
-
-    def kernel_gradient(self, h, dg):
-        """A step's, or all steps', to be summed up and handed to `as_kernel`."""
-        H, D, _, _ = self.shape
-        if self.joined:
-            return chunkwise.turned(h) @ dg
-        h, dg = ops.reshape(h, (-1, H, D)), ops.reshape(dg, (-1, 4, H, D))
-        return ops.einsum("bhd,bghe->hdge", h, dg)
-
-    def as_kernel(self, dR):
-        H, D, _, _ = self.shape
-        if not self.joined:
-            return dR
-        dR = ops.reshape(dR, (H, D, 4, H, D))
-        if H > 1:
-            dR = dR * ops.eye(H, dtype=dR.dtype)[:, None, None, :, None]
-        return ops.sum(dR, axis=3)
-
-
 def _gates(g, forget_gate, plain):
     """Pre-activations (..., 4 U) to i, log f, f's slope, z, o."""
     i, f, z, o = ops.split(g, 4, axis=-1)
@@ -162,7 +107,7 @@ def slstm_forward(
         x = ops.reshape(x, (*ops.shape(x)[:2], 4 * H * D))
     x = ops.transpose(x, (1, 0, 2))  # (T, B, 4 U) or (T, B, F)
     bias = None if bias is None else ops.reshape(bias, (4 * H * D,))
-    mixing = _Mixing(recurrent_kernel)
+    mixing = Mixing(recurrent_kernel)
     h, c, n, m = map(_flat, (h, c, n, m))
     m = carried(m, n != 0)
     initial = (h, c, n, m)
@@ -219,7 +164,7 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
     x, recurrent_kernel, initial, h, kept, hold, reset, scale, has_bias, kernel = residuals
     dh, *d_last = gradients[:4]
     H, D, _, _ = map(size, recurrent_kernel.shape)
-    mixing = _Mixing(recurrent_kernel)
+    mixing = Mixing(recurrent_kernel)
     flags = [_per_step(flag) for flag in (hold, reset) if flag is not None]
     kernel_transposed = None if kernel is None else ops.transpose(kernel)
     h = ops.concatenate([initial[0][None], h[:-1]], axis=0)  # what entered each step

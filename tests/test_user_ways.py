@@ -214,12 +214,15 @@ def test_clones_of_and_with_other_layers(rng):
         assert clone(data(rng, B, T, 8)).shape == (B, U)
 
 
-def test_parts_of_models(rng):
+def test_parts_of_models(rng, tmp_path):
     model = small()
     ids = rng.integers(0, V, (B, T))
     trunk = keras.Model(model.inputs, model.get_layer("block_0").output)
     head = keras.Model(model.get_layer("block_0").output, model.output)
     np.testing.assert_allclose(array(head(trunk(ids))), array(model(ids)), atol=1e-6)
+    trunk.save(tmp_path / "trunk.keras")
+    loaded = keras.models.load_model(tmp_path / "trunk.keras")
+    np.testing.assert_allclose(array(loaded(ids)), array(trunk(ids)), atol=1e-6)
     wrapped = keras.Input((None,), dtype="int32")
     outer = keras.Model(wrapped, keras.layers.Dense(2)(model(wrapped)))
     assert outer.predict(ids, verbose=0).shape == (B, T, 2)

@@ -7,7 +7,8 @@ from keras_xlstm.layers.mlstm_block import mLSTMBlock
 from keras_xlstm.layers.parts import GatedFeedForward, MultiHeadNorm, SoftCap
 from keras_xlstm.layers.slstm import sLSTM
 from keras_xlstm.layers.slstm_block import sLSTMBlock
-from keras_xlstm.layers.slstm_cell import sLSTMCell, state_from_lstm
+from keras_xlstm.layers.slstm_cell import sLSTMCell
+from keras_xlstm.layers.states import state_from_lstm
 
 __all__ = [
     "CausalConv1D",

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_flag, last_real_step
+from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.parts import (
     Gate,
@@ -19,7 +19,7 @@ from keras_xlstm.layers.parts import (
     forget_bias,
     soft_cap,
 )
-from keras_xlstm.layers.recurrent import Recurrent
+from keras_xlstm.layers.recurrent import Recurrent, held, newest
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -253,7 +253,7 @@ class mLSTM(Recurrent):
         }  # fmt: skip
         implementation = backends.prefer(self.use_kernel)
         if not self.return_sequences and backends.reads_once(k, v, implementation):
-            x, any_real = _last(sequences, mask)
+            x, any_real = newest(sequences, mask)
             h, state = xlstm_ops.mlstm_last(heads(self.query(x), self._K), *arguments, **options)
             h = self._output(h, x)
             return h if any_real is None else ops.where(any_real, h, 0), list(state)
@@ -262,7 +262,7 @@ class mLSTM(Recurrent):
             return_state=True, implementation=implementation,
         )  # fmt: skip
         h = self._output(h, sequences)
-        h = h if mask is None else _held(h, mask)
+        h = h if mask is None else held(h, mask)
         return h if self.return_sequences else h[:, -1], list(state)
 
     def _output(self, h, x):
@@ -298,18 +298,3 @@ class mLSTM(Recurrent):
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
         }
-
-
-def _last(sequences, mask):
-    """The newest real step (B, features) and, with a mask, whether there is one (B, 1)."""
-    if mask is None:
-        return sequences[:, -1], None
-    last = last_real_step(mask)[:, -1:]
-    return backends.steps_of(sequences, ops.maximum(last, 0))[:, 0], last >= 0
-
-
-def _held(outputs, mask):
-    """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
-    last = last_real_step(mask)
-    held = backends.steps_of(outputs, ops.maximum(last, 0))
-    return ops.where(last[:, :, None] >= 0, held, ops.zeros_like(held))

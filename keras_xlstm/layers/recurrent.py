@@ -4,7 +4,14 @@ import keras
 from keras import ops
 
 from keras_xlstm import backends
-from keras_xlstm._checks import check_flag, freeze, load_variables, refuse_states, steps_mask
+from keras_xlstm._checks import (
+    check_flag,
+    freeze,
+    last_real_step,
+    load_variables,
+    refuse_states,
+    steps_mask,
+)
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
@@ -225,3 +232,18 @@ class Recurrent(StateLayer):
             "remat": self.remat,
             "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer),
         }
+
+
+def newest(sequences, mask):
+    """The newest real step (B, features) and, with a mask, whether there is one (B, 1)."""
+    if mask is None:
+        return sequences[:, -1], None
+    last = last_real_step(mask)[:, -1:]
+    return backends.steps_of(sequences, ops.maximum(last, 0))[:, 0], last >= 0
+
+
+def held(outputs, mask):
+    """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
+    last = last_real_step(mask)
+    kept = backends.steps_of(outputs, ops.maximum(last, 0))
+    return ops.where(last[:, :, None] >= 0, kept, ops.zeros_like(kept))

@@ -1,6 +1,5 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
-import contextvars
 from collections import OrderedDict
 
 import keras
@@ -13,25 +12,7 @@ from keras_xlstm.layers.norms import LayerNormalization, RMSNormalization
 from keras_xlstm.layers.parts import check_positive
 from keras_xlstm.models.compiling import CompilesBlocks
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
-
-_SIDE = contextvars.ContextVar("keras_xlstm_side_inputs", default=(None, None))
-
-
-class _SideInputs(keras.Operation):
-    """For a block, the padding mask and the segment ids of the call that is running, or None.
-
-    Not `keras.Input(optional=True)`: models made of a part of the graph, and clones, would ask for
-    all inputs. The argument only gives it a place in the graph.
-    """
-
-    def rematerialized_call(self, call, *args, **kwargs):
-        return call  # under keras.RematScope there is nothing to compute again
-
-    def call(self, x):
-        return list(_SIDE.get())
-
-    def compute_output_spec(self, x):
-        return [keras.KerasTensor(x.shape[:2], dtype=dtype) for dtype in ("bool", "int32")]
+from keras_xlstm.models.side_inputs import SIDE, SideInputs
 
 
 class StackModel(CompilesBlocks, keras.Model):
@@ -47,7 +28,7 @@ class StackModel(CompilesBlocks, keras.Model):
     @staticmethod
     def stacked(settings, x):
         """The blocks on symbolic inputs."""
-        at, side_inputs = settings["slstm_at"], _SideInputs(name="side_inputs")
+        at, side_inputs = settings["slstm_at"], SideInputs(name="side_inputs")
         for index in range(settings["num_blocks"]):
             kind, options = mLSTMBlock, settings["mlstm_options"]
             if settings["architecture"] == "large":
@@ -113,11 +94,11 @@ class StackModel(CompilesBlocks, keras.Model):
         side = [inputs[name] for name in self._optional]
         if side[1] is not None:
             check_segments(side[1])  # Keras would round them
-        token = _SIDE.set(side)
+        token = SIDE.set(side)
         try:
             outputs = super().call(inputs[self._main], training=training, mask=mask)
         finally:
-            _SIDE.reset(token)
+            SIDE.reset(token)
         # The last layer's outputs carry the mask: a copy does not.
         return outputs if self.settings["output_mask"] else ops.copy(outputs)
 
