@@ -168,7 +168,10 @@ class sLSTM(Recurrent):
 
     def _run(self, sequences, state, mask, scale):
         h, state = self.cell.run(sequences, state, mask, scale, self.use_kernel)
-        return h if self.return_sequences else h[:, -1], state
+        if self.return_sequences:
+            return h, state
+        # The last h, which masked steps hold: so no loop has to keep those before it.
+        return ops.cast(state[0], self.compute_dtype), state
 
     def get_config(self):
         config = {**super().get_config(), **self.cell.settings()}
