@@ -250,7 +250,7 @@ def mlstm(
 def reads_once(k, v, implementation):
     """Whether the mLSTM's output after the last step alone had better be a sum over all steps: it
     is where no kernel would run."""
-    if size(k.shape[1]) == 1:
+    if size(k.shape[1]) == 1 or implementation in ("xla", "kernel"):  # asked for by name
         return False
     return _choose("mlstm", implementation, q=k, v=v, chunk_size=None) in ("native", "xla")
 

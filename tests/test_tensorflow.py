@@ -112,7 +112,10 @@ def compiled_calls(function, *arguments):
 
 def test_what_is_picked(rng):
     """XLA where it pays: in a graph, for a length that is known."""
-    for layer in (layers.mLSTM(U, num_heads=2), layers.sLSTM(U, num_heads=2)):
+    for layer in (
+        layers.mLSTM(U, num_heads=2, return_sequences=True),
+        layers.sLSTM(U, num_heads=2),
+    ):
         layer.build((None, None, U))
         for T, compiled in ((None, 0), (1, 0), (5, 1)):
             spec = tf.TensorSpec((None, T, U))
@@ -121,6 +124,13 @@ def test_what_is_picked(rng):
                 assert compiled_calls(layer, spec) == 1
             with backends.use("native"):
                 assert compiled_calls(layer, spec) == 0
+    # Read once after the last step there is no loop to compile, unless it is asked for.
+    layer = layers.mLSTM(U, num_heads=2)
+    layer.build((None, None, U))
+    assert compiled_calls(layer, tf.TensorSpec((None, 5, U))) == 0
+    with backends.use("xla"):
+        assert compiled_calls(layer, tf.TensorSpec((None, 5, U))) == 1
+    layer = layers.sLSTM(U, num_heads=2)
     # Eagerly the native form runs: nothing to compile for a new length.
     x = tensor(rng.normal(size=(2, 6, U)))
     with backends.use("native"):
@@ -307,9 +317,9 @@ def test_a_loop_has_one_bound():
 FIT = """
 import numpy as np
 from keras_xlstm.models import xLSTMStack
-model = xLSTMStack(units=4, num_blocks=2, pattern="1:1")
+model = xLSTMStack(units=8, num_blocks=2, pattern="1:1")
 model.compile("adam", "mse", jit_compile=True)
-model.fit(np.ones((2, 80, 4)), np.ones((2, 80, 4)), verbose=0)
+model.fit(np.ones((2, 80, 8)), np.ones((2, 80, 8)), verbose=0)
 """
 
 

@@ -197,12 +197,13 @@ def test_what_a_compiled_function_would_lose():
     """A penalty on activities within a block; and equal blocks of which one was changed."""
     found = []
     for jit in (True, False):
-        model = compiled(jit, dtype="float32")
+        # At a rate of 0.5 this penalty makes 1e-4 of float32's rounding in two epochs.
+        model = compiled(jit, rate=0.1, dtype="float32")
         model.blocks[0].norm.activity_regularizer = keras.regularizers.L2(1.0)
         model.blocks[3].norm.epsilon = 0.3
         found.append(results(model))
-    assert_alike(*found, 1e-4)
-    plain = compiled(False, dtype="float32")
+    assert_alike(*found, 5e-5)
+    plain = compiled(False, rate=0.1, dtype="float32")
     assert found[0][0][0] > results(plain)[0][0] + 0.1
 
 
