@@ -5,7 +5,7 @@ import functools
 import jax
 import keras
 import numpy as np
-from keras_xlstm.backends import exports
+from keras_xlstm.backends import exports, sizes
 from keras_xlstm.backends.jax import machine
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
@@ -178,26 +178,15 @@ def host_values(x):
 
 
 def chunk_size(key_dim, value_dim, time):
-    """How many steps the mLSTM computes at once. On CPUs as many as make the weights of a chunk's
-    pairs of steps no larger than a memory, so that both stay in the cache; a sequence of two such
-    chunks or less is one. (Measured: benchmarks/cpu.py.)"""
-    if machine.platform() != "cpu":
-        return 64
-    size = 8
-    while size < 64 and 4 * size * size <= key_dim * value_dim:
-        size *= 2
-    return time if isinstance(time, int) and time <= min(2 * size, 64) else size
+    """As `sizes.chunk_size`; 64 steps on a GPU."""
+    return sizes.chunk_size(key_dim, value_dim, time) if machine.platform() == "cpu" else 64
 
 
 def multiplies_inside(batch, time, features, units):
-    """Whether the sLSTM's loop had better multiply x by the input kernel step by step: on CPUs,
-    where all steps' gate inputs would not stay in a core's cache, unless the kernels are large
-    beside a step's rows. (Measured: benchmarks/cpu.py.)"""
-    if machine.platform() != "cpu" or not isinstance(batch, int) or not isinstance(time, int):
-        return False
-    kernels = features + units
-    large = batch * time * 4 * units >= 1 << 19
-    return kernels <= batch or (large and kernels <= 20 * batch)
+    """As `sizes.multiplies_inside`; not on a GPU, nor for sizes that are symbols."""
+    known = isinstance(batch, int) and isinstance(time, int)
+    known = known and machine.platform() == "cpu"
+    return known and sizes.multiplies_inside(batch, time, features, units)
 
 
 # Up to how many units the sLSTM's heads are multiplied as one kernel.

@@ -6,7 +6,7 @@ import math
 
 import keras
 import tensorflow as tf
-from keras_xlstm.backends import exports
+from keras_xlstm.backends import exports, sizes
 from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
@@ -33,25 +33,21 @@ def host_values(x):
     return x.numpy() if eager and "GPU" not in x.device else None
 
 
+def _on_gpu():
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def chunk_size(key_dim, value_dim, time):
-    """How many steps the mLSTM computes at once. On CPUs as many as make the weights of a chunk's
-    pairs of steps no larger than a memory, so that both stay in the cache; a sequence of two such
-    chunks or less is one. (Measured: benchmarks/cpu.py.)"""
-    if tf.config.list_physical_devices("GPU"):
-        return 64
-    size = 8
-    while size < 64 and 4 * size * size <= key_dim * value_dim:
-        size *= 2
-    return time if isinstance(time, int) and time <= min(2 * size, 64) else size
+    """As `sizes.chunk_size`; 64 steps on a GPU."""
+    return 64 if _on_gpu() else sizes.chunk_size(key_dim, value_dim, time)
 
 
 def multiplies_inside(batch, time, features, units):
-    """As on JAX, whose rule it is."""
-    if tf.config.list_physical_devices("GPU") or time is None:
+    """As `sizes.multiplies_inside`; not on a GPU, nor for an unknown length. An unknown batch is
+    taken as Keras's default, 32."""
+    if _on_gpu() or time is None:
         return False
-    batch, kernels = batch or 32, features + units
-    large = batch * time * 4 * units >= 1 << 19
-    return kernels <= batch or (large and kernels <= 20 * batch)
+    return sizes.multiplies_inside(batch or 32, time, features, units)
 
 
 # Up to how many units the sLSTM's heads are multiplied as one kernel.

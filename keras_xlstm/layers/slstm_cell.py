@@ -11,6 +11,7 @@ from keras_xlstm._checks import (
     check_clip,
     check_flag,
     check_floating,
+    check_state_agrees,
     check_state_values,
     freeze,
     load_variables,
@@ -18,7 +19,7 @@ from keras_xlstm._checks import (
 )
 from keras_xlstm.layers.base import Rematerialized, plain
 from keras_xlstm.layers.parts import are_plain, check_heads, forget_bias
-from keras_xlstm.layers.states import contradictions_as_nan
+from keras_xlstm.layers.states import contradictions_as_nan, given_to_rnn
 
 _FORGET = ("sigmoid", "exponential")
 
@@ -212,7 +213,11 @@ class sLSTMCell(Rematerialized, keras.layers.Layer):
                 f"The states of sLSTMCell must be the 4 tensors (h, c, n, m). Received: {got}. For "
                 "the h and c of an LSTM use keras_xlstm.layers.state_from_lstm(h, c)."
             )
-        check_state_values("The state of sLSTMCell", dict(zip("hcnm", states, strict=True)))
+        seen = states
+        if backends.host_values(states[0]) is None:
+            seen = given_to_rnn(self) or states
+        for check in (check_state_values, check_state_agrees):
+            check("The state of sLSTMCell", dict(zip("hcnm", seen, strict=True)))
         x = ops.cast(inputs, self.compute_dtype)
 
         def run(x, *state):

@@ -1,7 +1,9 @@
 """States of the sLSTM that did not come from one."""
 
+import sys
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_xlstm import backends
@@ -37,3 +39,19 @@ def contradictions_as_nan(h, c, n, m):
     if backends.host_values(n) is None:
         c = ops.where((n < 0) | ((n == 0) & (c != 0)), float("nan"), c)
     return [h, c, n, m]
+
+
+def given_to_rnn(cell):
+    """The initial state that the `keras.layers.RNN` around a cell was called with, or None: on JAX
+    its loop traces the cell, which then sees no values."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "call":
+            rnn, state = (frame.f_locals.get(name) for name in ("self", "initial_state"))
+            if isinstance(rnn, keras.layers.RNN) and isinstance(state, (list, tuple)):
+                cells = getattr(rnn.cell, "cells", None)
+                if cells is None:
+                    return state if rnn.cell is cell else None
+                return next((s for c, s in zip(cells, state, strict=False) if c is cell), None)
+        frame = frame.f_back
+    return None
