@@ -82,9 +82,20 @@ def _gates(g, forget_gate, plain):
     if plain:  # the slope at exactly 0 is the framework's to know
         return i, log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), o
     small = ops.exp(-ops.abs(f))
-    log_f = framework.minimum(f, 0.0) - framework.log1p(small)  # log sigmoid(f)
+    log_f = framework.minimum(f, 0.0) - _log1p(small)  # log sigmoid(f)
     slope = ops.where(f > 0, small, 1.0) / (1.0 + small)  # sigmoid(-f)
     return i, log_f, slope, framework.tanh(z), o
+
+
+def _log1p(x):
+    """log(1 + x) = 2 artanh(x / (2 + x)) for x from 0 to 1: in float32 a polynomial as exact as the
+    libraries' functions, which take up to a third of a step's time on CPUs."""
+    if keras.backend.standardize_dtype(x.dtype) != "float32":
+        return framework.log1p(x)
+    t = x / (2.0 + x)
+    u = t * t
+    for_u = 2.0 + u * (0.66666316 + u * (0.40024854 + u * (0.27961419 + u * 0.28174657)))
+    return t * for_u
 
 
 def _per_step(flags):
