@@ -63,6 +63,7 @@ class Compiler:
 
     def __init__(self, target):
         self.target, self.seen = target, {}
+        self.launches = []  # (kernel, launch, what Triton compiled), in order
 
     def launch(self, launch, stream, *args):
         kernel, kwargs = launch.kernel, dict(launch.constants)
@@ -86,6 +87,7 @@ class Compiler:
         if file in ("cluster", "wide"):
             only_lanes(compiled.asm["ttgir"])
         name = f"{file}.{kernel.fn.__name__} {role} {flags}"
+        self.launches.append((name, launch, compiled))
         # What PTX declares comes on top of what Triton asks for.
         used["SHARED"] = compiled.metadata.shared + used.pop("SHARED", 0)
         self.seen[name] = used
@@ -171,7 +173,7 @@ MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942":
 
 
 def compile_all(arch, sizes, dtype):
-    """What the kernels of this call need, by their names."""
+    """A `Compiler` that has compiled the kernels of this call."""
     sizes, dtype = [int(n) for n in sizes.split("/")], getattr(torch, dtype)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
@@ -183,12 +185,12 @@ def compile_all(arch, sizes, dtype):
         compile_mlstm(*sizes, dtype, hopper=arch == "90")
     else:
         compile_slstm(*sizes, dtype)
-    return launched.seen
+    return launched
 
 
 if __name__ == "__main__":
     for asked in sys.argv[1:]:
         arch, *rest = asked.split(":")
-        for name, used in compile_all(arch, *rest).items():
+        for name, used in compile_all(arch, *rest).seen.items():
             numbers = used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0)
             print(asked, name, *numbers, flush=True)
