@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jax
 import keras
 import triton
-from keras_xlstm.backends.jax import machine, mlstm_triton
+from keras_xlstm.backends.jax import device, mlstm_triton
 
 import keras_xlstm
 
@@ -55,7 +55,9 @@ class Jaxlib:
             command = [PTXAS, "-arch=sm_90a", "-o", os.devnull, file.name]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr + entry
-        return SimpleNamespace(name=name, warps=warps, ptx=ptx, count=entry.count(".param "), ctas=ctas)
+        return SimpleNamespace(
+            name=name, warps=warps, ptx=ptx, count=entry.count(".param "), ctas=ctas
+        )
 
     def TritonKernelCall(self, kernel, x, y, z, parameters):
         name, warps, ctas = kernel.name, kernel.warps, kernel.ctas
@@ -121,11 +123,11 @@ def _lowered(run, arguments):
 
 
 def pretend_hopper():
-    machine.not_nvidia = machine.missing = lambda: None
-    machine.platform = lambda: "gpu"
-    machine.processors = lambda: 132
-    machine.shared_memory = lambda: 232_448
-    machine.jaxlib = lambda: JAXLIB
+    device.not_nvidia = device.missing = lambda: None
+    device.platform = lambda: "gpu"
+    device.processors = lambda: 132
+    device.shared_memory = lambda: 232_448
+    device.jaxlib = lambda: JAXLIB
 
 
 if __name__ == "__main__":
