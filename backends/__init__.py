@@ -72,7 +72,7 @@ compile_blocks = (
 )
 # What records whole steps: on torch.
 train_step = importlib.import_module(f"{_active}.train_step") if framework.captures_steps else None
-# Makes an optimizer's update fewer operators, where that is worth it without `training`.
+# Makes an optimizer's update fewer operators, where that is worth it without `train_step`.
 fuse = getattr(framework, "fuse", lambda optimizer: None)
 
 # Which backends each kernel language belongs to; where several fit, the first is picked.

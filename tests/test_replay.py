@@ -147,7 +147,7 @@ def test_compiled_blocks(kind, rng, monkeypatch):
     assert generated(model, True) == want
     assert len(compiled) == {"paper": 2, "large": 1}[kind]
     model.compile("adam", jit_compile=True)
-    regions = [block.runner for block in model.blocks]
+    runners = [block.runner for block in model.blocks]
     assert generated(model, "auto") == want
     assert generated(model, False) == want
-    assert [block.runner for block in model.blocks] == regions
+    assert [block.runner for block in model.blocks] == runners

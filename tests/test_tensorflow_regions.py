@@ -6,7 +6,7 @@ import pytest
 from tools import BACKEND, array, assert_close
 
 if BACKEND != "tensorflow":
-    pytest.skip("these regions belong to TensorFlow", allow_module_level=True)
+    pytest.skip("TensorFlow compiles these blocks", allow_module_level=True)
 
 import tensorflow as tf
 

@@ -23,7 +23,7 @@ def compiled(function):
 
 
 def runners(blocks):
-    """{kind of block: `region` of one of them}"""
+    """{kind of block: `runner` of one of them}"""
     return {kind: runner(block) for kind, block in {type(b): b for b in blocks}.items()}
 
 
