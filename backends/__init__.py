@@ -21,24 +21,24 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 from keras import ops
-from keras_xlstm.backends import native
-from keras_xlstm.backends.parts import framework, size
+from keras_xlstm.backends import reference
+from keras_xlstm.backends.log_space import framework, size
 
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
-compiled, by_halves = framework.compiled, framework.by_halves
-apart = getattr(framework, "apart", lambda x: x)
+compiled, split_gate_and_up = framework.compiled, framework.split_gate_and_up
+fusion_barrier = getattr(framework, "apart", lambda x: x)
 matmul = getattr(framework, "matmul", ops.matmul)
 # x (B, T, D) by a float32 kernel (D, 2, H), H small, where that has a faster way than two products.
-narrow_product = getattr(framework, "narrow_product", None)
+float32_gate_product = getattr(framework, "narrow_product", None)
 # x and a kernel whose product the compiler must not join with others of x.
-alone = getattr(framework, "alone", None)
+keep_unfused = getattr(framework, "alone", None)
 # Cross-entropy of every token by fewer passes than Keras's, where compiled with all around it.
 token_losses = getattr(framework, "token_losses", None)
 # Marks a function that tf.function must trace as it stands.
-as_written = getattr(framework, "as_written", lambda function: function)
+no_autograph = getattr(framework, "as_written", lambda function: function)
 # Equal for tensors that need no converting and are alike in sizes and dtypes; None for all others.
-alike = getattr(framework, "alike", lambda *tensors: None)
+signature = getattr(framework, "alike", lambda *tensors: None)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 
@@ -52,7 +52,7 @@ def host_values(x):
 
 
 _active = f"{__name__}.{keras.backend.backend()}"
-# What x is traced for, if it is for a file (exports.py), or None.
+# What x is traced for, if it is for a file (export_context.py), or None.
 export_of = framework.export_of
 # Whether a file that x is traced for can hold a variable's new values, if it holds variables.
 changes = getattr(framework, "changes", lambda variable, x: True)
@@ -63,14 +63,16 @@ unsorted = getattr(framework, "unsorted", lambda x: False)
 # activation(x), where a file is written by operators that it can hold.
 activated = getattr(framework, "activated", lambda activation, x: activation(x))
 # Of x (B, T, ...) the steps (B, S): (B, S, ...).
-steps_of = getattr(framework, "steps_of", native.steps_of)
+steps_of = getattr(framework, "steps_of", reference.steps_of)
 # Whether PyTorch traces for TorchScript, whose converters know fewer operators.
 scripting = getattr(framework, "scripting", lambda: False)
 # How `model.compile(jit_compile=True)` compiles a block of each kind in place of the whole step.
-regions = importlib.import_module(f"{_active}.regions") if framework.by_region else None
+compile_blocks = (
+    importlib.import_module(f"{_active}.compile_blocks") if framework.compiles_blocks else None
+)
 # What records whole steps: on torch.
-training = importlib.import_module(f"{_active}.training") if framework.recorded else None
-# Makes an optimizer's update fewer operators, where that is worth it without `training`.
+train_step = importlib.import_module(f"{_active}.train_step") if framework.captures_steps else None
+# Makes an optimizer's update fewer operators, where that is worth it without `train_step`.
 fuse = getattr(framework, "fuse", lambda optimizer: None)
 
 # Which backends each kernel language belongs to; where several fit, the first is picked.
@@ -82,16 +84,20 @@ _scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
 _log = logging.getLogger("keras_xlstm")
 _said = set()
 # What the active framework has of its own: {implementation: {op: module}}.
-_own = {
+_implementations = {
     name: {op: importlib.import_module(f"{_active}.{module}") for op, module in modules.items()}
-    for name, modules in framework.own.items()
+    for name, modules in framework.implementations.items()
 }
 
-_kernels = [name for name in _KERNELS if name in _own]
+_preferred = [name for name in _KERNELS if name in _implementations]
 
 _native_slstm = next(
-    (m["slstm"].native_slstm for m in _own.values() if hasattr(m.get("slstm"), "native_slstm")),
-    native.slstm,
+    (
+        m["slstm"].native_slstm
+        for m in _implementations.values()
+        if hasattr(m.get("slstm"), "native_slstm")
+    ),
+    reference.slstm,
 )
 
 
@@ -99,13 +105,13 @@ def _unsupported(op, implementation, **call):
     """Why `implementation` cannot run `op` on the tensors of `call` (at all, without), or None."""
     if implementation == "native":
         return None
-    if implementation not in _own:
+    if implementation not in _implementations:
         homes = _KERNELS[implementation]
         home = f"{' and '.join(homes)} backend{'s' * (len(homes) > 1)}"
         return f"it belongs to the {home} and Keras runs on {keras.backend.backend()}"
-    if op not in _own[implementation]:
+    if op not in _implementations[implementation]:
         return f"there is none for {keras.backend.backend()}"
-    return _own[implementation][op].unsupported(**call)
+    return _implementations[implementation][op].unsupported(**call)
 
 
 def part(name):
@@ -113,10 +119,10 @@ def part(name):
     return importlib.import_module(f"{__name__}.{keras.backend.backend()}.{name}")
 
 
-def _unwise(op, implementation, **call):
+def _not_preferred(op, implementation, **call):
     """Why this implementation is better not picked, though it can run."""
-    unwise = getattr(_own[implementation][op], "unwise", None)
-    return unwise and unwise(**call)
+    not_preferred = getattr(_implementations[implementation][op], "unwise", None)
+    return not_preferred and not_preferred(**call)
 
 
 def _pick(op, forced, **call):
@@ -125,10 +131,10 @@ def _pick(op, forced, **call):
     `forced`: where none is the better choice, one that can run at all.
     """
     reason = able = None
-    for name in _kernels:
+    for name in _preferred:
         unsupported = _unsupported(op, name, **call)
         able = able or (None if unsupported else name)
-        reason = unsupported or _unwise(op, name, **call)
+        reason = unsupported or _not_preferred(op, name, **call)
         if reason is None:
             return name, None
     # Of what a user would have to install for a little more speed only `available` tells.
@@ -170,7 +176,7 @@ def use(implementation: str | None) -> Iterator[None]:
         _scope.reset(token)
 
 
-@framework.once
+@framework.trace_time
 def _asked():
     """What `use` or the environment asks for, or None."""
     return _scope.get() or _known(os.environ.get(_VARIABLE) or None, _VARIABLE)
@@ -191,7 +197,7 @@ def _choose(op, implementation, **call):
         implementation, reason = _pick(op, True, **call)
         if implementation:
             return implementation
-        implementation, remedy = next(reversed(_own)), 'Use use_kernel="auto" or False.'
+        implementation, remedy = next(reversed(_implementations)), 'Use use_kernel="auto" or False.'
     else:
         implementation = _known(implementation, "implementation") or _asked()
         if implementation is None:
@@ -208,7 +214,7 @@ def _choose(op, implementation, **call):
     return implementation
 
 
-@framework.once  # torch.compile would break its graph at a logger
+@framework.trace_time  # torch.compile would break its graph at a logger
 def _say_once(message):
     if message not in _said:
         _said.add(message)
@@ -234,12 +240,12 @@ def mlstm(
     _check_export(q)
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
-        return _own[chosen]["mlstm"].mlstm(
+        return _implementations[chosen]["mlstm"].mlstm(
             q, k, v, i, f, state, segment_ids, input_gate=input_gate, eps=eps,
             chunk_size=chunk_size, states=states,
         )  # fmt: skip
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
-    run = _own["xla"]["mlstm"].mlstm if chosen == "xla" else native.mlstm
+    run = _implementations["xla"]["mlstm"].mlstm if chosen == "xla" else reference.mlstm
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))
@@ -256,11 +262,11 @@ def reads_once(k, v, implementation):
 
 
 def mlstm_last(q, k, v, i, f, state, input_gate, eps):
-    """`native.mlstm_last` for tensors of any dtype."""
+    """`reference.mlstm_last` for tensors of any dtype."""
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))
-    h, state = native.mlstm_last(q, k, v, i, f, state, input_gate, eps)
+    h, state = reference.mlstm_last(q, k, v, i, f, state, input_gate, eps)
     return ops.cast(h, dtype), state
 
 
@@ -289,19 +295,19 @@ def slstm(
     """
     _check_export(x)
     hold = None if mask is None else ops.logical_not(mask)
-    reset = None if segment_ids is None else native.segment_starts(segment_ids)
+    reset = None if segment_ids is None else reference.segment_starts(segment_ids)
     options = {
         "forget_gate": forget_gate, "recurrent_gradient_clip": recurrent_gradient_clip,
     }  # fmt: skip
     chosen = _choose("slstm", implementation, x=x)
     if chosen in _ANY_DTYPE:
-        return _own[chosen]["slstm"].slstm(
+        return _implementations[chosen]["slstm"].slstm(
             x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
         )
     if chosen == "native":
         run = _native_slstm
     else:
-        run = _own[chosen]["slstm"].slstm
+        run = _implementations[chosen]["slstm"].slstm
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

@@ -1,14 +1,14 @@
 """mLSTM over chunks of L steps: quadratic inside a chunk, a carried state between chunks.
 
 Linear in time and memory: a loop over chunks that keeps the state at each chunk's start, and a
-loop back over them with the exact gradient, written by hand. Shapes as in `native.py`.
+loop back over them with the exact gradient, written by hand. Shapes as in `reference.py`.
 
 `a += b` is on fresh arrays alone: PyTorch then works in place, which spares it a buffer; the
 other frameworks read it as `a = a + b`.
 """
 
 from keras import ops
-from keras_xlstm.backends.parts import (
+from keras_xlstm.backends.log_space import (
     NEVER,
     carried,
     empty_memory,
@@ -258,14 +258,14 @@ def _transposed(x):
 
 def _by_column(x, y):
     """The rows of x (..., L, K) times y (..., K)."""
-    if framework.fuses_sums:
+    if framework.fuses_row_sums:
         return framework.total(x * y[..., None, :], axis=-1)
     return (x @ y[..., None])[..., 0]
 
 
 def _by_row(y, x):
     """y (..., L) times the columns of x (..., L, K)."""
-    if framework.fuses_sums:
+    if framework.fuses_row_sums:
         return framework.total(x * y[..., None], axis=-2)
     return (y[..., None, :] @ x)[..., 0, :]
 

@@ -2,7 +2,7 @@
 
 from keras import ops
 from keras_xlstm.backends.chunkwise import turned
-from keras_xlstm.backends.parts import framework, size
+from keras_xlstm.backends.log_space import framework, size
 
 
 class Mixing:

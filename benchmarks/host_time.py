@@ -19,7 +19,7 @@ import types
 os.environ["KERAS_BACKEND"] = "torch"
 
 import torch
-from keras_xlstm.backends.torch import driver, machine, mlstm, operators, repeated, slstm
+from keras_xlstm.backends.torch import device, driver, launch, mlstm, repeated, slstm
 
 from keras_xlstm.ops import mlstm as mlstm_op
 from keras_xlstm.ops import slstm as slstm_op
@@ -58,14 +58,14 @@ def without_a_gpu():
         self.known = compiled(arguments)
         self.known(stream, arguments)
 
-    operators.Launch._first = first
+    launch.Launch._first = first
     driver._driver = lambda: Nothing
-    machine.missing = lambda device=None, index=None: None
-    machine.interpreted = lambda: False
-    machine.hopper = lambda device: True
-    machine.clusters = lambda device: 8
-    machine.processors = lambda device: 1
-    machine.shared_memory = machine.all_shared_memory = lambda device: 232_448
+    device.missing = lambda device=None, index=None: None
+    device.interpreted = lambda: False
+    device.hopper = lambda device: True
+    device.clusters = lambda device: 8
+    device.processors = lambda device: 1
+    device.shared_memory = device.all_shared_memory = lambda device: 232_448
     for module in (mlstm, slstm):
         module.on_stream = lambda device, function, *arguments: function(1, *arguments)
 
@@ -120,7 +120,7 @@ def microseconds(function, count=300):
 
 
 def not_recorded(self, *arguments):
-    raise operators.NotRecorded
+    raise launch.NotRecorded
 
 
 def written_once(self, addresses):
@@ -143,7 +143,7 @@ if __name__ == "__main__":
     for _ in range(15):
         for way, ways in WAYS.items():
             repeated.Repeated._recorded, repeated._Sequence._write = ways
-            operators._KNOWN.clear()
+            launch._KNOWN.clear()
             for name, function in functions.items():
                 times[name, way].append(microseconds(function))
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, us a call\n")

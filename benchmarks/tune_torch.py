@@ -1,4 +1,4 @@
-"""Finds the tiles of the mLSTM's Triton kernels, for backends/mlstm_tiles.py.
+"""Finds the tiles of the mLSTM's Triton kernels, for backends/kernels/mlstm/tiles.py.
 
     python benchmarks/tune_torch.py 128 256 [--stages h,dq,dk,dv,states,reverse] [--heads 16]
 
@@ -20,8 +20,8 @@ PROCESSES = max(1, (os.cpu_count() or 2) - 2)
 
 
 def candidates(stage, K, V, chunk):
-    """Tiles as mlstm_tiles.py gives them, without those that cannot fit."""
-    from keras_xlstm.backends.mlstm_tiles import power
+    """Tiles as kernels/mlstm/tiles.py gives them, without those that cannot fit."""
+    from keras_xlstm.backends.kernels.mlstm.tiles import power
 
     K, V = power(K), power(V)
     found = []
@@ -52,22 +52,22 @@ class Job:
 
     def __init__(self, B, T, H, K, V, chunk):
         import torch
-        from keras_xlstm.backends.torch import mlstm_launches, operators
+        from keras_xlstm.backends.torch import launch, mlstm_plan
 
         torch.manual_seed(0)
 
         def random(*shape):
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-        self.launches, self.chunk = mlstm_launches, chunk
+        self.launches, self.chunk = mlstm_plan, chunk
         self.buffers, self.bytes = {}, torch.uint8
         q, k, v, dh = random(B, T, H, K), random(B, T, H, K), random(B, T, H, V), random(B, T, H, V)
         i, f, h = random(B, T, H), random(B, T, H) + 3, torch.empty_like(v)
         last = [torch.empty(B, H, *s, device="cuda") for s in ((K, V), (K,), ())]
         # What calls write is kept from one to the next, so that a stage alone finds its inputs.
-        operators.Parts.new = lambda parts, like: self.buffer(parts, like)
+        launch.Parts.new = lambda parts, like: self.buffer(parts, like)
         self.forward = (q, k, v, i, f, None, None, None, None), (h, *last), 1e-6
-        kept = self.buffer(mlstm_launches.kept(q, v, chunk), q)
+        kept = self.buffer(mlstm_plan.kept(q, v, chunk), q)
         given = dh, None, None, q, k, v, i, f, None, h, kept
         self.backward = given, [torch.empty_like(t) for t in (q, k, v, i, f, *last[:2])]
 
@@ -85,7 +85,7 @@ class Job:
         """A function that launches it and returns what it writes; `alone` in place of the call."""
         back = stage in ("dq", "dk", "dv", "reverse")
         arguments = self.backward if back else self.forward
-        common = self.launches.launches
+        common = self.launches.plan
         table, common.tiles = common.tiles, _Tiles(stage, tiles)
         kind = self.launches.backward if back else self.launches.forward
         plan = kind(arguments[0], False, self.chunk)
@@ -111,21 +111,21 @@ class _Tiles:
     """Stands in for the table: `tiles` for a stage, the table's for others."""
 
     def __init__(self, stage, tiles):
-        from keras_xlstm.backends import mlstm_tiles
+        from keras_xlstm.backends.kernels.mlstm import tiles as table
 
-        self.table, self.stage, self.tiles = mlstm_tiles, stage, tiles
+        self.table, self.stage, self.tiles = table, stage, tiles
 
-    def attend(self, role, *sizes, **options):
-        return self.tiles if role == self.stage else self.table.attend(role, *sizes, **options)
+    def intra_chunk(self, role, *sizes, **options):
+        return self.tiles if role == self.stage else self.table.intra_chunk(role, *sizes, **options)
 
-    def states(self, *sizes, **options):
+    def chunk_states(self, *sizes, **options):
         own = self.stage in ("states", "reverse")
-        return self.tiles if own else self.table.states(*sizes, **options)
+        return self.tiles if own else self.table.chunk_states(*sizes, **options)
 
-    def hopper(self, *sizes):
+    def hopper_intra_chunk(self, *sizes):
         return None  # what is tuned are the kernels for every GPU
 
-    def hopper_serial(self, *sizes):
+    def hopper_fused(self, *sizes):
         return None
 
 

@@ -4,13 +4,13 @@ import os as _os
 
 _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
 if not _os.path.isdir(_os.path.join(_root, "keras_xlstm", "backends")) and _os.path.isfile(
-    _os.path.join(_root, "backends", "native.py")
+    _os.path.join(_root, "backends", "reference.py")
 ):
     __path__.append(_root)  # a source checkout: backends/ stands beside keras_xlstm/
 
 from keras_xlstm import (
-    _optimizers,
     backends,
+    compat,
     convert,
     distribution,
     export,
@@ -33,4 +33,4 @@ __all__ = [
     "ops",
 ]
 
-_optimizers.register()
+compat.register()

@@ -6,13 +6,13 @@ from typing import Any
 from keras import ops
 
 from keras_xlstm import backends
-from keras_xlstm._checks import (
+from keras_xlstm.masks import mask_and_segments
+from keras_xlstm.validation import (
     check_clip,
     check_flag,
     expect_shape,
     float_tensor,
     gate_dtype,
-    mask_and_segments,
     one_of,
     same_dtype,
     states_of,
@@ -26,14 +26,14 @@ _CHECKED = {}  # of calls that passed, by sizes and dtypes: the options of the l
 _SHUT, _OPEN = -(2.0**100), 2.0**100
 
 
-def _remember(alike, options):
-    if alike is not None:
+def _remember(signature, options):
+    if signature is not None:
         if len(_CHECKED) >= 1000:  # as many lengths as there are may come
             _CHECKED.clear()
-        _CHECKED[alike] = options
+        _CHECKED[signature] = options
 
 
-@backends.as_written
+@backends.no_autograph
 def mlstm(
     q: Any,
     k: Any,
@@ -96,17 +96,17 @@ def mlstm(
     >>> h.shape
     (2, 10, 4, 8)
     """
-    state = alike = None
+    state = signature = None
     options = return_state, input_gate, eps, chunk_size
     if initial_state is None and mask is None and segment_ids is None:
-        alike = backends.alike(q, k, v, i, f)
+        signature = backends.signature(q, k, v, i, f)
         options = *map(type, options), *options  # True is 1, too; arrays have no one answer
-    if alike is None or _CHECKED.get(alike) != options:
+    if signature is None or _CHECKED.get(signature) != options:
         q, k, v, i, f, state, segment_ids = _checked(
             q, k, v, i, f, initial_state, mask, segment_ids, return_state, input_gate, eps,
             chunk_size,
         )  # fmt: skip
-        _remember(alike, options)
+        _remember(signature, options)
     h, state = backends.mlstm(
         q, k, v, i, f, state, segment_ids,
         input_gate=input_gate, eps=eps, chunk_size=chunk_size, implementation=implementation,
@@ -167,7 +167,7 @@ def mlstm_last(q, k, v, i, f, initial_state=None, mask=None, input_gate="exp", e
     return backends.mlstm_last(q, k, v, i, f, state, input_gate, eps)
 
 
-@backends.as_written
+@backends.no_autograph
 def slstm(
     x: Any,
     recurrent_kernel: Any,
@@ -232,15 +232,15 @@ def slstm(
     >>> keras_xlstm.ops.slstm(x, recurrent_kernel).shape
     (2, 10, 2, 8)
     """
-    alike = None
+    signature = None
     if kernel is not None:
         x, kernel = _inputs_and_kernel(x, kernel, recurrent_kernel, implementation)
     plain = initial_state is None and mask is None and segment_ids is None
     if plain and recurrent_scale is None and kernel is None:
         given = (x, recurrent_kernel) if bias is None else (x, recurrent_kernel, bias)
-        alike = backends.alike(*given)
+        signature = backends.signature(*given)
     sizes = {}
-    if alike is None or alike not in _CHECKED:
+    if signature is None or signature not in _CHECKED:
         x = float_tensor("x", x)
         recurrent_kernel = float_tensor("recurrent_kernel", recurrent_kernel)
         dims = ("B", "T", 4, "H", "D") if kernel is None else ("B", "T", "F")
@@ -249,7 +249,7 @@ def slstm(
         if bias is not None:
             bias = float_tensor("bias", bias)
             expect_shape("bias", bias, (4, "H", "D"), sizes)
-        _remember(alike, None)
+        _remember(signature, None)
     if recurrent_scale is not None:
         recurrent_scale = float_tensor("recurrent_scale", recurrent_scale)
         expect_shape("recurrent_scale", recurrent_scale, ("B", "H", "D"), sizes)

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import triton
-from keras_xlstm.backends.torch import driver, machine, mlstm, operators, slstm
+from keras_xlstm.backends.torch import device, driver, launch, mlstm, slstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -63,6 +63,7 @@ class Compiler:
 
     def __init__(self, target):
         self.target, self.seen = target, {}
+        self.launches = []  # (kernel, launch, what Triton compiled), in order
 
     def launch(self, launch, stream, *args):
         kernel, kwargs = launch.kernel, dict(launch.constants)
@@ -82,10 +83,11 @@ class Compiler:
             # What a launch by the driver itself takes a program to have.
             assert driver._parameters(compiled) is not None, (kernel, compiled.src.signature)
         flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
-        file = kernel.fn.__module__.rpartition("_")[2]
-        if file in ("cluster", "wide"):
+        file = kernel.fn.__module__.rpartition(".")[2]
+        if file in ("cluster", "grid"):
             only_lanes(compiled.asm["ttgir"])
         name = f"{file}.{kernel.fn.__name__} {role} {flags}"
+        self.launches.append((name, launch, compiled))
         # What PTX declares comes on top of what Triton asks for.
         used["SHARED"] = compiled.metadata.shared + used.pop("SHARED", 0)
         self.seen[name] = used
@@ -141,13 +143,13 @@ def compile_mlstm(K, V, dtype, hopper):
     state = [torch.empty(2, 2, K, V), torch.empty(2, 2, K), torch.empty(2, 2)]
     ids = torch.zeros(2, 512, dtype=torch.int32)
     options = {"input_gate": "exp", "eps": 1e-6, "chunk_size": None}
-    machine.processors = lambda device: 1
-    for machine.hopper in ([lambda device: True] if hopper else []) + [lambda device: False]:
-        for given in (ids, None) if machine.hopper(None) else (None,):
-            operators._KNOWN.clear()
+    device.processors = lambda device: 1
+    for device.hopper in ([lambda device: True] if hopper else []) + [lambda device: False]:
+        for given in (ids, None) if device.hopper(None) else (None,):
+            launch._KNOWN.clear()
             h, _ = mlstm.mlstm(q, k, v, i, f, None, given, **options)
             torch.autograd.grad(h.float().sum(), (q, k, v, i, f))
-    machine.processors = lambda device: 10**9
+    device.processors = lambda device: 10**9
     with torch.no_grad():
         mlstm.mlstm(q, k, v, i, f, state, ids, **options)
         mlstm.mlstm(*(t[:, :1] for t in (q, k, v, i, f)), state, None, **options)
@@ -160,7 +162,7 @@ def compile_slstm(D, dtype):
     bias = torch.empty(4, 2, D, requires_grad=True)
     state = tuple(torch.empty(16, 2, D) for _ in "hcnm")
     flags = torch.zeros(16, 64, dtype=torch.bool)
-    machine.processors = lambda device: 10**9
+    device.processors = lambda device: 10**9
     for s, flag, scale, clip in ((None, None, None, None), (state, flags, state[0], 10.0)):
         h, _ = slstm.slstm(x, R, bias, s, flag, flag, scale, "sigmoid", clip)
         torch.autograd.grad(h.float().sum(), (x, R, bias))
@@ -171,24 +173,25 @@ MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942":
 
 
 def compile_all(arch, sizes, dtype):
-    """What the kernels of this call need, by their names."""
+    """A `Compiler` that has compiled the kernels of this call."""
+    launch._KNOWN.clear()
     sizes, dtype = [int(n) for n in sizes.split("/")], getattr(torch, dtype)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
     launched = Compiler(target)
-    operators.Launch.__call__ = lambda self, *arguments: launched.launch(self, *arguments)
-    machine.shared_memory = machine.all_shared_memory = lambda device: MEMORY[arch]
-    machine.clusters = lambda device: 0 if amd else 8 if arch == "90" else 1
+    launch.Launch.__call__ = lambda self, *arguments: launched.launch(self, *arguments)
+    device.shared_memory = device.all_shared_memory = lambda device: MEMORY[arch]
+    device.clusters = lambda device: 0 if amd else 8 if arch == "90" else 1
     if len(sizes) == 2:
         compile_mlstm(*sizes, dtype, hopper=arch == "90")
     else:
         compile_slstm(*sizes, dtype)
-    return launched.seen
+    return launched
 
 
 if __name__ == "__main__":
     for asked in sys.argv[1:]:
         arch, *rest = asked.split(":")
-        for name, used in compile_all(arch, *rest).items():
+        for name, used in compile_all(arch, *rest).seen.items():
             numbers = used.get("REG", "-"), used["SHARED"], MEMORY[arch], used.get("STACK", 0)
             print(asked, name, *numbers, flush=True)

@@ -4,7 +4,7 @@ sLSTM's loop, heads as one kernel, and the mLSTM read once after the last step."
 import numpy as np
 import oracle
 import pytest
-from keras_xlstm.backends import native
+from keras_xlstm.backends import reference
 from test_ops import MASKS, flags, make_mask, make_segments, mLSTMCase, sLSTMCase
 from tools import BACKEND, array, assert_close, tensor, vjp
 
@@ -24,7 +24,7 @@ def check_inside(
 ):
     """`ops.slstm` with an input kernel, which the loop multiplies by, against the oracle."""
     monkeypatch.setattr(backends, "multiplies_inside", lambda *arguments: True)
-    monkeypatch.setattr(native.framework, "joined_heads", joined)
+    monkeypatch.setattr(reference.framework, "joined_heads", joined)
     case = sLSTMCase(rng, B=B, T=T, H=2, D=3, gate_scale=gate_scale)
     x, W = rng.normal(size=(B, T, F)), rng.normal(size=(F, 24))
     W[:, :12] *= gate_scale
@@ -199,4 +199,4 @@ def test_chunks_follow_the_size_of_a_memory():
     }  # fmt: skip
     sizes = {key: 64 for key in sizes} if BACKEND == "torch" else sizes
     for key, want in sizes.items():
-        assert native.framework.chunk_size(*key) == want, key
+        assert reference.framework.chunk_size(*key) == want, key

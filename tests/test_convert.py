@@ -10,7 +10,7 @@ from tools import BACKEND, array, assert_close, made, tensor, vjp
 
 import keras_xlstm
 from keras_xlstm import convert
-from keras_xlstm._safetensors import Safetensors
+from keras_xlstm.convert.safetensors import Safetensors
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 PAPER = ["v1", "v1-cuda", "v1-stack", "v1-mlstm-bias", "v1-tied", "v1-slstm-plain", "v1-options"]

@@ -24,7 +24,7 @@ if BACKEND != "jax" or not importlib.util.find_spec("triton"):
 
 import jax
 import jax.numpy as jnp
-from keras_xlstm.backends.jax import machine, mlstm_triton, triton_calls
+from keras_xlstm.backends.jax import device, mlstm_triton, triton_launch
 
 import keras_xlstm
 
@@ -40,6 +40,7 @@ def interpreter(monkeypatch):
     if not GPU:
         pytest.importorskip("torch")  # whose tensors the interpreter takes
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        import triton_interpreter  # noqa: F401  registers the lowering for CPUs
 
 
 def check(case, dtype="float32", factor=1.0, chunk_size=16, **options):
@@ -70,7 +71,7 @@ def test_sizes(K, V, dtype, rng):
 @pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 256), (256, 512)])
 def test_whole_chunks(K, V, many, T, rng, monkeypatch):
     """On Hopper: kernels of its own, whose programs take a head through all chunks or not."""
-    monkeypatch.setattr(machine, "processors", lambda: 1 if many else 10**6)
+    monkeypatch.setattr(device, "processors", lambda: 1 if many else 10**6)
     check(mLSTMCase(rng, B=2, T=T, H=2, K=K, V=V), "bfloat16", chunk_size=None)
 
 
@@ -214,7 +215,7 @@ def test_what_cannot_run_says_so(rng, monkeypatch):
 def test_pallas_is_picked_where_it_is_better(monkeypatch):
     q, v = jnp.ones((2, 20, 2, 4)), jnp.ones((2, 20, 2, 6))
     if not GPU:
-        assert mlstm_triton.unwise(q, v) == "Triton's interpreter is for tests"
+        assert mlstm_triton.not_preferred(q, v) == "Triton's interpreter is for tests"
         monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(mlstm_triton.pallas, "unsupported", lambda *call: None)
     for capability, T, words in (
@@ -222,12 +223,12 @@ def test_pallas_is_picked_where_it_is_better(monkeypatch):
         (90, 1, "single steps"),
         (90, 20, None),
     ):
-        monkeypatch.setattr(machine, "capability", lambda capability=capability: capability)
-        reason = mlstm_triton.unwise(q[:, :T], v[:, :T])
+        monkeypatch.setattr(device, "capability", lambda capability=capability: capability)
+        reason = mlstm_triton.not_preferred(q[:, :T], v[:, :T])
         assert words in reason if words else reason is None
     monkeypatch.setattr(mlstm_triton.pallas, "unsupported", lambda *call: "it is gone")
-    monkeypatch.setattr(machine, "capability", lambda: 80)
-    assert mlstm_triton.unwise(q, v) is None
+    monkeypatch.setattr(device, "capability", lambda: 80)
+    assert mlstm_triton.not_preferred(q, v) is None
 
 
 PTX = """.visible .entry k(
@@ -245,7 +246,7 @@ PTX = """.visible .entry k(
 
 def test_parameters_come_as_they_are_passed():
     # A result, an operand, a number, an operand; then two that Triton adds.
-    ptx, order = triton_calls._ordered(PTX, "k", [(1, 0), (0, 1), (2, 2), (0, 0)])
+    ptx, order = triton_launch._ordered(PTX, "k", [(1, 0), (0, 1), (2, 2), (0, 0)])
     assert order == [3, 1, 0, 2]
     places = [ptx.index(f"k_param_{j}") for j in (3, 1, 0, 2, 4, 5)]
     assert places == sorted(places)
@@ -266,27 +267,28 @@ def test_what_is_launched_on_hopper(monkeypatch):
     launches = [line.split() for line in done.stdout.splitlines()]
     names = [name for name, *_ in launches]
     assert names[:6] == [
-        "gates", "chunks", "serial_hopper", "serial_hopper", "pair_hopper", "gate_gradients",
+        "gates", "chunks", "hopper_fused", "hopper_fused", "hopper_dq_dk", "gate_gradients",
     ]  # fmt: skip
     assert names[6:13] == [
-        "gates", "chunks", "serial_hopper", "attend_hopper", "serial_hopper", "attend_hopper",
-        "gate_gradients",
+        "gates", "chunks", "hopper_fused", "hopper_intra_chunk", "hopper_fused",
+        "hopper_intra_chunk", "gate_gradients",
     ]  # fmt: skip
     assert names[13:24] == [
-        "gates", "chunks", "states", "borders", "attend_hopper", "attend_hopper", "states",
-        "borders", "attend_hopper", "attend_hopper", "gate_gradients",
+        "gates", "chunks", "chunk_states", "scan_chunk_states", "hopper_intra_chunk",
+        "hopper_intra_chunk", "chunk_states", "scan_chunk_states", "hopper_intra_chunk",
+        "hopper_intra_chunk", "gate_gradients",
     ]  # fmt: skip
     assert names[24:] == ["forward", "backward", "kernel_gradient"] * 3
     assert [int(cluster) for *_, cluster in launches[24:]] == [2, 2, 1, 6, 6, 1, 1, 1, 1]
     warps = {name: int(warps) for name, warps, *_ in launches}
-    assert warps["serial_hopper"] == 16
-    assert warps["attend_hopper"] == warps["pair_hopper"] == 12
+    assert warps["hopper_fused"] == 16
+    assert warps["hopper_intra_chunk"] == warps["hopper_dq_dk"] == 12
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorflow"), reason="needs tensorflow")
 def test_triton_after_tensorflow():
     """Both bring an LLVM, and TensorFlow shows its own to all that is loaded later."""
-    code = "import tensorflow, keras_xlstm.backends.triton, triton; print('both')"
+    code = "import tensorflow, keras_xlstm.backends.kernels.load_triton, triton; print('both')"
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.split() == ["both"], done.stderr[-2000:]

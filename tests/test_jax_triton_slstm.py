@@ -13,7 +13,7 @@ if BACKEND != "jax" or not importlib.util.find_spec("triton"):
 
 import jax
 import jax.numpy as jnp
-from keras_xlstm.backends.jax import machine, slstm_triton
+from keras_xlstm.backends.jax import device, slstm_triton
 from test_jax_triton import DTYPES, GPU, interpreter  # noqa: F401  a fixture
 
 import keras_xlstm
@@ -60,7 +60,7 @@ def test_large_in_float32(rng):
 
 @pytest.mark.parametrize("processors", [13, 30, 132] if GPU else [1])
 def test_shared_heads(processors, rng, monkeypatch):
-    monkeypatch.setattr(machine, "processors", lambda: processors)
+    monkeypatch.setattr(device, "processors", lambda: processors)
     B, T, D, dtype = (35, 50, 140, "bfloat16") if GPU else (3, 3, 70, "float32")
     check(sLSTMCase(rng, B=B, T=T, H=2, D=D), dtype)
 
@@ -154,10 +154,10 @@ def test_what_cannot_run_says_so(monkeypatch):
     assert "1024 units" in slstm_triton.unsupported(x)
     if not GPU:
         assert "float32 alone" in slstm_triton.unsupported(jnp.zeros((2, 3, 4, 1, 8), "bfloat16"))
-    monkeypatch.setattr(machine, "triton_interpreted", lambda: False)
-    monkeypatch.setattr(machine, "unsupported", lambda *args: None)
-    monkeypatch.setattr(machine, "processors", lambda: 10)
-    monkeypatch.setattr(machine, "shared_memory", lambda: 232_448)
+    monkeypatch.setattr(device, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(device, "unsupported", lambda *args: None)
+    monkeypatch.setattr(device, "processors", lambda: 10)
+    monkeypatch.setattr(device, "shared_memory", lambda: 232_448)
     x = jnp.zeros((2, 3, 4, 1, 768), "bfloat16")
     assert "48 programs of a head of 768 units wait" in slstm_triton.unsupported(x)
     assert slstm_triton.unsupported(x[..., :128]) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = sorted((Path(__file__).parent.parent / "backends" / "triton").glob("*.py"))
+KERNELS = sorted((Path(__file__).parent.parent / "backends" / "kernels").rglob("*.py"))
 
 
 def renamed(node):
@@ -38,7 +38,7 @@ def not_carried(source):
                     yield function.name, line, *pair
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_loops_carry_what_they_change(path):
     assert not list(not_carried(path.read_text()))
 

@@ -143,22 +143,55 @@ def test_a_bare_checkout_imports(tmp_path):
 
 
 def imports(path):
+    """Names of the modules that a file imports, a string's too; of a string that is worked out, ""."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = node.args[0]
+            yield name.value if isinstance(name, ast.Constant) else ""
+
+
+# The active framework is imported by its name.
+BY_NAME = {"backends/__init__.py", "backends/log_space.py"}
 
 
 def test_who_imports_whom():
-    for path in (ROOT / "keras_xlstm").rglob("*.py"):
+    files = [p for top in ("keras_xlstm", "backends") for p in (ROOT / top).rglob("*.py")]
+    worked_out = {str(p.relative_to(ROOT)) for p in files if "" in imports(p)}
+    assert worked_out == BY_NAME
+    for path in files:
+        of_backends, *folders = path.relative_to(ROOT).parts[:-1]
+        of_backends = of_backends == "backends"
+        home = {*folders} & FRAMEWORKS if of_backends else set()
         for name in imports(path):
-            assert name.split(".")[0] not in FRAMEWORKS, path
-            assert not name.startswith("keras_xlstm.backends."), path
+            assert name.split(".")[0] not in FRAMEWORKS - home, path
             assert not name.startswith("keras.src"), path
-    for path in (ROOT / "backends").rglob("*.py"):
-        home = path.parent.name if path.parent.name in FRAMEWORKS else None
+            if of_backends:
+                assert not name.startswith(("keras_xlstm.layers", "keras_xlstm.ops")), path
+                others = tuple(f"keras_xlstm.backends.{f}" for f in FRAMEWORKS - home)
+                assert not (folders and name.startswith(others)), (path, name)
+            else:
+                assert not name.startswith("keras_xlstm.backends."), path
+
+
+def test_kernels_belong_to_no_framework():
+    for path in (ROOT / "backends" / "kernels").rglob("*.py"):
         for name in imports(path):
             top = name.split(".")[0]
-            assert top not in FRAMEWORKS - {home}, path
-            assert not name.startswith(("keras_xlstm.layers", "keras_xlstm.ops", "keras.src")), path
+            assert top in {*sys.stdlib_module_names, "triton", "keras_xlstm"} - {"importlib"}, path
+            ours = top == "keras_xlstm"
+            assert not ours or name.startswith("keras_xlstm.backends.kernels"), (path, name)
+
+
+@once
+def test_tiles_need_no_triton():
+    """Pallas reads them."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from keras_xlstm.backends.kernels.mlstm import tiles; print(tiles.power(17))"
+    )
+    assert run(code, ROOT) == "32"

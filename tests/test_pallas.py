@@ -21,9 +21,9 @@ if not HAS_PALLAS:
 
 import jax
 import jax.numpy as jnp
-from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.jax import machine
-from keras_xlstm.backends.jax import mlstm as kernels
+from keras_xlstm.backends.jax import device
+from keras_xlstm.backends.jax.pallas import mlstm as kernels
+from keras_xlstm.backends.kernels.mlstm import tiles
 
 import keras_xlstm
 
@@ -44,9 +44,9 @@ def interpreter(monkeypatch):
 def pretended_gpu(monkeypatch):
     """Lowering for a GPU that is not there."""
     monkeypatch.delenv("KERAS_XLSTM_INTERPRET", raising=False)
-    monkeypatch.setattr(machine, "missing", lambda: None)
-    monkeypatch.setattr(machine, "shared_memory", lambda: 232_448)
-    monkeypatch.setattr(machine, "processors", lambda: 132)
+    monkeypatch.setattr(device, "missing", lambda: None)
+    monkeypatch.setattr(device, "shared_memory", lambda: 232_448)
+    monkeypatch.setattr(device, "processors", lambda: 132)
     with contextlib.ExitStack() as stack:
         if hasattr(jax.sharding, "AbstractDevice"):  # JAX 0.12 asks which GPU it is
             gpu = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
@@ -88,7 +88,7 @@ def test_chunk_sizes(chunk_size, rng):
 @pytest.mark.parametrize(("K", "V"), [(20, 40), (128, 256)])
 def test_many_heads(K, V, dtype, rng, monkeypatch):
     """Their programs take the state through all chunks."""
-    monkeypatch.setattr(machine, "processors", lambda: 1)
+    monkeypatch.setattr(device, "processors", lambda: 1)
     check(mLSTMCase(rng, B=1, T=500, H=2, K=K, V=V), dtype, chunk_size=64)
 
 
@@ -113,7 +113,7 @@ def test_masks_and_segments(mask, segments, rng):
 def test_states_by_chunks(segments, state, rng, monkeypatch):
     """The way of few heads: every chunk's sum on its own, then along the borders; more borders
     than are loaded at a time, and a rest."""
-    monkeypatch.setattr(machine, "processors", lambda: 10**9)
+    monkeypatch.setattr(device, "processors", lambda: 10**9)
     ids = make_segments(segments, 2, 163, rng)
     check(mLSTMCase(rng, B=2, T=163, K=20, V=30, state=state), segment_ids=ids)
 
@@ -353,6 +353,6 @@ def test_norm_apart_from_its_fusions(monkeypatch, rng):
     # A function for each: JAX keeps what it traced by function.
     alone, apart = (jax.vmap(jax.grad(lambda x, dy: (layer(x) * dy).sum())) for _ in "ab")
     want = alone(x, dy)
-    monkeypatch.setattr(machine, "platform", lambda: "gpu")
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
     assert "optimization_barrier" in str(jax.make_jaxpr(apart)(x, dy))
     assert_close(array(apart(x, dy)), array(want), 1e-6)

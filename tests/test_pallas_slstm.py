@@ -12,7 +12,7 @@ if not HAS_PALLAS:
     pytest.skip("Pallas's kernels belong to JAX, a newer one", allow_module_level=True)
 
 import jax
-from keras_xlstm.backends.jax import slstm as kernels
+from keras_xlstm.backends.jax.pallas import slstm as kernels
 from test_pallas import DTYPES, GPU, interpreter, pretended_gpu  # noqa: F401  a fixture
 
 import keras_xlstm
@@ -55,7 +55,7 @@ def test_large(B, D, rng):
 @pytest.mark.parametrize("processors", [13, 30, 132] if GPU else [1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shared_heads(dtype, processors, rng, monkeypatch):
-    monkeypatch.setattr(kernels.machine, "processors", lambda: processors)
+    monkeypatch.setattr(kernels.device, "processors", lambda: processors)
     check(sLSTMCase(rng, B=35, T=50 if GPU else 3, H=2, D=140), dtype)
 
 

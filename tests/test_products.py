@@ -8,15 +8,14 @@ from tools import BACKEND, array
 
 from keras_xlstm import backends
 from keras_xlstm.layers import (
-    large,
+    large_block,
     mLSTM,
     mlstm,
     mlstm_block,
     mLSTMBlock,
-    parts,
     xLSTMLargeBlock,
 )
-from keras_xlstm.layers.parts import Gate, both_gates, each_alone
+from keras_xlstm.layers.projections import Gate, gate_pair, unfused_dense
 from keras_xlstm.models import xLSTMLanguageModel
 
 
@@ -30,9 +29,9 @@ def dense(units, dim, use_bias=True, dtype="float32", kind=keras.layers.Dense):
 def by_one_product(monkeypatch):
     """On JAX one product is for GPUs alone, and torch's by parts too."""
     if BACKEND == "jax":
-        from keras_xlstm.backends import jax as framework
+        from keras_xlstm.backends.jax import products
 
-        monkeypatch.setattr(parts, "narrow_product", framework._by_parts)
+        monkeypatch.setattr(backends, "float32_gate_product", products._by_parts)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="calls both")
@@ -46,7 +45,7 @@ def test_gates_are_those_of_both_layers(dtype, time, rng):
         if lora:
             layers[1].enable_lora(2)
             layers[1].lora_kernel_b.assign(rng.normal(size=(2, 4)))
-        for got, layer in zip(both_gates(x, *layers), layers):
+        for got, layer in zip(gate_pair(x, *layers), layers):
             assert keras.backend.standardize_dtype(got.dtype) == "float32"
             np.testing.assert_allclose(array(got), array(layer(x)), rtol=1e-5, atol=1e-5)
 
@@ -57,7 +56,7 @@ def test_gates_are_those_of_both_layers(dtype, time, rng):
     [
         (lambda: mLSTM(8, num_heads=2, dtype="mixed_bfloat16"), mlstm),
         (lambda: mLSTMBlock(num_heads=2, dtype="mixed_bfloat16"), mlstm_block),
-        (lambda: xLSTMLargeBlock(num_heads=2, dtype="mixed_bfloat16"), large),
+        (lambda: xLSTMLargeBlock(num_heads=2, dtype="mixed_bfloat16"), large_block),
     ],
 )
 def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):
@@ -65,11 +64,11 @@ def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):
     seen = []
 
     def spy(x, *layers):
-        gates = both_gates(x, *layers)
+        gates = gate_pair(x, *layers)
         seen.append((x, layers, gates))
         return gates
 
-    monkeypatch.setattr(module, "both_gates", spy)
+    monkeypatch.setattr(module, "gate_pair", spy)
     layer = make()
     layer.build((2, 5, 16))
     for gate in (layer.input_gate, layer.forget_gate):
@@ -88,7 +87,7 @@ def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):
 def test_each_product_alone(dtype, use_bias, rng):
     x = ops.cast(rng.normal(size=(2, 5, 16)), dtype)
     layers = [dense(units, 16, use_bias, dtype) for units in (4, 8)]
-    for got, layer in zip(each_alone(x, *layers), layers):
+    for got, layer in zip(unfused_dense(x, *layers), layers):
         assert keras.backend.standardize_dtype(got.dtype) == dtype
         want = ops.cast(layer(x), "float32")
         np.testing.assert_allclose(array(ops.cast(got, "float32")), array(want), rtol=1e-2)
@@ -98,15 +97,15 @@ def by_parts(x, kernel, dy):
     """y, dx and dkernel by products of bfloat16 parts."""
     if BACKEND == "jax":
         import jax
-        from keras_xlstm.backends import jax as framework
+        from keras_xlstm.backends.jax import products
 
-        y, vjp = jax.vjp(jax.jit(framework._by_parts), x, kernel)
+        y, vjp = jax.vjp(jax.jit(products._by_parts), x, kernel)
         return y, *vjp(dy)
     import torch
-    from keras_xlstm.backends import torch as framework
+    from keras_xlstm.backends.torch import products
 
     x, kernel = (t.requires_grad_() for t in (x, kernel))
-    y = framework._ByParts.apply(x, kernel)
+    y = products._ByParts.apply(x, kernel)
     return y, *torch.autograd.grad(y, (x, kernel), dy)
 
 

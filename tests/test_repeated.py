@@ -18,11 +18,11 @@ if BACKEND != "torch":
 import host_time
 import torch
 from keras_xlstm.backends.torch import (
+    device,
     driver,
-    machine,
+    launch,
     mlstm,
-    mlstm_launches,
-    operators,
+    mlstm_plan,
     repeated,
     slstm,
 )
@@ -37,7 +37,7 @@ class Driver:
     def __init__(self, monkeypatch):
         self.kinds, self.memory, self.launched = [], {}, []
         monkeypatch.setattr(driver, "_driver", lambda: self)
-        monkeypatch.setattr(operators, "_KNOWN", {})
+        monkeypatch.setattr(launch, "_KNOWN", {})
         kinds = self.kinds
 
         def compile_first(self, stream, arguments):
@@ -45,7 +45,7 @@ class Driver:
             kinds.append(self.known.kinds)
             self.known(stream, arguments)
 
-        monkeypatch.setattr(operators.Launch, "_first", compile_first)
+        monkeypatch.setattr(launch.Launch, "_first", compile_first)
 
     def named(self, address):
         for name, t in self.memory.items():
@@ -95,7 +95,7 @@ def forward(T, states, segments):
 
 def backward(T, states, segments):
     q, k, v, i, f, C, n, _, ids = tensors(T, states, segments)
-    kept = mlstm_launches.kept(q, v, 128).new(q)
+    kept = mlstm_plan.kept(q, v, 128).new(q)
     given = (torch.zeros_like(v), C, n, q, k, v, i, f, ids, torch.zeros_like(v), kept)
     return given, mlstm._gradients(q, k, v, i, f, states), ()
 
@@ -165,7 +165,7 @@ def test_addresses_come_again(make, monkeypatch):
     """Those of a few calls are kept as they were written, and written anew after others."""
     fake = Driver(monkeypatch)
     calls = [(make(512, False, False), {}) for _ in range(6)]
-    way = getattr(mlstm_launches, make.__name__)(calls[0][0][0], False, 128)
+    way = getattr(mlstm_plan, make.__name__)(calls[0][0][0], False, 128)
     run(way, fake, 1, *calls[0][0])
     wrote, write = [], repeated._Written.write
     monkeypatch.setattr(
@@ -186,11 +186,11 @@ def test_addresses_come_again(make, monkeypatch):
 @pytest.mark.parametrize("states", [True, False])
 def test_mlstm(make, hopper, processors, segments, states, monkeypatch):
     fake = Driver(monkeypatch)
-    monkeypatch.setattr(machine, "hopper", lambda device: hopper)
-    monkeypatch.setattr(machine, "processors", lambda device: processors)
-    monkeypatch.setattr(machine, "shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(device, "hopper", lambda device: hopper)
+    monkeypatch.setattr(device, "processors", lambda device: processors)
+    monkeypatch.setattr(device, "shared_memory", lambda device: 232_448)
     given, results, _ = make(512, states, segments)
-    way = getattr(mlstm_launches, make.__name__)(given, False, 128)
+    way = getattr(mlstm_plan, make.__name__)(given, False, 128)
     compare(way, fake, lambda: make(512, states, segments))
     if make is forward:  # another number is another sequence
         _, launched = run(way, fake, 1, given, results, (0.5,))
@@ -240,25 +240,25 @@ def slstm_backward(B, D, dtype, everything, trains):
 )  # fmt: skip
 def test_slstm(make, everything, B, D, dtype, clusters, monkeypatch):
     fake = Driver(monkeypatch)
-    monkeypatch.setattr(machine, "processors", lambda device: 60)
-    monkeypatch.setattr(machine, "shared_memory", lambda device: 232_448)
-    monkeypatch.setattr(machine, "all_shared_memory", lambda device: 233_472)
-    monkeypatch.setattr(machine, "clusters", lambda device: clusters)
-    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "processors", lambda device: 60)
+    monkeypatch.setattr(device, "shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(device, "all_shared_memory", lambda device: 233_472)
+    monkeypatch.setattr(device, "clusters", lambda device: clusters)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     given, *_ = make(B, D, dtype, everything, True)
-    device = slstm._device(given[0])
+    the_device = slstm._device(given[0])
     if make is slstm_backward:
-        ways = {True: slstm._backward_pass(given, device)}
+        ways = {True: slstm._backward_pass(given, the_device)}
     else:  # without what training needs it is another kernel
-        ways = {trains: slstm._forward_pass(given, device, trains) for trains in (True, False)}
+        ways = {trains: slstm._forward_pass(given, the_device, trains) for trains in (True, False)}
     for trains, way in ways.items():
         compare(way, fake, lambda trains=trains: make(B, D, dtype, everything, trains))
 
 
 def test_a_launch_for_every_step_is_not_recorded(monkeypatch):
     fake = Driver(monkeypatch)
-    monkeypatch.setattr(machine, "clusters", lambda device: 8)
-    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "clusters", lambda device: 8)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     given, results, numbers = slstm_forward(3, 768, torch.bfloat16, False, True)
     way = slstm._forward_pass(given, slstm._device(given[0]), True)  # one processor
     for _ in range(3):
@@ -273,9 +273,9 @@ def test_what_triton_launches_is_not_recorded(monkeypatch):
     def by_triton(self, stream, arguments):
         self.known = lambda stream, arguments: seen.append(arguments)
 
-    monkeypatch.setattr(operators.Launch, "_first", by_triton)
+    monkeypatch.setattr(launch.Launch, "_first", by_triton)
     given, results, numbers = forward(256, True, False)
-    way = mlstm_launches.forward(given, False, 128)
+    way = mlstm_plan.forward(given, False, 128)
     for _ in range(3):
         run(way, fake, 1, given, results, numbers)
     assert not way.sequences
@@ -285,7 +285,7 @@ def test_what_triton_launches_is_not_recorded(monkeypatch):
 def test_errors_of_the_driver_are_raised(monkeypatch):
     fake = Driver(monkeypatch)
     given, results, numbers = forward(256, True, False)
-    way = mlstm_launches.forward(given, False, 128)
+    way = mlstm_plan.forward(given, False, 128)
     pool = {}
     for _ in range(2):
         run(way, fake, 1, given, results, numbers, pool)

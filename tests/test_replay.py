@@ -12,7 +12,7 @@ if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends.torch import replay
+from keras_xlstm.backends.torch import decode_step
 from test_layers import perturbed
 
 from keras_xlstm.models import xLSTMLanguageModel
@@ -38,7 +38,7 @@ def generated(model, jit_compile, count=9, prompts=PROMPTS, **options):
 def recordings(monkeypatch):
     """All recordings that are made, on a GPU real ones."""
     made = []
-    step = replay.Recording._step
+    step = decode_step.CapturedGraph._step
 
     def recorded(self, function):
         made.append(self)
@@ -46,9 +46,9 @@ def recordings(monkeypatch):
         if not GPU:
             self._graph.replay = lambda: step(self, function)
 
-    monkeypatch.setattr(replay.Recording, "_step", recorded)
+    monkeypatch.setattr(decode_step.CapturedGraph, "_step", recorded)
     if not GPU:
-        stand_in_for_cuda(monkeypatch, replay)
+        stand_in_for_cuda(monkeypatch, decode_step)
     return made
 
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(rng, recordings, monkeypatch, cap
     with caplog.at_level("INFO", "keras_xlstm"):
         assert generated(model, "auto") == generated(model, False)
     assert caplog.text.count("no CUDA graph could be made. operation not permitted") == 1
-    monkeypatch.setattr(model, "_by_region", lambda: model._plainly)
+    monkeypatch.setattr(model, "_by_runners", lambda: model._plainly)
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*capturing"):
         generated(model, True)
 
@@ -118,13 +118,13 @@ def test_numbers_become_tensors_by_kernels(kind, rng, recordings, monkeypatch):
                 copied.append(name)
             return func(*args, **(kwargs or {}))
 
-    step = replay.Recording._step
+    step = decode_step.CapturedGraph._step
 
     def watched(self, function):
         with Watch():
             step(self, function)
 
-    monkeypatch.setattr(replay.Recording, "_step", watched)
+    monkeypatch.setattr(decode_step.CapturedGraph, "_step", watched)
     generated(model, "auto", temperature=0.8, top_k=9, top_p=0.9, seed=1)
     assert len(recordings) == 1
     assert not copied
@@ -147,7 +147,7 @@ def test_compiled_blocks(kind, rng, monkeypatch):
     assert generated(model, True) == want
     assert len(compiled) == {"paper": 2, "large": 1}[kind]
     model.compile("adam", jit_compile=True)
-    regions = [block._region for block in model.blocks]
+    runners = [block.runner for block in model.blocks]
     assert generated(model, "auto") == want
     assert generated(model, False) == want
-    assert [block._region for block in model.blocks] == regions
+    assert [block.runner for block in model.blocks] == runners

@@ -6,7 +6,7 @@ import pytest
 from tools import BACKEND, array, assert_close
 
 if BACKEND != "tensorflow":
-    pytest.skip("these regions belong to TensorFlow", allow_module_level=True)
+    pytest.skip("TensorFlow compiles these blocks", allow_module_level=True)
 
 import tensorflow as tf
 
@@ -209,19 +209,19 @@ def test_what_a_compiled_function_would_lose():
 
 def test_compiling_again():
     model, plain = compiled(True), compiled(False)
-    assert all(block._region for block in model.blocks)
+    assert all(block.runner for block in model.blocks)
     for jit in (True, False, True):
         recompile(model, jit)
         model.fit(TOKENS, TOKENS, shuffle=False, verbose=0)
         plain.fit(TOKENS, TOKENS, shuffle=False, verbose=0)
         assert_alike(model.get_weights(), plain.get_weights())
-        assert [block._region is not None for block in model.blocks] == [jit] * 4
+        assert [block.runner is not None for block in model.blocks] == [jit] * 4
 
 
 def test_what_keras_picks_by_itself():
     model = compiled("auto")
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
-    assert all((block._region is not None) == on_gpu for block in model.blocks)
+    assert all((block.runner is not None) == on_gpu for block in model.blocks)
 
 
 def test_files_and_eager_calls(tmp_path):
@@ -231,7 +231,7 @@ def test_files_and_eager_calls(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.get_compile_config()["jit_compile"] is True
-    assert all(block._region for block in loaded.blocks)
+    assert all(block.runner for block in loaded.blocks)
     assert_close(loaded.predict(TOKENS, verbose=0), want, 1e-9)
 
 
@@ -259,7 +259,7 @@ def test_exported_without(tmp_path):
         loaded = tf.saved_model.load(path)
         library = loaded.signatures["serving_default"].graph.as_graph_def().library
         assert not any(f.attr["_XlaMustCompile"].b for f in library.function)
-    assert all(block._region for block in model.blocks)
+    assert all(block.runner for block in model.blocks)
     variables = [v.value + 0.0 for v in model.trainable_variables]
     others = [v.value for v in model.non_trainable_variables]
 

@@ -237,7 +237,7 @@ def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
     assert compiled == ["compute_xLSTMLargeBlock", "token_losses"]
     model.enable_lora(2)
     model.compile("sgd", model.loss, jit_compile=False)
-    assert all(block._region is None for block in model.blocks)
+    assert all(block.runner is None for block in model.blocks)
     model.save(tmp_path / "model.keras")
 
 

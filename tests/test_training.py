@@ -12,7 +12,7 @@ if BACKEND != "torch":
 
 import keras
 import torch
-from keras_xlstm.backends.torch import training
+from keras_xlstm.backends.torch import train_step
 
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
@@ -44,7 +44,7 @@ def same(model, other, rtol=1e-4):
 def recordings(monkeypatch):
     """All recordings that are made, on a GPU real ones, which what cannot be recorded ends."""
     made = []
-    step = training.Recording._step
+    step = train_step.CapturedBatch._step
 
     def recorded(self, function):
         if GPU:
@@ -55,11 +55,11 @@ def recordings(monkeypatch):
         self._logs = {"loss": torch.full((), float("nan"))}
         self._graph.replay = lambda: step(self, torch.enable_grad()(function))
 
-    monkeypatch.setattr(training.Recording, "_step", recorded)
+    monkeypatch.setattr(train_step.CapturedBatch, "_step", recorded)
     if not GPU:
         monkeypatch.setattr(torch, "compile", lambda function: function)
-        stand_in_for_cuda(monkeypatch, training)
-        monkeypatch.setattr(training, "_sent", lambda x, device: x)
+        stand_in_for_cuda(monkeypatch, train_step)
+        monkeypatch.setattr(train_step, "_sent", lambda x, device: x)
     return made
 
 
@@ -113,7 +113,7 @@ def test_lengths_beyond_the_recordings_kept(recordings):
         for model in models:
             x = IDS[:8, : length + 1]
             model.fit(x[:, :-1], x[:, 1:], batch_size=2, verbose=0, shuffle=False)
-    assert len(recordings) == training._KEPT
+    assert len(recordings) == train_step._KEPT
     same(*models)
 
 
@@ -134,8 +134,8 @@ def test_a_stack(recordings, rng):
 def test_batches_are_sent_ahead(monkeypatch):
     """Inside `fit`, and in nothing that it runs."""
     model, sent = model_of(), []
-    monkeypatch.setattr(training, "_sent", lambda x, device: sent.append((x, device.type)) or x)
-    step, ids = model._recorded, np.arange(3, dtype="int32")
+    monkeypatch.setattr(train_step, "_sent", lambda x, device: sent.append((x, device.type)) or x)
+    step, ids = model._captured_step, np.arange(3, dtype="int32")
 
     def asked():
         return torch.as_tensor(ids, dtype=torch.int64, device="cuda")
@@ -225,7 +225,9 @@ def test_nothing_comes_from_the_host(optimizer, recordings, monkeypatch):
         return run
 
     for name in ("_step", "replay"):  # a graph is made by the one, the stand-in runs in the other
-        monkeypatch.setattr(training.Recording, name, watched(getattr(training.Recording, name)))
+        monkeypatch.setattr(
+            train_step.CapturedBatch, name, watched(getattr(train_step.CapturedBatch, name))
+        )
     fitted(model_of(optimizer))
     assert len(recordings) == 1
     assert not copied
@@ -241,8 +243,8 @@ def test_fused_adam_is_keras_own(dtype, rng):
         optimizer = keras.optimizers.AdamW(**kinds, weight_decay=0.1, clipvalue=0.7)
         optimizer.build(weights)
         if fused:
-            training.fuse(optimizer)
-            assert isinstance(optimizer._parallel_update_step, training._FusedAdam)
+            train_step.fuse(optimizer)
+            assert isinstance(optimizer._parallel_update_step, train_step._FusedAdam)
         draws = np.random.default_rng(3)
         for _ in range(5):
             gradients = [torch.tensor(draws.normal(size=v.shape)).to(v.value) for v in weights]
@@ -254,5 +256,5 @@ def test_fused_adam_is_keras_own(dtype, rng):
 def test_what_is_not_fused():
     for optimizer in (keras.optimizers.SGD(), keras.optimizers.Adam(amsgrad=True)):
         own = optimizer._parallel_update_step
-        training.fuse(optimizer)
+        train_step.fuse(optimizer)
         assert optimizer._parallel_update_step == own

@@ -21,8 +21,8 @@ if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs on torch, with triton", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.torch import machine
+from keras_xlstm.backends.kernels.mlstm import tiles
+from keras_xlstm.backends.torch import device
 from keras_xlstm.backends.torch import mlstm as kernels
 from test_ops import MASKS, make_mask, make_segments, mLSTMCase, with_extreme_gates
 
@@ -98,12 +98,19 @@ if version("triton").startswith("3.7."):  # not what the tiles were chosen with
     SPILLS |= {("100", "200"): 416, ("80", "300"): 224}
 STAGES = {
     "mlstm": {
-        "gates.gates", "gates.chunks", "kernels.states", "attend.attend", "step.step"
+        "gates.gates", "gates.chunks", "inter_chunk.chunk_states", "intra_chunk.intra_chunk",
+        "step.step",
     },
-    "whole": {"whole.forward", "whole.backward", "kernels.kernel_gradient"},
-    "split": {"split.forward", "split.backward", "kernels.kernel_gradient"},
-    "cluster": {"cluster.forward", "cluster.backward", "kernels.kernel_gradient"},
-    "wide": {"wide.forward", "wide.backward", "kernels.kernel_gradient"},
+    "recurrence_whole": {
+        "recurrence_whole.forward", "recurrence_whole.backward",
+        "kernel_gradient.kernel_gradient",
+    },
+    "recurrence_split": {
+        "recurrence_split.forward", "recurrence_split.backward",
+        "kernel_gradient.kernel_gradient",
+    },
+    "cluster": {"cluster.forward", "cluster.backward", "kernel_gradient.kernel_gradient"},
+    "grid": {"grid.forward", "grid.backward", "kernel_gradient.kernel_gradient"},
 }  # fmt: skip
 
 
@@ -115,17 +122,17 @@ COMPILED = [
     ("mlstm", "90:128/128:bfloat16"),
     ("mlstm", "80:24/40:float32"), ("mlstm", "100:128/256:bfloat16"),
     ("mlstm", "gfx942:64/128:bfloat16"),
-    ("whole", "90:100:bfloat16"), ("whole", "80:128:bfloat16"),
-    ("split", "90:200:bfloat16"), ("split", "90:760:bfloat16"), ("split", "90:1020:float16"),
-    ("split", "86:1020:bfloat16"), ("split", "80:300:float32"), ("split", "100:200:bfloat16"),
-    ("split", "86:128:bfloat16"), ("split", "86:64:float32"), ("split", "gfx942:192:bfloat16"),
+    ("recurrence_whole", "90:100:bfloat16"), ("recurrence_whole", "80:128:bfloat16"),
+    ("recurrence_split", "90:200:bfloat16"), ("recurrence_split", "90:760:bfloat16"), ("recurrence_split", "90:1020:float16"),
+    ("recurrence_split", "86:1020:bfloat16"), ("recurrence_split", "80:300:float32"), ("recurrence_split", "100:200:bfloat16"),
+    ("recurrence_split", "86:128:bfloat16"), ("recurrence_split", "86:64:float32"), ("recurrence_split", "gfx942:192:bfloat16"),
     ("cluster", "90:32:bfloat16"), ("cluster", "90:192:float16"), ("cluster", "90:256:bfloat16"),
     ("cluster", "80:64:bfloat16"), ("cluster", "100:64:float16"),
-    ("wide", "90:768:bfloat16"), ("wide", "90:1024:float16"), ("wide", "80:192:bfloat16"),
-    ("wide", "86:1024:bfloat16"), ("wide", "100:288:bfloat16"),
+    ("grid", "90:768:bfloat16"), ("grid", "90:1024:float16"), ("grid", "80:192:bfloat16"),
+    ("grid", "86:1024:bfloat16"), ("grid", "100:288:bfloat16"),
 ]  # fmt: skip
 
-# Roles of `attend_hopper`, how many forms of `serial_hopper`, of `pair_hopper`.
+# Roles of `hopper_intra_chunk`, how many forms of `hopper_fused`, of `hopper_dq_dk`.
 ON_HOPPER = {
     "90:64/128:bfloat16": ("dk dq", 2, 1), "90:128/256:bfloat16": ("dk dq dv h", 2, 0),
     "90:256/512:bfloat16": ("dv h", 0, 0), "90:128/128:bfloat16": ("", 0, 0),
@@ -149,10 +156,11 @@ def test_compiles_without_a_gpu(stages, asked, compiled):
     lines = [line for line in lines if line[0] == asked]
     assert {line[1] for line in lines} >= STAGES[stages], last_words
     if asked in ON_HOPPER:
-        roles = " ".join(sorted({line[2] for line in lines if line[1] == "hopper.attend_hopper"}))
-        serial = sum(line[1] == "serial.serial_hopper" for line in lines)  # and in reverse
-        pair = sum(line[1] == "pair.pair_hopper" for line in lines)
-        assert (roles, serial, pair) == ON_HOPPER[asked]
+        name = "hopper_intra_chunk.hopper_intra_chunk"
+        roles = " ".join(sorted({line[2] for line in lines if line[1] == name}))
+        fused = sum(line[1] == "hopper_fused.hopper_fused" for line in lines)  # and in reverse
+        both = sum(line[1] == "hopper_dq_dk.hopper_dq_dk" for line in lines)
+        assert (roles, fused, both) == ON_HOPPER[asked]
     arch, sizes, _ = asked.split(":")
     for *_, shared, limit, stack in lines:
         assert int(shared) <= int(limit), lines
@@ -202,7 +210,7 @@ def test_chunk_sizes(chunk_size, rng):
 def test_whole_chunks(K, V, chunk_size, segments, many, rng, monkeypatch):
     """Hopper has kernels of its own for them, and others again where there are heads enough."""
     if many:  # a program of theirs has several chunks, too
-        monkeypatch.setattr(machine, "processors", lambda device: 2)
+        monkeypatch.setattr(device, "processors", lambda device: 2)
     T = 4 * chunk_size
     case = mLSTMCase(rng, B=1, T=T, H=2, K=K, V=V)
     segments = make_segments(segments, 1, T, rng)
@@ -214,7 +222,7 @@ def test_whole_chunks(K, V, chunk_size, segments, many, rng, monkeypatch):
 @pytest.mark.parametrize("T", [128, 896])
 def test_small_heads(T, state, rng, monkeypatch):
     """On Hopper a program has one chunk after another, of all heads; here one, and seven."""
-    monkeypatch.setattr(machine, "processors", lambda device: 2)
+    monkeypatch.setattr(device, "processors", lambda device: 2)
     for gate in ("exp", "sigmoid"):
         case = mLSTMCase(rng, B=1, T=T, H=2, K=64, V=128, state=state)
         check(case, "bfloat16", chunk_size=128, input_gate=gate)
@@ -228,7 +236,7 @@ def test_small_heads(T, state, rng, monkeypatch):
 def test_many_heads(K, V, dtype, rng, monkeypatch):
     """Their programs take the state through all chunks: what a loop carries on a GPU is not what
     the interpreter carries (test_kernel_sources.py)."""
-    monkeypatch.setattr(machine, "processors", lambda device: 1)
+    monkeypatch.setattr(device, "processors", lambda device: 1)
     check(mLSTMCase(rng, B=1, T=500, H=2, K=K, V=V), dtype, chunk_size=64)
 
 
@@ -246,7 +254,7 @@ def test_masks_and_segments(mask, segments, rng):
 @pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
 def test_states_by_chunks(segments, state, rng, monkeypatch):
     """The way of few heads: every chunk's sum on its own, then along the borders."""
-    monkeypatch.setattr(machine, "processors", lambda device: 10**9)
+    monkeypatch.setattr(device, "processors", lambda device: 10**9)
     ids = make_segments(segments, 2, 50, rng)
     check(mLSTMCase(rng, B=2, T=50, K=20, V=30, state=state), segment_ids=ids)
 
@@ -352,15 +360,15 @@ def test_what_does_not_fit_is_refused_or_native(changed, words, rng):
 
 
 def test_lengths_share_compiled_kernels():
-    from keras_xlstm.backends.torch import mlstm_launches
+    from keras_xlstm.backends.torch import mlstm_plan
 
     def constants(B, T, K=16, V=32, chunk=64):
         q, v = torch.empty(B, T, 2, K), torch.empty(B, T, 2, V)
         gate, h = torch.empty(B, T, 2), torch.empty_like(v)
         forward = q, q, v, gate, gate, None, None, None, None
         backward = h, None, None, q, q, v, gate, gate, None, h, None
-        launches = mlstm_launches.forward(forward, False, chunk).run.launches
-        launches += mlstm_launches.backward(backward, False, chunk).run.launches
+        launches = mlstm_plan.forward(forward, False, chunk).run.launches
+        launches += mlstm_plan.backward(backward, False, chunk).run.launches
         return [(launch.kernel, launch.constants) for launch in launches]
 
     assert len(constants(1, 100)) == 9

@@ -20,7 +20,7 @@ if not (GPU or INTERPRETED):
     pytest.skip("needs a GPU, or the interpreter", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends.torch import machine
+from keras_xlstm.backends.torch import device
 from keras_xlstm.backends.torch import slstm as kernels
 
 import keras_xlstm
@@ -84,8 +84,8 @@ def test_small_devices(processors, rng, monkeypatch):
     """Too few processors for the programs of a head: a launch for every step."""
     if INTERPRETED and processors > 1:
         pytest.skip("the interpreter runs one program after the other")
-    monkeypatch.setattr(machine, "processors", lambda device: processors)
-    monkeypatch.setattr(machine, "all_shared_memory", machine.shared_memory)
+    monkeypatch.setattr(device, "processors", lambda device: processors)
+    monkeypatch.setattr(device, "all_shared_memory", device.shared_memory)
     T, D = (6, 200) if GPU else (3, 136)  # more units than one round has, and a rest
     plan = plan_of(tensor(np.zeros((9, T, 4, 2, D))))
     assert plan.waits == (plan.tiles <= plan.resident)
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_or_native(changed, words, rng):
 
 
 def test_a_device_with_little_shared_memory_says_so(rng, monkeypatch):
-    monkeypatch.setattr(machine, "shared_memory", lambda device: 30_000)
+    monkeypatch.setattr(device, "shared_memory", lambda device: 30_000)
     case = sLSTMCase(rng, B=1, T=2, H=1, D=300)
     inputs = [tensor(case.inputs[n]) for n in case.names[:3]]
     with pytest.raises(ValueError, match="300 units are too large for the device's shared mem"):

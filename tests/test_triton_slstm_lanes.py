@@ -11,7 +11,7 @@ if not (GPU or INTERPRETED):
     pytest.skip("needs a GPU, or the interpreter", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends.torch import machine
+from keras_xlstm.backends.torch import device
 from test_triton_slstm import check, plan_of
 
 import keras_xlstm
@@ -56,7 +56,7 @@ def test_clusters_rows_of_a_batch(B, D, dtype, rng):
 @halves
 def test_clusters_on_older_devices(dtype, rng, monkeypatch):
     """A program alone, for heads of 64 units."""
-    monkeypatch.setattr(machine, "clusters", lambda device: 1)
+    monkeypatch.setattr(device, "clusters", lambda device: 1)
     for D in (32, 64):
         check_clustered(sLSTMCase(rng, B=9, T=70, D=D), dtype)
 
@@ -133,7 +133,7 @@ def test_wide_heads(D, dtype, state, rng):
 @pytest.mark.parametrize(("B", "D"), [(1, 160), (3, 256), (200, 320)])
 def test_wide_heads_in_turn(B, D, clusters, rng, monkeypatch):
     """Several launches, of as many programs as are resident; on older devices smaller heads, too."""
-    monkeypatch.setattr(machine, "clusters", lambda device: clusters)
+    monkeypatch.setattr(device, "clusters", lambda device: clusters)
     case = sLSTMCase(rng, B=B, T=12, H=2, D=D)
     (check_wide if clusters == 1 or D > 256 else check_clustered)(case, "bfloat16")
 
@@ -141,7 +141,7 @@ def test_wide_heads_in_turn(B, D, clusters, rng, monkeypatch):
 @on_gpu
 def test_wide_heads_on_a_small_device(rng, monkeypatch):
     """Too few processors for the programs of a head: a launch for every step."""
-    monkeypatch.setattr(machine, "processors", lambda device: 13)
+    monkeypatch.setattr(device, "processors", lambda device: 13)
     check_wide(sLSTMCase(rng, B=9, T=6, H=2, D=320), "bfloat16")
 
 

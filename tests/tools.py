@@ -151,7 +151,7 @@ def stand_in_for_cuda(monkeypatch, module):
 
     stream = [SimpleNamespace(cuda_stream=0, device_index=0)]
     generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
-    monkeypatch.setattr(module, "recordable", lambda tensor: True)
+    monkeypatch.setattr(module, "can_capture", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", stream.append)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=len(stream)))

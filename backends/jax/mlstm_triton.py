@@ -5,76 +5,78 @@ copy ahead of others (benchmarks/RESULTS.md). They want the package triton, whic
 bring. Triton itself is imported on the first call.
 """
 
-import importlib
-
 import jax.numpy as jnp
-from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.jax import machine
-from keras_xlstm.backends.jax import mlstm as pallas
-from keras_xlstm.backends.jax.mlstm_call import call
-from keras_xlstm.backends.mlstm_tiles import power
-from keras_xlstm.backends.parts import carried, holds_something
+from keras_xlstm.backends.jax import device
+from keras_xlstm.backends.jax.calls import mlstm_call
+from keras_xlstm.backends.jax.pallas import mlstm as pallas
+from keras_xlstm.backends.kernels.mlstm import tiles
+from keras_xlstm.backends.kernels.mlstm.tiles import power
+from keras_xlstm.backends.log_space import carried, holds_something
 
 # What kernels change that others wrote before, or that one of two launches has to write.
 _IN_PLACE = {
     "chunks": ("parts_p",),
-    "borders": ("s_p", "n_p", "s_last_p", "n_last_p", "inner_p"),
+    "scan_chunk_states": ("s_p", "n_p", "s_last_p", "n_last_p", "inner_p"),
 }
 
 
 def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these arrays (None: here at all), or None."""
     if q is None:
-        return machine.missing_triton()
+        return device.missing_triton()
     if not isinstance(q.shape[0], int):
         return f"its batch needs a size; the shape is {q.shape}"
     return (
-        machine.unsupported(q, machine.missing_triton, machine.triton_interpreted())
+        device.unsupported(q, device.missing_triton, device.triton_interpreted())
         or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
         or _of_interpreter(q)
     )
 
 
 def _of_interpreter(q):
-    if machine.triton_interpreted() and q.dtype.name != "float32":
+    if device.triton_interpreted() and q.dtype.name != "float32":
         return "Triton's interpreter computes float32 alone"
     return None
 
 
-def unwise(q=None, v=None, chunk_size=None):
+def not_preferred(q=None, v=None, chunk_size=None):
     """Why Pallas's kernels, or none, are better picked, or None."""
-    if machine.triton_interpreted():
+    if device.triton_interpreted():
         return "Triton's interpreter is for tests"
     if pallas.unsupported(q, v, chunk_size):
         return None
-    if machine.capability() // 10 != 9:
+    if device.capability() // 10 != 9:
         return "only on Hopper was it seen to be faster than Pallas's kernels"
     return "single steps are Pallas's" if q.shape[1] == 1 else None
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
-    """As `native.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None.
+    """As `reference.mlstm`, for arrays of any dtype in `unsupported`; `state` may be None.
     Without `states` the last state is None."""
-    return call(
+    return mlstm_call(
         _forward, _backward, _step, q, k, v, i, f, state, segment_ids, input_gate, eps,
         chunk_size, states, device=_device(q.dtype.name),
     )  # fmt: skip
 
 
 def _launches():
-    return importlib.import_module("keras_xlstm.backends.triton.mlstm_launches")
+    from keras_xlstm.backends.kernels.mlstm import plan
+
+    return plan
 
 
 def _calls():
-    return importlib.import_module("keras_xlstm.backends.jax.triton_calls")
+    from keras_xlstm.backends.jax import triton_launch
+
+    return triton_launch
 
 
 def _device(dtype):
     precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
-    if machine.triton_interpreted():
+    if device.triton_interpreted():
         return 1 << 18, 1, False, precision
-    hopper = machine.capability() // 10 == 9
-    return machine.shared_memory(), machine.processors(), hopper, precision
+    hopper = device.capability() // 10 == 9
+    return device.shared_memory(), device.processors(), hopper, precision
 
 
 class _Launch:
@@ -151,7 +153,7 @@ def _backward(residuals, gradients, sigmoid, eps, chunk, device):
 
 def _step(q, k, v, i, f, C, n, m, ids, sigmoid, eps, chunk, device):
     """A single step that is not trained through."""
-    from keras_xlstm.backends.triton.mlstm_step import step
+    from keras_xlstm.backends.kernels.mlstm.step import step
 
     if ids is not None:  # one segment: that of the state
         C, n, m = (jnp.where(jnp.reshape(ids == 0, (-1,) + (1,) * (x.ndim - 1)), x, 0.0)

@@ -5,14 +5,12 @@ launches nothing cooperatively: that all programs which wait for each other are 
 only counted here, one a processor.
 """
 
-import importlib
-
 import jax.numpy as jnp
 from jax import lax
-from keras_xlstm.backends import slstm_launches as launches
-from keras_xlstm.backends.jax import machine
-from keras_xlstm.backends.jax import slstm as pallas
-from keras_xlstm.backends.jax.slstm_call import call
+from keras_xlstm.backends.jax import device
+from keras_xlstm.backends.jax.calls import slstm_call
+from keras_xlstm.backends.jax.pallas import slstm as pallas
+from keras_xlstm.backends.kernels.slstm import plan
 
 # What the launches for one part of the heads or steps leave for the next one's.
 _IN_PLACE = (
@@ -24,17 +22,17 @@ _MOST = 64  # launches of one pass: each is compiled into the program
 def unsupported(x=None):
     """Why the kernels cannot run on this array (None: here at all), or None."""
     if x is None:
-        return machine.missing_triton()
+        return device.missing_triton()
     if not isinstance(x.shape[0], int):
         return f"its batch needs a size; the shape is {x.shape}"
-    reason = machine.unsupported(x, machine.missing_triton, machine.triton_interpreted())
-    reason = reason or launches.unsupported(
+    reason = device.unsupported(x, device.missing_triton, device.triton_interpreted())
+    reason = reason or plan.unsupported(
         x.shape[-1], x.dtype.itemsize, _device(x.dtype.name).shared_memory
     )
     if reason is not None:
         return reason
     run = _launches(x.shape, x.dtype)
-    if machine.triton_interpreted():
+    if device.triton_interpreted():
         if x.dtype.name != "float32" and not (x.dtype.name == "float16" and run.D % 32 == 0):
             return "Triton's interpreter computes float32 alone"
         return None
@@ -46,13 +44,13 @@ def unsupported(x=None):
     return None
 
 
-def unwise(x=None):
+def not_preferred(x=None):
     """Why Pallas's kernels, or none, are better picked, or None."""
-    if machine.triton_interpreted():
+    if device.triton_interpreted():
         return "Triton's interpreter is for tests"
     if pallas.unsupported(x):
         return None
-    if machine.capability() // 10 != 9:
+    if device.capability() // 10 != 9:
         return "only on Hopper was it seen to be faster than Pallas's kernels"
     run = _launches(x.shape, x.dtype)
     if not (run.clustered or run.whole) and run.groups > _MOST * run.together:
@@ -64,7 +62,7 @@ def slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
     recurrent_gradient_clip,
 ):  # fmt: skip
-    """As `native.slstm`, for arrays of any dtype in `unsupported`; `state` may be None.
+    """As `reference.slstm`, for arrays of any dtype in `unsupported`; `state` may be None.
 
     The recurrent kernel meets h in x's dtype, with sums in float32.
     """
@@ -72,14 +70,16 @@ def slstm(
     bias, recurrent_scale = (
         None if x is None else x.astype(jnp.float32) for x in (bias, recurrent_scale)
     )
-    return call(
-        _forward, _backward, _alone, x, recurrent_kernel, bias, state, hold, reset,
+    return slstm_call(
+        _forward, _backward, _inference, x, recurrent_kernel, bias, state, hold, reset,
         recurrent_scale, forget_gate, recurrent_gradient_clip,
     )  # fmt: skip
 
 
 def _calls():
-    return importlib.import_module("keras_xlstm.backends.jax.triton_calls")
+    from keras_xlstm.backends.jax import triton_launch
+
+    return triton_launch
 
 
 def _launch(kernel, programs, *arguments, **constants):
@@ -87,19 +87,19 @@ def _launch(kernel, programs, *arguments, **constants):
 
 
 def _device(dtype):
-    version = machine.triton_version()
+    version = device.triton_version()
     precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
-    if machine.triton_interpreted():
-        return launches.Device(1 << 18, 1, precision, version, clusters=1, interpreted=True)
-    clusters = 8 if machine.capability() // 10 == 9 else 1
-    return launches.Device(
-        machine.shared_memory(), machine.processors(), precision, version, clusters=clusters
+    if device.triton_interpreted():
+        return plan.Device(1 << 18, 1, precision, version, clusters=1, interpreted=True)
+    clusters = 8 if device.capability() // 10 == 9 else 1
+    return plan.Device(
+        device.shared_memory(), device.processors(), precision, version, clusters=clusters
     )
 
 
 def _launches(shape, dtype):
     B, T, _, H, D = shape
-    return launches.Launches(_launch, _device(dtype.name), B, T, H, D, dtype.itemsize)
+    return plan.Launches(_launch, _device(dtype.name), B, T, H, D, dtype.itemsize)
 
 
 def _missing(buffer):
@@ -119,7 +119,7 @@ def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, keep):
     h_all, last = Buffer((B, T, H, D), x.dtype), [Buffer((B, H, D)) for _ in range(4)]
     if run.exchanges:
         _missing(h_all)
-    saved = launches.saved(x.shape, x.dtype.itemsize, run.device, exp_forget)
+    saved = plan.saved(x.shape, x.dtype.itemsize, run.device, exp_forget)
     saved = Buffer(saved) if keep else None
     given = x, R.astype(x.dtype), bias, hold, reset, scale
     first = None if h is None else h.astype(x.dtype)
@@ -127,7 +127,7 @@ def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, keep):
     return [buffer.value for buffer in (h_all, *last)], saved
 
 
-def _alone(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, clip):
+def _inference(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, clip):
     return tuple(_run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, False)[0])
 
 

@@ -6,8 +6,8 @@ import math
 
 import keras
 import tensorflow as tf
-from keras_xlstm.backends import exports, sizes
-from keras_xlstm.backends.tensorflow.training import fuse  # noqa: F401
+from keras_xlstm.backends import export_context, sizes
+from keras_xlstm.backends.tensorflow.adam import fuse  # noqa: F401
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
@@ -15,14 +15,14 @@ tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
 minimum, cumsum = tf.minimum, tf.cumsum
 swapaxes, exp = keras.ops.swapaxes, tf.exp
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
-as_written = tf.autograph.experimental.do_not_convert
-by_halves = False  # as on JAX
+no_autograph = tf.autograph.experimental.do_not_convert
+split_gate_and_up = False  # as on JAX
 # Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
-fuses_sums = False
+fuses_row_sums = False
 # Modules here: of each implementation, by op; the first that fits is picked.
-own = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
-by_region = True  # as on torch
-recorded = False
+implementations = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
+compiles_blocks = True  # as on torch
+captures_steps = False
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 _by_xla = contextvars.ContextVar("keras_xlstm_by_xla", default=False)
 
@@ -61,7 +61,7 @@ def alone_on_device():
 
 def export_of(x):
     """What the graph is exported to that is being traced with x, or None."""
-    return None if tf.executing_eagerly() else exports.current()
+    return None if tf.executing_eagerly() else export_context.current()
 
 
 def exported_to():
@@ -104,7 +104,7 @@ def activated(activation, x):
     return activation(x)
 
 
-def once(function):
+def trace_time(function):
     """Marks a function without tensors, which is run when the caller is traced."""
     return function
 

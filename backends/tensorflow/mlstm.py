@@ -1,9 +1,9 @@
 """The mLSTM on TensorFlow: the native form, compiled by XLA one pass at a time."""
 
-from keras_xlstm.backends import native
+from keras_xlstm.backends import reference
 from keras_xlstm.backends.tensorflow import xla
 
-mlstm = xla.compiled(native.mlstm)
+mlstm = xla.compiled(reference.mlstm)
 
 
 def unsupported(q=None, v=None, chunk_size=None):
@@ -11,6 +11,6 @@ def unsupported(q=None, v=None, chunk_size=None):
     return xla.unsupported()
 
 
-def unwise(q, v=None, chunk_size=None):
+def not_preferred(q, v=None, chunk_size=None):
     """Why it is better not picked for these tensors unless it is asked for, or None."""
-    return xla.unwise(q)
+    return xla.not_preferred(q)

@@ -1,9 +1,9 @@
 """The sLSTM on TensorFlow: the native form, compiled by XLA one pass at a time."""
 
-from keras_xlstm.backends import native
+from keras_xlstm.backends import reference
 from keras_xlstm.backends.tensorflow import xla
 
-slstm = xla.compiled(native.slstm)
+slstm = xla.compiled(reference.slstm)
 
 
 def unsupported(x=None):
@@ -11,6 +11,6 @@ def unsupported(x=None):
     return xla.unsupported()
 
 
-def unwise(x):
+def not_preferred(x):
     """Why it is better not picked for these tensors unless it is asked for, or None."""
-    return xla.unwise(x)
+    return xla.not_preferred(x)

@@ -19,7 +19,7 @@ def unsupported():
     return None
 
 
-def unwise(x):
+def not_preferred(x):
     """Why TensorFlow had better run the native form on x (B, T, ...) op by op, or None."""
     if exported_to() is not None:
         return "it is exported, and a file is to run where XLA is not"

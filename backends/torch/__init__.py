@@ -2,9 +2,10 @@
 
 import keras
 import torch
-from keras_xlstm.backends.torch import replay
-from keras_xlstm.backends.torch.exporting import check_export, export_of  # noqa: F401  found by backends
-from keras_xlstm.backends.torch.operators import PLAIN, exporting, size, transforms
+from keras_xlstm.backends.torch import decode_step
+from keras_xlstm.backends.torch.export_refusals import check_export, export_of  # noqa: F401  found by backends
+from keras_xlstm.backends.torch.products import float32_gate_product  # noqa: F401
+from keras_xlstm.backends.torch.tracing import PLAIN, exporting, size, transforms
 from torch.nn import functional
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
@@ -17,20 +18,20 @@ total, swapaxes = torch.sum, torch.transpose
 constant = torch.detach
 # Products with both halves of a kernel, not one that is cut in two: the compiler puts the gradient
 # of both together in a pass that works out each for both.
-by_halves = True
+split_gate_and_up = True
 # Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
-fuses_sums = False
+fuses_row_sums = False
 # Modules here: of each implementation, by op; the first that fits is picked.
-own = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
-by_region = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
-recorded = True
+implementations = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
+compiles_blocks = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
+captures_steps = True
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.
-once = torch.compiler.assume_constant_result
+trace_time = torch.compiler.assume_constant_result
 
 LOG2_E = 1.4426950408889634
 
 
-def alike(first, *others):
+def signature(first, *others):
     """Sizes and dtypes of tensors on Keras's device, whose checks a small call on a GPU waits for
     longer than for the kernels; None where something has to be converted, or is traced."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) not in PLAIN:
@@ -82,7 +83,7 @@ def host_values(x):
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
-@once
+@trace_time
 def scripting():
     """Whether this is traced for TorchScript."""
     return torch.jit.is_tracing()
@@ -113,67 +114,6 @@ def exp(x):
     # PyTorch's exp on CPU is MKL's, twenty times slower than its exp2 where results underflow, as
     # they do above a causal diagonal.
     return x.mul_(LOG2_E).exp2_()
-
-
-def narrow_product(x, kernel):
-    """x (B, T, D) times kernel (D, 2, H), in the kernel's dtype, H small; None for two products.
-
-    For bfloat16 on a GPU by products of bfloat16, summed in float32: the kernel is cut into three
-    such numbers, whose sum it is, and so is the gradient. A float32 copy of x would be twice the
-    bytes to write, and to read in every product.
-    """
-    if exporting():  # OpenVINO's converter does not know tensordot
-        return None
-    if x.dtype == torch.bfloat16 and kernel.dtype == torch.float32 and x.is_cuda:
-        if not transforms():
-            return _ByParts.apply(x, kernel)
-    return torch.tensordot(x.to(kernel.dtype), kernel, 1)
-
-
-def _parts(x, count):
-    """Numbers that bfloat16 holds and that sum up to x (float32)."""
-    found = []
-    for _ in range(count):
-        # By its bits: compilers may leave out casts there and back.
-        found.append((x.view(torch.int32) & -(1 << 16)).view(torch.float32))
-        x = x - found[-1]
-    return found
-
-
-def _side_by_side(parts, rows):
-    """(rows, all columns of all parts), bfloat16."""
-    return torch.stack(parts, 1).reshape(rows, -1).bfloat16()
-
-
-def _wide(x, y):
-    """x @ y of bfloat16, in float32."""
-    if x.is_cuda:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()
-
-
-class _ByParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, kernel):
-        ctx.save_for_backward(x, kernel)
-        D = x.shape[-1]
-        y = _wide(x.reshape(-1, D), _side_by_side(_parts(kernel, 3), D))
-        high, middle, low = y.reshape(*x.shape[:2], 3, *kernel.shape[1:]).unbind(2)
-        return high + (middle + low)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, kernel = ctx.saved_tensors
-        D, steps = x.shape[-1], x.shape[0] * x.shape[1]
-        high, middle, low = _parts(dy.contiguous().reshape(steps, *kernel.shape[1:]), 3)
-        dkernel = _wide(x.reshape(steps, D).mT, _side_by_side([high, middle, low], steps))
-        first, second, third = dkernel.reshape(D, 3, *kernel.shape[1:]).unbind(1)
-        # dx is bfloat16: high by high and both high by middle are more than it holds.
-        columns, rest = _parts(kernel, 2)
-        rows = _side_by_side([high, middle, high], steps)
-        dx = rows @ _side_by_side([columns, columns, rest], D).mT
-        return dx.reshape(x.shape), first + (second + third)
 
 
 def scan(step, init, xs, reverse=False):
@@ -298,4 +238,4 @@ def compiled(function, variables, jit_compile="auto", repeated=False):
     function = torch.no_grad()(function)
     if not repeated or jit_compile is False:
         return function
-    return replay.Replayed(function, variables, required=jit_compile is True)
+    return decode_step.CapturedDecodeStep(function, variables, required=jit_compile is True)

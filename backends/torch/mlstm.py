@@ -5,39 +5,33 @@ Triton itself is imported on the first launch.
 """
 
 import functools
-import importlib
 
 import torch
-from keras_xlstm.backends import mlstm_tiles as tiles
-from keras_xlstm.backends.mlstm_tiles import power
-from keras_xlstm.backends.parts import carried, holds_something
-from keras_xlstm.backends.torch import machine
-from keras_xlstm.backends.torch.machine import name
-from keras_xlstm.backends.torch.operators import (
-    known,
-    launch,
-    no_second_derivative,
-    on_stream,
-    operator,
-    plain,
-)
+from keras_xlstm.backends.kernels.mlstm import tiles
+from keras_xlstm.backends.kernels.mlstm.tiles import power
+from keras_xlstm.backends.log_space import carried, holds_something
+from keras_xlstm.backends.torch import device
+from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
+from keras_xlstm.backends.torch.device import name
+from keras_xlstm.backends.torch.launch import cached_plan, launch, on_stream
+from keras_xlstm.backends.torch.tracing import is_eager
 from torch import Tensor
 
 
 def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these tensors (None: here at all), or None."""
     if q is None:
-        return machine.missing()
-    return machine.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
+        return device.missing()
+    return device.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
 
 
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
-    """As `native.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None. Without
+    """As `reference.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None. Without
     `states` the last state is None."""
     chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], name(q.dtype))
-    if state is None and segment_ids is None and not states and plain(q, k, v, i, f):
+    if state is None and segment_ids is None and not states and is_eager(q, k, v, i, f):
         given = tuple(t.contiguous() for t in (q, k, v, i, f))
-        return known(_Whole, given, input_gate == "sigmoid", float(eps), chunk)(given), None
+        return cached_plan(_Whole, given, input_gate == "sigmoid", float(eps), chunk)(given), None
     tensors = (q, k, v, i, f, *(state or ()))
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     q, k, v, i, f = (t.contiguous() for t in (q, k, v, i, f))
@@ -66,7 +60,9 @@ def _kept(t, keep):
 
 @functools.cache
 def _launches():
-    return importlib.import_module("keras_xlstm.backends.torch.mlstm_launches")
+    from keras_xlstm.backends.torch import mlstm_plan
+
+    return mlstm_plan
 
 
 @operator("mlstm_forward")
@@ -77,7 +73,7 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     """h, with `states` the last C, n, m, and if it trains what the backward pass needs."""
     given = q, k, v, i, f, C, n, m, segment_ids
-    run = known(_launches().forward, given, sigmoid, chunk)
+    run = cached_plan(_launches().forward, given, sigmoid, chunk)
     results = _results(q, v, states)
     kept = on_stream(q.device, run, given, results, eps)
     return [*results, kept] if trains else results
@@ -104,7 +100,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, i, f, and with `states` of the first C and n."""
     given = dh, dC, dn, q, k, v, i, f, segment_ids, h, kept
-    run = known(_launches().backward, given, sigmoid, chunk)
+    run = cached_plan(_launches().backward, given, sigmoid, chunk)
     gradients = _gradients(q, k, v, i, f, states)
     on_stream(q.device, run, given, gradients)
     return gradients
@@ -165,7 +161,7 @@ class _Whole:
     def __init__(self, given, sigmoid, eps, chunk):
         self.eps, self.options = eps, (sigmoid, chunk)
         self.device = given[0].device
-        self.forward = known(_launches().forward, (*given, *_NOTHING), *self.options)
+        self.forward = cached_plan(_launches().forward, (*given, *_NOTHING), *self.options)
         self.backward = self.aligned = None
 
     def __call__(self, given):
@@ -182,7 +178,7 @@ class _Whole:
         # A gradient may be a part of something, and what was saved may come from elsewhere.
         aligned = [t.data_ptr() % 16 for t in (dh, *given, h, kept)]
         if self.backward is None:
-            self.backward = known(
+            self.backward = cached_plan(
                 _launches().backward, _of_backward(dh, given, h, kept), *self.options
             )
             self.aligned = aligned
@@ -213,7 +209,9 @@ class _WholeWithGradient(torch.autograd.Function):
 
 @functools.cache
 def _step_kernel():
-    return importlib.import_module("keras_xlstm.backends.triton.mlstm_step").step
+    from keras_xlstm.backends.kernels.mlstm.step import step
+
+    return step
 
 
 @operator("mlstm_step")

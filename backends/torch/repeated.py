@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import torch
 from keras_xlstm.backends.torch import driver
-from keras_xlstm.backends.torch.operators import NotRecorded, Recording
+from keras_xlstm.backends.torch.launch import NotRecorded, Recording
 
 _SHIFT = 48  # more bits than addresses have
 
@@ -19,7 +19,7 @@ class Repeated:
     """`run(stream, given, results, *numbers)`, for calls with tensors alike, or None, in both (of
     results perhaps fewer); where `run.repeats`.
 
-    It launches kernels (operators.Launch, in `run.launches`) with tensors as they are or by their
+    It launches kernels (launch.Launch, in `run.launches`) with tensors as they are or by their
     `data_ptr()`, allocates by the first one's `new_empty(bytes, dtype=torch.uint8)`, and returns
     one of these allocations, or None."""
 

@@ -6,16 +6,11 @@ The native form is slstm_loop.py's. Triton itself is imported on the first launc
 import math
 
 import torch
-from keras_xlstm.backends import slstm_launches as launches
-from keras_xlstm.backends.torch import machine
-from keras_xlstm.backends.torch.machine import precision
-from keras_xlstm.backends.torch.operators import (
-    Launch,
-    known,
-    no_second_derivative,
-    on_stream,
-    operator,
-)
+from keras_xlstm.backends.kernels.slstm import plan
+from keras_xlstm.backends.torch import device
+from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
+from keras_xlstm.backends.torch.device import precision
+from keras_xlstm.backends.torch.launch import Launch, cached_plan, on_stream
 from keras_xlstm.backends.torch.repeated import Repeated
 from keras_xlstm.backends.torch.slstm_loop import native_slstm  # noqa: F401  found by backends
 from torch import Tensor
@@ -24,19 +19,17 @@ from torch import Tensor
 def unsupported(x=None):
     """Why the kernels cannot run on this tensor (None: here at all), or None."""
     if x is None:
-        return machine.missing()
-    halves = machine.interpreted() and x.dtype == torch.float16 and x.shape[-1] % 32 == 0
-    reason = machine.unsupported(x, halves)
-    return reason or launches.unsupported(
-        x.shape[-1], x.dtype.itemsize, machine.shared_memory(x.device)
-    )
+        return device.missing()
+    halves = device.interpreted() and x.dtype == torch.float16 and x.shape[-1] % 32 == 0
+    reason = device.unsupported(x, halves)
+    return reason or plan.unsupported(x.shape[-1], x.dtype.itemsize, device.shared_memory(x.device))
 
 
 def slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
     recurrent_gradient_clip,
 ):  # fmt: skip
-    """As `native.slstm`, for tensors of any dtype in `unsupported`; `state` may be None.
+    """As `reference.slstm`, for tensors of any dtype in `unsupported`; `state` may be None.
 
     The recurrent kernel meets h in x's dtype, with sums in float32.
     """
@@ -54,10 +47,10 @@ def slstm(
 
 
 def _device(x):
-    return launches.Device(
-        machine.shared_memory(x.device), machine.processors(x.device), precision(x.dtype),
-        machine.triton_version(), True, machine.all_shared_memory(x.device),
-        machine.clusters(x.device), machine.interpreted(),
+    return plan.Device(
+        device.shared_memory(x.device), device.processors(x.device), precision(x.dtype),
+        device.triton_version(), True, device.all_shared_memory(x.device),
+        device.clusters(x.device), device.interpreted(),
     )  # fmt: skip
 
 
@@ -66,7 +59,7 @@ class _Pass:
 
     def __init__(self, function, device, sizes):
         self.function, self.device, self.sizes = function, device, sizes
-        self.plan = launches.Launches(None, device, *sizes)
+        self.plan = plan.Launches(None, device, *sizes)
         # Else there is a launch for every step; or it is interpreted.
         self.repeats = self.plan.waits and not self.plan.memory
         self.found = {}
@@ -83,7 +76,7 @@ class _Pass:
                 self.found[key] = Launch(kernel, programs, **constants)
             self.found[key](stream, *arguments)
 
-        run = launches.Launches(launch, self.device, *self.sizes)
+        run = plan.Launches(launch, self.device, *self.sizes)
         return self.function(run, given, results, *numbers)
 
 
@@ -137,7 +130,7 @@ def _forward(
     first = None if h is None else h.to(x.dtype)
     R, bias = recurrent_kernel.to(x.dtype), None if bias is None else bias.float()
     given = x, R, bias, hold, reset, recurrent_scale, first, h, c, n, m
-    repeated = known(_forward_pass, given, _device(x), trains)
+    repeated = cached_plan(_forward_pass, given, _device(x), trains)
     if repeated.run.plan.exchanges:
         _missing(h_all)
     results = h_all, saved if trains else None, *last
@@ -156,7 +149,7 @@ def _outputs(x, exp_forget, trains):
     outputs += [x.new_empty(B, H, D, dtype=torch.float32) for _ in range(4)]
     saved = (0,)
     if trains:
-        saved = launches.saved(x.shape, x.dtype.itemsize, _device(x), exp_forget)
+        saved = plan.saved(x.shape, x.dtype.itemsize, _device(x), exp_forget)
     return [*outputs, x.new_empty(saved, dtype=torch.float32)]
 
 
@@ -181,7 +174,7 @@ def _backward(
     given = (
         dh, dh_last, dc, dn, R, first, c0, n0, hold, reset, recurrent_scale, h, c, n, saved,
     )  # fmt: skip
-    repeated = known(_backward_pass, given, _device(x))
+    repeated = cached_plan(_backward_pass, given, _device(x))
     if repeated.run.plan.exchanges:
         _missing(dx)
     dR = on_stream(x.device, repeated, given, (dx, *d_first), exp_forget, clip)

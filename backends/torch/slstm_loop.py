@@ -1,4 +1,4 @@
-"""The native sLSTM on PyTorch: `native.slstm` with in-place steps.
+"""The native sLSTM on PyTorch: `reference.slstm` with in-place steps.
 
 PyTorch pays for every small operation and every fresh buffer, so the loop writes into the buffers
 that the backward pass reads. Two opaque operators keep `torch.compile` from unrolling the loop.
@@ -6,9 +6,9 @@ Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a
 """
 
 import torch
-from keras_xlstm.backends import native
-from keras_xlstm.backends.parts import NEVER, carried, reported
-from keras_xlstm.backends.torch.operators import exporting, transforms
+from keras_xlstm.backends import reference
+from keras_xlstm.backends.log_space import NEVER, carried, reported
+from keras_xlstm.backends.torch.tracing import exporting, transforms
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ def native_slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
     recurrent_gradient_clip,
 ):  # fmt: skip
-    """As `native.slstm`."""
+    """As `reference.slstm`."""
     arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
     transformed = transforms()
     if transformed and recurrent_gradient_clip is not None:
@@ -32,7 +32,7 @@ def native_slstm(
     if exporting() or transformed or (x.shape[1] == 1 and recurrent_gradient_clip is None):
         # An exported file must run without this package, and PyTorch's transforms know its own
         # operators alone. And one step alone needs no loop.
-        return native.slstm(
+        return reference.slstm(
             *arguments, forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip
         )
     heads = recurrent_kernel.shape[:2]

@@ -5,7 +5,8 @@ import functools
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_flag, check_floating, check_state_values, steps_mask
+from keras_xlstm.masks import steps_mask
+from keras_xlstm.validation import check_flag, check_floating, check_state_values
 
 
 class Rematerialized:

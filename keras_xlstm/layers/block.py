@@ -6,16 +6,18 @@ import keras
 from keras import ops
 
 from keras_xlstm import initializers
-from keras_xlstm._checks import (
-    check_flag,
-    freeze,
-    load_variables,
-    mask_and_segments,
-    steps_mask,
-)
 from keras_xlstm.layers.base import StateLayer, plain
 from keras_xlstm.layers.norms import LayerNormalization
-from keras_xlstm.layers.parts import Gate, check_positive, check_rate, check_use_kernel
+from keras_xlstm.layers.projections import Gate
+from keras_xlstm.masks import mask_and_segments, steps_mask
+from keras_xlstm.validation import (
+    check_flag,
+    check_positive,
+    check_rate,
+    check_use_kernel,
+    freeze,
+    load_variables,
+)
 
 
 class Block(StateLayer):
@@ -26,8 +28,8 @@ class Block(StateLayer):
     included, and the new state; `dropped` is None or a dropout mask of x's shape.
     """
 
-    # What runs in place of `_run`, if not None (the backends' regions.py, torch's sharded.py).
-    _region = None
+    # What runs in place of `_run`, if not None (the backends' compile_blocks.py, torch's fsdp.py).
+    runner = None
 
     def __init__(
         self,
@@ -170,9 +172,9 @@ class Block(StateLayer):
 
         return_state = self.return_state if return_state is None else return_state
         compute = self._run
-        if (region := self._region) is not None:
-            region = region if return_state else getattr(region, "without_states", region)
-            compute = partial(region, self)
+        if (runner := self.runner) is not None:
+            runner = runner if return_state else getattr(runner, "without_states", runner)
+            compute = partial(runner, self)
 
         def run(x, *state):
             y, state = compute(x, list(state) or None, mask, segment_ids, dropped)

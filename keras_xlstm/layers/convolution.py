@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import backends
-from keras_xlstm._checks import check_flag, real_first
-from keras_xlstm.layers.parts import check_positive
+from keras_xlstm.masks import real_first
+from keras_xlstm.validation import check_flag, check_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")

@@ -7,19 +7,13 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_flag
+from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.base import plain
-from keras_xlstm.layers.parts import (
-    Gate,
-    MultiHeadNorm,
-    both_gates,
-    check_cap,
-    check_heads,
-    check_positive,
-    forget_bias,
-    soft_cap,
-)
+from keras_xlstm.layers.norms import MultiHeadNorm
+from keras_xlstm.layers.projections import Gate, gate_pair
 from keras_xlstm.layers.recurrent import Recurrent, held, newest
+from keras_xlstm.layers.soft_cap import soft_cap
+from keras_xlstm.validation import check_cap, check_flag, check_heads, check_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -245,7 +239,7 @@ class mLSTM(Recurrent):
             return ops.reshape(x, (*leading, self.num_heads, size))
 
         k, v = heads(self.key(sequences), self._K), heads(self.value(sequences), self._V)
-        gates = both_gates(sequences, self.input_gate, self.forget_gate)
+        gates = gate_pair(sequences, self.input_gate, self.forget_gate)
         arguments = (k, v, *(soft_cap(gate, self.gate_soft_cap) for gate in gates))
         options = {
             "initial_state": state, "mask": mask,

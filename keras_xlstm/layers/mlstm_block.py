@@ -5,18 +5,14 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_flag
+from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.block import Block, block_diagonal, dense, layer_norm
 from keras_xlstm.layers.convolution import CausalConv1D
-from keras_xlstm.layers.parts import (
-    MultiHeadNorm,
-    both_gates,
-    check_cap,
-    check_positive,
-    forget_bias,
-    rounded_up,
-    soft_cap,
-)
+from keras_xlstm.layers.feed_forward import rounded_up
+from keras_xlstm.layers.norms import MultiHeadNorm
+from keras_xlstm.layers.projections import gate_pair
+from keras_xlstm.layers.soft_cap import soft_cap
+from keras_xlstm.validation import check_cap, check_flag, check_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")
@@ -180,7 +176,7 @@ class mLSTMBlock(Block):
         q, k = projected(self.query, convolved), projected(self.key, convolved)
         v = projected(self.value, cell)
         qkv = ops.concatenate([q, k, v], axis=-1)
-        input_gate, forget_gate = both_gates(qkv, self.input_gate, self.forget_gate)
+        input_gate, forget_gate = gate_pair(qkv, self.input_gate, self.forget_gate)
         h, state = xlstm_ops.mlstm(
             heads(q),
             heads(k),

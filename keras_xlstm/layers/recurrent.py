@@ -4,16 +4,17 @@ import keras
 from keras import ops
 
 from keras_xlstm import backends
-from keras_xlstm._checks import (
+from keras_xlstm.layers.base import StateLayer
+from keras_xlstm.masks import last_real_step, steps_mask
+from keras_xlstm.validation import (
     check_flag,
+    check_heads,
+    check_rate,
+    check_use_kernel,
     freeze,
-    last_real_step,
     load_variables,
     refuse_states,
-    steps_mask,
 )
-from keras_xlstm.layers.base import StateLayer
-from keras_xlstm.layers.parts import check_heads, check_rate, check_use_kernel
 
 
 class Recurrent(StateLayer):

@@ -5,11 +5,12 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.base import plain
-from keras_xlstm.layers.parts import check_rate, forget_bias
 from keras_xlstm.layers.recurrent import Recurrent
 from keras_xlstm.layers.slstm_cell import sLSTMCell
 from keras_xlstm.layers.states import contradictions_as_nan
+from keras_xlstm.validation import check_rate
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")

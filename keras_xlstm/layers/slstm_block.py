@@ -5,10 +5,12 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import check_clip
+from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.block import Block, block_diagonal, layer_norm
 from keras_xlstm.layers.convolution import CausalConv1D
-from keras_xlstm.layers.parts import GatedFeedForward, MultiHeadNorm, forget_bias, rounded_up
+from keras_xlstm.layers.feed_forward import GatedFeedForward, rounded_up
+from keras_xlstm.layers.norms import MultiHeadNorm
+from keras_xlstm.validation import check_clip
 
 
 @keras.saving.register_keras_serializable(package="keras_xlstm")

@@ -7,19 +7,21 @@ from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
-from keras_xlstm._checks import (
+from keras_xlstm.compat import forget_bias
+from keras_xlstm.layers.base import Rematerialized, plain
+from keras_xlstm.layers.projections import are_plain
+from keras_xlstm.layers.states import contradictions_as_nan, given_to_rnn
+from keras_xlstm.validation import (
     check_clip,
     check_flag,
     check_floating,
+    check_heads,
     check_state_agrees,
     check_state_values,
     freeze,
     load_variables,
     refuse_states,
 )
-from keras_xlstm.layers.base import Rematerialized, plain
-from keras_xlstm.layers.parts import are_plain, check_heads, forget_bias
-from keras_xlstm.layers.states import contradictions_as_nan, given_to_rnn
 
 _FORGET = ("sigmoid", "exponential")
 

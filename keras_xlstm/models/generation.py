@@ -206,17 +206,17 @@ class Generates:
     def _compiled(self, greedy, top_k, nucleus, jit_compile):
         """The two functions for these options, kept until the model's variables are others."""
         variables = list(self.variables)
-        by_region = backends.training is not None and jit_compile is not False
+        compiles = backends.train_step is not None and jit_compile is not False
         if jit_compile == "auto":
-            by_region = by_region and self.blocks[0]._region is not None
-        key = (greedy, top_k, nucleus, jit_compile, by_region, backends.prefer("auto"))
+            compiles = compiles and self.blocks[0].runner is not None
+        key = (greedy, top_k, nucleus, jit_compile, compiles, backends.prefer("auto"))
         ids = [id(variable) for variable in variables]
         of, kept = self.__dict__.get("_generation", (None, {}))
         if of != ids:  # what quantize replaced is not held in memory
             kept = {}
             self.__dict__["_generation"] = ids, kept
         if key not in kept:
-            advance = self._by_region() if by_region else self._plainly
+            advance = self._by_runners() if compiles else self._plainly
 
             def choose(features, draw, temperature, top_p):
                 logits = ops.cast(self.logits(features), "float32")
@@ -238,16 +238,16 @@ class Generates:
             ]
         return kept[key]
 
-    def _by_region(self):
+    def _by_runners(self):
         """`run` of a single step, with one block of each kind compiled for all of them."""
-        regions = backends.regions.by_kind(self.blocks)
+        runners = backends.compile_blocks.runners(self.blocks)
 
         def run(token_ids, state):
             x, new = self.get_layer("embedding")(token_ids), []
             for block, before in zip(self.blocks, state, strict=True):
                 # Not by the layer's call, which takes longer than what it calls.
                 x = ops.cast(x, block.compute_dtype)
-                x, after = regions[type(block)](block, x, list(before), None, None, None)
+                x, after = runners[type(block)](block, x, list(before), None, None, None)
                 new.append(list(after))
             x = ops.cast(x, block.compute_dtype)
             return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new

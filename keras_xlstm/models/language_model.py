@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import backends, initializers
-from keras_xlstm._checks import check_flag
 from keras_xlstm.layers.base import plain
-from keras_xlstm.layers.parts import SoftCap, check_cap, check_positive, check_rate, soft_cap
+from keras_xlstm.layers.soft_cap import SoftCap, soft_cap
 from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 from keras_xlstm.models.stack import StackModel
+from keras_xlstm.validation import check_cap, check_flag, check_positive, check_rate
 
 
 def _checked(method):
@@ -181,8 +181,8 @@ class xLSTMLanguageModel(Generates, StackModel):
             and config.get("ignore_class") is None
         )
         fast = backends.token_losses
-        if self._recorded is not None:
-            fast = backends.regions.compiled(backends.training.token_losses)
+        if self._captured_step is not None:
+            fast = backends.compile_blocks.compiled(backends.train_step.token_losses)
         self._token_losses = fast if plain else None
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

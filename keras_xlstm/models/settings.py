@@ -2,8 +2,7 @@
 
 import keras
 
-from keras_xlstm._checks import check_flag
-from keras_xlstm.layers.parts import check_positive, check_rate
+from keras_xlstm.validation import check_flag, check_positive, check_rate
 
 
 def slstm_positions(num_blocks, pattern, slstm_at):

@@ -5,17 +5,17 @@ from collections import OrderedDict
 import keras
 from keras import ops
 
-from keras_xlstm._checks import check_segments, steps_mask
 from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
 from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.norms import LayerNormalization, RMSNormalization
-from keras_xlstm.layers.parts import check_positive
-from keras_xlstm.models.compiling import CompilesBlocks
+from keras_xlstm.masks import steps_mask
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 from keras_xlstm.models.side_inputs import SIDE, SideInputs
+from keras_xlstm.models.training import BlockTraining
+from keras_xlstm.validation import check_positive, check_segments
 
 
-class StackModel(CompilesBlocks, keras.Model):
+class StackModel(BlockTraining, keras.Model):
     """A functional model of blocks; a call may give padding and packed documents beside its input.
 
     A subclass sets `_main`, the name of its first input, and `_outer_dim`.

@@ -1,0 +1,1 @@
+"""The Pallas kernels and their hosts."""

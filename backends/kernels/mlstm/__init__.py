@@ -1,0 +1,1 @@
+"""The mLSTM in Triton and, for NVIDIA's Hopper, in Gluon."""

@@ -1,0 +1,1 @@
+"""The sLSTM in Triton."""

@@ -1,0 +1,51 @@
+"""CUDA graphs: hundreds of small kernels launched as one, where Python would take longer to launch
+them than they run.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+_FEW = 8  # numbers for a kernel each; a shape has fewer
+
+
+def can_capture(tensor):
+    return tensor.device.type == "cuda"
+
+
+@contextlib.contextmanager
+def capture(graph):
+    """What runs inside is not run, but recorded as this CUDA graph."""
+    stream = torch.cuda.current_stream()
+    draws = torch.cuda.default_generators[stream.device_index]
+    before = draws.clone_state()
+    try:
+        # Only this thread must keep from what cannot be recorded.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        # Where a recording fails PyTorch leaves its generator as if in one: dropout would fail.
+        draws.graphsafe_set_state(before)
+        raise
+    finally:
+        torch.cuda.set_stream(stream)  # likewise it stays on another one
+
+
+class NumbersAsKernels(TorchFunctionMode):
+    """Python numbers become tensors by a kernel, and tensors stay tensors: a copy between host and
+    device waits for the device, and cannot be recorded."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.as_tensor and not isinstance(args[0], torch.Tensor):
+            numbers = np.asarray(args[0])
+            if 0 < numbers.size <= _FEW:
+                parts = [torch.full((), x, **kwargs) for x in numbers.ravel().tolist()]
+                return torch.stack(parts).reshape(numbers.shape)
+        if func is torch._foreach_add_ and isinstance(kwargs.get("alpha"), torch.Tensor):
+            # As Keras's SGD gives its rate: PyTorch would ask the device for the number.
+            values, added = args
+            return func(values, torch._foreach_mul(added, kwargs["alpha"]))
+        return func(*args, **kwargs)

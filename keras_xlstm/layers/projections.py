@@ -1,0 +1,46 @@
+"""Products that several blocks share: gates in float32, and Dense layers that stay unfused."""
+
+import keras
+from keras import ops
+
+from keras_xlstm import backends
+
+
+def are_plain(*layers):
+    """Whether Dense layers are kernels and biases alone: no low-rank updates, not quantised."""
+    return not any(layer.lora_enabled or layer.quantization_mode for layer in layers)
+
+
+class Gate(keras.layers.Dense):
+    """A Dense whose weights are read as they are, also where the block around computes in half
+    precision: a gate is an exponent."""
+
+    def add_weight(self, *args, **kwargs):
+        return super().add_weight(*args, **{**kwargs, "autocast": False})
+
+
+def gate_pair(x, first, second):
+    """first(x) and second(x) for two `Gate`s of as many units: where the backend has a faster way,
+    by one product."""
+    both = None
+    if backends.float32_gate_product is not None and are_plain(first, second):
+        # Heads last, where model parallelism divides them.
+        both = backends.float32_gate_product(x, ops.stack([first.kernel, second.kernel], axis=1))
+    if both is None:
+        return first(x), second(x)
+    return both[:, :, 0] + first.bias, both[:, :, 1] + second.bias
+
+
+def unfused_dense(x, *layers):
+    """[layer(x) for layer in layers], for Dense layers without activation."""
+    if backends.keep_unfused is None or x.shape[1] == 1 or not are_plain(*layers):
+        return [layer(x) for layer in layers]
+
+    def product(layer):
+        dtype = layer.compute_dtype
+        y = backends.matmul(
+            *backends.keep_unfused(ops.cast(x, dtype), ops.cast(layer.kernel, dtype))
+        )
+        return y + ops.cast(layer.bias, dtype) if layer.use_bias else y
+
+    return [product(layer) for layer in layers]

@@ -1,0 +1,99 @@
+"""How models of blocks compile: a block of each kind for all that are alike."""
+
+import contextlib
+import functools
+
+import keras
+
+from keras_xlstm import backends
+from keras_xlstm.layers.soft_cap import SoftCap, soft_cap
+
+
+class BlockTraining:
+    """What a `keras.Model` with `blocks` does about `compile`."""
+
+    _captured_step = None  # on torch, the compiled training step
+
+    def compile(self, *args, **kwargs):
+        """`keras.Model.compile`. On TensorFlow and torch, `jit_compile=True` compiles a block of
+        each kind for all. On torch it also records the step as a CUDA graph, on a CUDA device: a
+        step's memory stays its own, and Python beside the tensors is left out. On TensorFlow, what
+        is around the blocks runs as a graph, and Adam's update is one operator."""
+        super().compile(*args, **kwargs)
+        backends.fuse(self.optimizer)
+        compiles = bool(backends.compile_blocks is not None and self.jit_compile)
+        captured = compiles and backends.train_step is not None
+        if compiles:
+            self.jit_compile = False
+        self._captured_step = backends.train_step.CapturedTrainStep(self) if captured else None
+        if captured:
+            backends.train_step.fuse(self.optimizer)
+        runners = backends.compile_blocks.runners(self.blocks) if compiles else {}
+        self._set_runners([runners.get(type(block)) for block in self.blocks])
+        for layer in self.layers:
+            if isinstance(layer, SoftCap):
+                layer.compute = backends.compile_blocks.compiled(soft_cap) if captured else soft_cap
+
+    def _set_runners(self, runners):
+        for block, runner in zip(self.blocks, runners, strict=True):
+            block.runner = runner
+
+    @contextlib.contextmanager
+    def _plain_blocks(self):
+        """Inside, blocks run without what `compile` compiled."""
+        runners = [block.runner for block in self.blocks]
+        self._set_runners([None] * len(runners))
+        try:
+            yield
+        finally:
+            self._set_runners(runners)
+
+    def export(self, *args, **kwargs):
+        """`keras.Model.export`, of the model with its main input alone, unless `input_signature`
+        is a dict that names the others."""
+        with self._plain_blocks():
+            return super().export(*args, **kwargs)
+
+    def stateless_call(self, *args, **kwargs):
+        """`keras.Model.stateless_call`."""
+        with self._plain_blocks():  # they read the variables' own values
+            return super().stateless_call(*args, **kwargs)
+
+    def make_train_function(self, *args, **kwargs):
+        """`keras.Model.make_train_function`: `fit` and `train_on_batch` begin with it."""
+        if self._captured_step is not None:
+            self._captured_step.look_again()
+        return super().make_train_function(*args, **kwargs)
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, **kwargs):
+        if self._captured_step is None:
+            return super().fit(*args, **kwargs)
+        with self._captured_step.feeding():
+            return super().fit(*args, **kwargs)
+
+    def train_step(self, *arguments):
+        """`keras.Model.train_step`."""
+        if self._captured_step is None:
+            return super().train_step(*arguments)
+        with self._captured_step.not_feeding():
+            return self._captured_step(super().train_step, *arguments)
+
+    def test_step(self, *arguments):
+        """`keras.Model.test_step`."""
+        with self._not_feeding():
+            return super().test_step(*arguments)
+
+    def predict_step(self, *arguments):
+        """`keras.Model.predict_step`."""
+        with self._not_feeding():
+            return super().predict_step(*arguments)
+
+    def _not_feeding(self):
+        captured = self._captured_step
+        return contextlib.nullcontext() if captured is None else captured.not_feeding()
+
+    def compile_from_config(self, config):
+        """What `keras.models.load_model` calls; Keras's own refuses where `compile` is not its."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
