@@ -13,7 +13,6 @@ if __name__ != "keras_xlstm.backends":
 
 import contextlib
 import contextvars
-import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -22,58 +21,20 @@ import keras
 import numpy as np
 from keras import ops
 from keras_xlstm.backends import reference
-from keras_xlstm.backends.log_space import framework, size
+from keras_xlstm.backends.framework import framework as active
+from keras_xlstm.backends.framework import load
 
-__all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
+__all__ = ["available", "use"]
 
-compiled, split_gate_and_up = framework.compiled, framework.split_gate_and_up
-fusion_barrier = getattr(framework, "apart", lambda x: x)
-matmul = getattr(framework, "matmul", ops.matmul)
-# x (B, T, D) by a float32 kernel (D, 2, H), H small, where that has a faster way than two products.
-float32_gate_product = getattr(framework, "narrow_product", None)
-# x and a kernel whose product the compiler must not join with others of x.
-keep_unfused = getattr(framework, "alone", None)
-# Cross-entropy of every token by fewer passes than Keras's, where compiled with all around it.
-token_losses = getattr(framework, "token_losses", None)
-# Marks a function that tf.function must trace as it stands.
-no_autograph = getattr(framework, "as_written", lambda function: function)
-# Equal for tensors that need no converting and are alike in sizes and dtypes; None for all others.
-signature = getattr(framework, "alike", lambda *tensors: None)
-# A NumPy array as a tensor, bfloat16 too, that may keep its memory.
-tensor = getattr(framework, "tensor", ops.convert_to_tensor)
-
-
-def host_values(x):
-    """A tensor's numbers as a NumPy array where the host can read them at once; None of a tensor
-    that is being traced, or on a GPU."""
-    if isinstance(x, np.ndarray) or x is None:
-        return x
-    return framework.host_values(x.value if isinstance(x, keras.Variable) else x)
-
-
-_active = f"{__name__}.{keras.backend.backend()}"
-# What x is traced for, if it is for a file (export_context.py), or None.
-export_of = framework.export_of
-# Whether a file that x is traced for can hold a variable's new values, if it holds variables.
-changes = getattr(framework, "changes", lambda variable, x: True)
-# Refuses x (B, T, ...) where a model is exported to a file that could not hold a loop over it.
-_check_export = getattr(framework, "check_export", lambda x: None)
-# Whether no file could hold a sort along the second axis of x, which is exported.
-unsorted = getattr(framework, "unsorted", lambda x: False)
-# activation(x), where a file is written by operators that it can hold.
-activated = getattr(framework, "activated", lambda activation, x: activation(x))
-# Of x (B, T, ...) the steps (B, S): (B, S, ...).
-steps_of = getattr(framework, "steps_of", reference.steps_of)
-# Whether PyTorch traces for TorchScript, whose converters know fewer operators.
-scripting = getattr(framework, "scripting", lambda: False)
-# How `model.compile(jit_compile=True)` compiles a block of each kind in place of the whole step.
-compile_blocks = (
-    importlib.import_module(f"{_active}.compile_blocks") if framework.compiles_blocks else None
-)
-# What records whole steps: on torch.
-train_step = importlib.import_module(f"{_active}.train_step") if framework.captures_steps else None
-# Makes an optimizer's update fewer operators, where that is worth it without `train_step`.
-fuse = getattr(framework, "fuse", lambda optimizer: None)
+# What layers and models ask of the framework: framework.py says what each is.
+size, tensor, steps_of, signature = active.size, active.tensor, active.steps_of, active.signature
+matmul, activated, fusion_barrier = active.matmul, active.activated, active.fusion_barrier
+float32_gate_product, keep_unfused = active.float32_gate_product, active.keep_unfused
+split_gate_and_up, token_losses = active.split_gate_and_up, active.token_losses
+export_of, changes, unsorted = active.export_of, active.changes, active.unsorted
+scripting, no_autograph, compiled = active.scripting, active.no_autograph, active.compiled
+block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
+captured_train_step = active.captured_train_step
 
 # Which backends each kernel language belongs to; where several fit, the first is picked.
 _KERNELS = {"triton": ("torch", "jax"), "pallas": ("jax",), "xla": ("tensorflow",)}
@@ -85,20 +46,18 @@ _log = logging.getLogger("keras_xlstm")
 _said = set()
 # What the active framework has of its own: {implementation: {op: module}}.
 _implementations = {
-    name: {op: importlib.import_module(f"{_active}.{module}") for op, module in modules.items()}
-    for name, modules in framework.implementations.items()
+    name: {op: load(module) for op, module in modules.items()}
+    for name, modules in active.implementations.items()
 }
-
 _preferred = [name for name in _KERNELS if name in _implementations]
 
-_native_slstm = next(
-    (
-        m["slstm"].native_slstm
-        for m in _implementations.values()
-        if hasattr(m.get("slstm"), "native_slstm")
-    ),
-    reference.slstm,
-)
+
+def host_values(x):
+    """A tensor's numbers as a NumPy array where the host can read them at once; None of a tensor
+    that is being traced, or on a GPU."""
+    if isinstance(x, np.ndarray) or x is None:
+        return x
+    return active.host_values(x.value if isinstance(x, keras.Variable) else x)
 
 
 def _unsupported(op, implementation, **call):
@@ -109,20 +68,7 @@ def _unsupported(op, implementation, **call):
         homes = _KERNELS[implementation]
         home = f"{' and '.join(homes)} backend{'s' * (len(homes) > 1)}"
         return f"it belongs to the {home} and Keras runs on {keras.backend.backend()}"
-    if op not in _implementations[implementation]:
-        return f"there is none for {keras.backend.backend()}"
     return _implementations[implementation][op].unsupported(**call)
-
-
-def part(name):
-    """A module of the active backend's folder that few need: "export", on torch "sharded"."""
-    return importlib.import_module(f"{__name__}.{keras.backend.backend()}.{name}")
-
-
-def _not_preferred(op, implementation, **call):
-    """Why this implementation is better not picked, though it can run."""
-    not_preferred = getattr(_implementations[implementation][op], "unwise", None)
-    return not_preferred and not_preferred(**call)
 
 
 def _pick(op, forced, **call):
@@ -134,7 +80,7 @@ def _pick(op, forced, **call):
     for name in _preferred:
         unsupported = _unsupported(op, name, **call)
         able = able or (None if unsupported else name)
-        reason = unsupported or _not_preferred(op, name, **call)
+        reason = unsupported or _implementations[name][op].not_preferred(**call)
         if reason is None:
             return name, None
     # Of what a user would have to install for a little more speed only `available` tells.
@@ -176,7 +122,7 @@ def use(implementation: str | None) -> Iterator[None]:
         _scope.reset(token)
 
 
-@framework.trace_time
+@active.trace_time
 def _asked():
     """What `use` or the environment asks for, or None."""
     return _scope.get() or _known(os.environ.get(_VARIABLE) or None, _VARIABLE)
@@ -214,7 +160,7 @@ def _choose(op, implementation, **call):
     return implementation
 
 
-@framework.trace_time  # torch.compile would break its graph at a logger
+@active.trace_time  # torch.compile would break its graph at a logger
 def _say_once(message):
     if message not in _said:
         _said.add(message)
@@ -237,7 +183,7 @@ def mlstm(
     Returns:
         h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
-    _check_export(q)
+    active.check_export(q)
     chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
     if chosen in _ANY_DTYPE:
         return _implementations[chosen]["mlstm"].mlstm(
@@ -277,8 +223,15 @@ def multiplies_inside(x, units, implementation):
         implementation in (None, "native", "xla")
         and keras.backend.standardize_dtype(x.dtype) == "float32"
         and size(x.shape[1]) != 1
-        and framework.multiplies_inside(*x.shape, units)
+        and active.multiplies_inside(*x.shape, units)
     )
+
+
+def _native_slstm(*tensors, **options):
+    found = None
+    if active.native_slstm is not None:
+        found = active.native_slstm(*tensors, **options)
+    return reference.slstm(*tensors, **options) if found is None else found
 
 
 def slstm(
@@ -293,7 +246,7 @@ def slstm(
     Returns:
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
-    _check_export(x)
+    active.check_export(x)
     hold = None if mask is None else ops.logical_not(mask)
     reset = None if segment_ids is None else reference.segment_starts(segment_ids)
     options = {
@@ -304,10 +257,7 @@ def slstm(
         return _implementations[chosen]["slstm"].slstm(
             x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
         )
-    if chosen == "native":
-        run = _native_slstm
-    else:
-        run = _implementations[chosen]["slstm"].slstm
+    run = _native_slstm if chosen == "native" else _implementations[chosen]["slstm"].slstm
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

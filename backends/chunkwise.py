@@ -8,14 +8,13 @@ other frameworks read it as `a = a + b`.
 """
 
 from keras import ops
+from keras_xlstm.backends.framework import framework
 from keras_xlstm.backends.log_space import (
     NEVER,
     carried,
     empty_memory,
-    framework,
     holds_something,
     reported,
-    size,
 )
 
 
@@ -43,7 +42,7 @@ def forward(q, k, v, i, log_f, C, n, m, segment_ids, eps, chunk_size, keep=True,
         h += q_in @ C
         h /= (framework.maximum(abs(r), floor) + eps * row_eps)[..., None]
         k_end = k * to_end[..., None]
-        new_C = turned(k_end) @ v
+        new_C = framework.turned(k_end) @ v
         new_C += through[..., None, None] * C
         new_n = through[..., None] * n + framework.total(k_end, axis=-2)
         return (new_C, new_n), (_swap(h),), (r, C, n) if keep else ()
@@ -82,7 +81,7 @@ def backward(residuals, gradients, eps, chunk_size):
         G += dr[..., None]
         G *= within
         dv = (to_end * k) @ dC
-        dv += turned(S) @ U
+        dv += framework.turned(S) @ U
         dq = U @ _transposed(C)
         dq += dr[..., None] * n[..., None, :]
         dq *= entering
@@ -90,11 +89,11 @@ def backward(residuals, gradients, eps, chunk_size):
         dk = v @ _transposed(dC)
         dk += dn[..., None, :]
         dk *= to_end
-        dk += turned(G) @ q
+        dk += framework.turned(G) @ q
         di = framework.total(k * dk, axis=-1)
         across = framework.total(q * dq, axis=-1) - di
         q_in = q * entering
-        dC_in = turned(q_in) @ U
+        dC_in = framework.turned(q_in) @ U
         dC_in += through[..., None, None] * dC
         dn_in = through[..., None] * dn + _by_row(dr, q_in)
         dq, dk, dv = (_swap(a) for a in (dq * scale, dk, dv))
@@ -224,7 +223,7 @@ def _running(op, x, fill, ids=None, reverse=False):
         return ops.concatenate(parts, axis=-1)
 
     distance = 1
-    length = size(x.shape[-1])
+    length = framework.size(x.shape[-1])
     while distance < length:
         other = shifted(x, fill)
         if ids is not None:
@@ -237,7 +236,7 @@ def _running(op, x, fill, ids=None, reverse=False):
 def _chunks(x, L):
     """(B, T, H) to (N, B, H, L)."""
     B, T, H = ops.shape(x)
-    return ops.transpose(ops.reshape(x, (B, size(T) // L, L, H)), (1, 0, 3, 2))
+    return ops.transpose(ops.reshape(x, (B, framework.size(T) // L, L, H)), (1, 0, 3, 2))
 
 
 def _steps(x):
@@ -268,10 +267,6 @@ def _by_row(y, x):
     if framework.fuses_row_sums:
         return framework.total(x * y[..., None], axis=-2)
     return (y[..., None, :] @ x)[..., 0, :]
-
-
-# Of the first operand of a product.
-turned = getattr(framework, "turned", _transposed)
 
 
 def _inner(C, dC, n, dn):

@@ -1,21 +1,6 @@
-"""What the native forms share: constants of log space, states, segments, the framework."""
+"""What the native forms share: constants of log space, states, segments."""
 
-import importlib
-
-import keras
 from keras import ops
-
-_BACKENDS = ("jax", "tensorflow", "torch")
-if keras.backend.backend() not in _BACKENDS:
-    raise ImportError(
-        f"keras_xlstm runs on {', '.join(_BACKENDS)}. Received: the Keras backend "
-        f"{keras.backend.backend()}. Set the environment variable KERAS_BACKEND."
-    )
-# The active backend's folder: its `scan`, its `differentiable`.
-framework = importlib.import_module(f"{__package__}.{keras.backend.backend()}")
-
-# A size as a number where torch.jit.trace has a tensor of it.
-size = getattr(framework, "size", lambda number: number)
 
 # The log of "nothing": finite, so that differences of it are never NaN.
 NEVER = -(2.0**100)  # exact in every dtype that it meets
@@ -46,11 +31,6 @@ def empty_memory(k, v, i):
 
 def holds_something(C, n):
     return ops.any(n != 0, axis=-1) | ops.any(C != 0, axis=(-2, -1))
-
-
-def bound(r, m, eps):
-    """max(|q n|, exp(-m)) + eps, the denominator of eq. 21; finite where exp(-m) is not."""
-    return framework.maximum(ops.abs(r), ops.exp(ops.where(m > -80.0, -m, 80.0))) + eps
 
 
 def segment_starts(segment_ids):

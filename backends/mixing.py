@@ -1,8 +1,7 @@
 """Memory mixing of the sLSTM: what h gives the gates of all heads, and the way back."""
 
 from keras import ops
-from keras_xlstm.backends.chunkwise import turned
-from keras_xlstm.backends.log_space import framework, size
+from keras_xlstm.backends.framework import framework
 
 
 class Mixing:
@@ -14,7 +13,7 @@ class Mixing:
     """
 
     def __init__(self, recurrent_kernel):
-        self.shape = H, D, _, _ = tuple(map(size, recurrent_kernel.shape))
+        self.shape = H, D, _, _ = tuple(map(framework.size, recurrent_kernel.shape))
         self.joined = H == 1 or (H * D <= framework.joined_heads and framework.alone_on_device())
         self.R = recurrent_kernel
         if self.joined:
@@ -47,7 +46,7 @@ class Mixing:
         """A step's, or all steps', to be summed up and handed to `as_kernel`."""
         H, D, _, _ = self.shape
         if self.joined:
-            return turned(h) @ dg
+            return framework.turned(h) @ dg
         h, dg = ops.reshape(h, (-1, H, D)), ops.reshape(dg, (-1, 4, H, D))
         return ops.einsum("bhd,bghe->hdge", h, dg)
 

@@ -16,27 +16,24 @@ Equation numbers are those of "xLSTM: Extended Long Short-Term Memory" (arXiv 24
 import keras
 from keras import ops
 from keras_xlstm.backends import chunkwise
+from keras_xlstm.backends.framework import framework
 from keras_xlstm.backends.log_space import (
     LEAST_LOG,
     NEVER,
-    bound,
     carried,
     empty_memory,
-    framework,
     holds_something,
     reported,
     segment_starts,
-    size,
 )
 from keras_xlstm.backends.mixing import Mixing
 
-log_sigmoid = getattr(framework, "log_sigmoid", ops.log_sigmoid)
+size = framework.size
 
 
-def steps_of(x, steps):
-    """Of x (B, T, ...) the steps (B, S): (B, S, ...)."""
-    steps = ops.reshape(steps, (*ops.shape(steps), *[1] * (len(x.shape) - 2)))
-    return ops.take_along_axis(x, steps, axis=1)
+def bound(r, m, eps):
+    """max(|q n|, exp(-m)) + eps, the denominator of eq. 21; finite where exp(-m) is not."""
+    return framework.maximum(ops.abs(r), ops.exp(ops.where(m > -80.0, -m, 80.0))) + eps
 
 
 # --------------------------------------------------------------------------------------- sLSTM
@@ -80,7 +77,7 @@ def _gates(g, forget_gate, plain):
     if forget_gate == "exp":
         return i, f, 1.0, framework.tanh(z), o
     if plain:  # the slope at exactly 0 is the framework's to know
-        return i, log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), o
+        return i, framework.log_sigmoid(f), ops.sigmoid(-f), framework.tanh(z), o
     small = ops.exp(-ops.abs(f))
     log_f = framework.minimum(f, 0.0) - _log1p(small)  # log sigmoid(f)
     slope = ops.where(f > 0, small, 1.0) / (1.0 + small)  # sigmoid(-f)
@@ -212,7 +209,7 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
             new = tuple(ops.where(flags[0], a, b) for a, b in zip((dh, dc, dn), new, strict=True))
         if kernel is None:
             return new, (dg,)
-        more = (chunkwise.turned(x) @ dg, mixing.kernel_gradient(h, dg), ops.sum(dg, axis=0))
+        more = (framework.turned(x) @ dg, mixing.kernel_gradient(h, dg), ops.sum(dg, axis=0))
         return (*new, *(a + b for a, b in zip(sums, more, strict=True))), (dg @ kernel_transposed,)
 
     dh = ops.transpose(ops.reshape(dh, (*ops.shape(dh)[:2], H * D)), (1, 0, 2))
@@ -259,8 +256,8 @@ def mlstm(
     """
     T = size(q.shape[1])
     dynamic = T is None or not isinstance(T, int)
-    i = log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = log_sigmoid(f)
+    i = framework.log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = framework.log_sigmoid(f)
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
     if T == 1 or (dynamic and keras.backend.backend() == "jax"):
         return _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps)
@@ -297,8 +294,8 @@ def mlstm_last(q, k, v, i, f, state, input_gate, eps):
     Returns:
         h (B, H, V) and the last (C, n, m).
     """
-    i = log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = log_sigmoid(f)
+    i = framework.log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = framework.log_sigmoid(f)
     log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
     # Whole parts, whose sums are exact, and rests: as in chunkwise.py.
     i_whole, f_whole = (framework.constant(ops.round(x)) for x in (i, log_f))

@@ -165,7 +165,7 @@ def fully_shard(model, **options):
             "`model` was compiled with jit_compile=True, which does not go together with "
             "fully_shard. Compile it with jit_compile=False, or not at all."
         )
-    return backends.part("fsdp").sharded(model, options)
+    return backends.load("fsdp").sharded(model, options)
 
 
 def _needs(backend, what):

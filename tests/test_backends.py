@@ -143,7 +143,7 @@ def test_variables_and_lists(rng):
 
 
 def test_scan(rng):
-    from keras_xlstm.backends.log_space import framework
+    from keras_xlstm.backends.framework import framework
 
     xs = tuple(rng.normal(size=(7, n)).astype("float32") for n in (2, 3))
     xs = tuple(keras.ops.convert_to_tensor(x) for x in xs)

@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 6500,
+    "core": 6569,
     "tools": 1764,
-    "wing": 9596,
-    "tests": 12_441,
+    "wing": 9594,
+    "tests": 12_570,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 185,
     "longest other function": 116,
@@ -24,10 +24,10 @@ LIMITS = {
     "longest signature": 44,
     "signatures over 25": 19,
     # Kernel files may have 400 lines, all others 300.
-    "files over their limit": 2,
+    "files over their limit": 1,
     # What crosses borders.
-    "imports upwards": 1,
-    "imports by a string": 6,
+    "imports upwards": 0,
+    "imports by a string": 1,
     "private names used by another module": 0,
 }
 
@@ -42,11 +42,13 @@ KERNELS = "backends/kernels", "backends/jax/pallas"
 # From the ground up: a module imports those of its own floor and of the floors below.
 FLOORS = [
     ["backends.kernels"],
-    ["backends.log_space", "backends.sizes", "backends.export_context"],
+    ["backends.log_space", "backends.sizes", "backends.export_context", "backends.common"],
+    ["backends.torch", "backends.jax", "backends.tensorflow"],
+    ["backends.framework"],
     ["backends.chunkwise"],
     ["backends.mixing"],
     ["backends.reference"],
-    ["backends.torch", "backends.jax", "backends.tensorflow"],
+    ["backends.tensorflow.mlstm", "backends.tensorflow.slstm"],  # XLA compiles the reference
     ["backends"],
     ["validation", "initializers", "compat", "_version"],
     ["masks"],
@@ -56,6 +58,9 @@ FLOORS = [
     ["convert", "export", "distribution"],
     [""],
 ]
+
+
+FRAMEWORKS = "backends.torch", "backends.jax", "backends.tensorflow"
 
 
 @functools.cache
@@ -118,8 +123,30 @@ def floor(module):
     return found
 
 
+def loaded(path):
+    """Names that a file gives to `load` of backends/framework.py, or lists for it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("load", "backends.load"):
+            yield from (ast.literal_eval(name) for name in node.args if is_text(name))
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "implementations":
+            for modules in ast.literal_eval(node.value).values():
+                yield from modules.values()
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
 def targets(path, modules):
     """The modules of ours that a file imports, each as far down as it goes."""
+    module = module_of(path)
+    if module == "backends.framework":
+        yield from FRAMEWORKS
+    listers = [] if module in FRAMEWORKS else [path]
+    if module == "backends":  # it loads what the frameworks list
+        listers += [ROOT.joinpath(*f.split("."), "__init__.py") for f in FRAMEWORKS]
+    for name in (name for lister in listers for name in loaded(lister)):
+        yield from {f"{f}.{name}" for f in FRAMEWORKS} & modules
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [(alias.name, None) for alias in node.names]

@@ -243,7 +243,7 @@ def test_fused_adam_is_keras_own(dtype, rng):
         optimizer = keras.optimizers.AdamW(**kinds, weight_decay=0.1, clipvalue=0.7)
         optimizer.build(weights)
         if fused:
-            train_step.fuse(optimizer)
+            train_step.fuse_optimizer(optimizer, captured=True)
             assert isinstance(optimizer._parallel_update_step, train_step._FusedAdam)
         draws = np.random.default_rng(3)
         for _ in range(5):
@@ -256,5 +256,5 @@ def test_fused_adam_is_keras_own(dtype, rng):
 def test_what_is_not_fused():
     for optimizer in (keras.optimizers.SGD(), keras.optimizers.Adam(amsgrad=True)):
         own = optimizer._parallel_update_step
-        train_step.fuse(optimizer)
+        train_step.fuse_optimizer(optimizer, captured=True)
         assert optimizer._parallel_update_step == own

@@ -1,41 +1,38 @@
-"""What the native forms need from JAX: scans, and a function with a gradient of its own."""
-
-import functools
+"""What JAX provides (framework.py)."""
 
 import jax
 import keras
 import numpy as np
-from keras_xlstm.backends import export_context, sizes
-from keras_xlstm.backends.jax import device
-from keras_xlstm.backends.jax.products import (  # noqa: F401  found by backends
-    float32_gate_product,
-    fusion_barrier,
-    keep_unfused,
-    token_losses,
-    turned,
-)
+from keras_xlstm.backends import common, export_context, sizes
+from keras_xlstm.backends.jax import device, gradients, products
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
 minimum, log1p, cumsum = jax.numpy.minimum, jax.numpy.log1p, jax.numpy.cumsum
 total, swapaxes, exp = jax.numpy.sum, jax.numpy.swapaxes, jax.numpy.exp
 constant = jax.lax.stop_gradient
+log_sigmoid, matmul, tensor = keras.ops.log_sigmoid, keras.ops.matmul, keras.ops.convert_to_tensor
 # Products with both halves of a kernel, not one that is cut in two: XLA puts the gradient of both
 # halves together in passes over the largest array of a block.
 split_gate_and_up = True
-# Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
 fuses_row_sums = True
-# Modules here: of each implementation, by op; the first that fits is picked.
+joined_heads = 128
 implementations = {
     "triton": {"mlstm": "mlstm_triton", "slstm": "slstm_triton"},
     "pallas": {"mlstm": "pallas.mlstm", "slstm": "pallas.slstm"},
 }
-compiles_blocks = False  # whole steps are compiled
-captures_steps = False
+trace_time = no_autograph = size = common.unchanged
+signature, steps_of, scripting = common.none, common.steps_of, common.scripting
+activated, fuse_optimizer = common.activated, common.fuse_optimizer
+differentiable = gradients.differentiable
+turned, fusion_barrier = products.turned, products.fusion_barrier
+keep_unfused, token_losses = products.keep_unfused, products.token_losses
+float32_gate_product = products.float32_gate_product
+# Whole steps are compiled.
+native_slstm = block_runners = captured_train_step = None
 
 
 def export_of(x):
-    """What x is traced for, if it is for a file, or None."""
     return export_context.current() if isinstance(x, jax.core.Tracer) else None
 
 
@@ -61,7 +58,6 @@ def unsorted(x):
 
 
 def host_values(x):
-    """As `backends.host_values`."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return None
     at_hand = x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
@@ -80,32 +76,16 @@ def multiplies_inside(batch, time, features, units):
     return known and sizes.multiplies_inside(batch, time, features, units)
 
 
-# Up to how many units the sLSTM's heads are multiplied as one kernel.
-joined_heads = 128
-
-
 def alone_on_device():
-    """Whether no other device holds some of the heads."""
     return keras.distribution.distribution() is None
 
 
-def trace_time(function):
-    """Marks a function without tensors, which is run when the caller is traced."""
-    return function
-
-
 def scan(step, init, xs, reverse=False):
-    """`step(carry, x) -> (carry, y)` over the first axis of every array in `xs`."""
     return jax.lax.scan(step, init, xs, reverse=reverse)
 
 
 def scan_chunks(step, init, long, short, reverse=False):
-    """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
-
-    `long` arrays (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
-    the step returns is put together likewise. A slice in the loop spares a transposed copy of the
-    whole.
-    """
+    """A slice in the loop spares a transposed copy of the whole."""
     count = short[0].shape[0]
     L = long[0].shape[1] // count
 
@@ -131,35 +111,8 @@ def scan_chunks(step, init, long, short, reverse=False):
     return carry, tuple(outputs), entries
 
 
-@functools.cache
-def _differentiable(forward, backward, inference, options):
-    """One compiled function per set of options, so that eager calls compile once per shape."""
-    options = dict(options)
-
-    @jax.custom_vjp
-    def function(*tensors):
-        return inference(*tensors, **options) if inference else forward(*tensors, **options)[0]
-
-    function.defvjp(
-        lambda *tensors: forward(*tensors, **options),
-        lambda residuals, gradients: backward(residuals, gradients, **options),
-    )
-    return jax.jit(function)
-
-
-def differentiable(forward, backward, tensors, inference=None, **options):
-    """Calls `forward(*tensors, **options) -> (outputs, residuals)` with the gradient
-    `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
-
-    `tensors` may hold None; `options` are hashable. `alone(*tensors, **options) -> outputs` is
-    called in place of `forward` where no gradient is asked for.
-    """
-    return _differentiable(forward, backward, inference, tuple(sorted(options.items())))(*tensors)
-
-
 def compiled(function, variables, jit_compile="auto", repeated=False):
-    """`function(state, *tensors)`, compiled, without gradients. It reads `variables` as they are at
-    each call; the buffers of `state` go into what it returns."""
+    """The buffers of the state go into what the function returns."""
     if jit_compile is False:
         return function
 

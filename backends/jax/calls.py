@@ -1,7 +1,8 @@
 """What a call of an op under JAX is, whichever kernels run."""
 
 import jax.numpy as jnp
-from keras_xlstm.backends.jax import device, differentiable
+from keras_xlstm.backends.jax import device
+from keras_xlstm.backends.jax.gradients import differentiable_with_inference
 from keras_xlstm.backends.kernels.mlstm import tiles
 
 _STATE = ("BHKV", "BHK", "BH")
@@ -31,7 +32,7 @@ def mlstm_call(
     }  # fmt: skip
 
     def run(*tensors):
-        return differentiable(forward, backward, tensors, inference, **options)
+        return differentiable_with_inference(forward, backward, inference, tensors, **options)
 
     h, *state = device.over_devices(run, tensors, _AXES, ("BTHV", *_STATE))
     return h, tuple(state) if states else None
@@ -48,7 +49,7 @@ def slstm_call(
     options |= {"exp_forget": forget_gate == "exp", "clip": float(recurrent_gradient_clip or 0.0)}
 
     def run(*tensors):
-        return differentiable(forward, backward, tensors, inference, **options)
+        return differentiable_with_inference(forward, backward, inference, tensors, **options)
 
     h, *state = device.over_devices(around(run), tensors, SLSTM_AXES, SLSTM_RESULTS)
     return h, tuple(state)

@@ -1,7 +1,6 @@
 """What kernels, Pallas's and Triton's, ask of JAX and of the device."""
 
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import math
@@ -101,9 +100,10 @@ def triton_version():
 def jaxlib():
     """What launches Triton's kernels, or None."""
     try:
-        return importlib.import_module("jaxlib.gpu_triton")
+        from jaxlib import gpu_triton
     except ImportError:
         return None
+    return gpu_triton
 
 
 def unsupported(x, without=None, by_interpreter=None):

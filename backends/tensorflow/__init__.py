@@ -1,34 +1,32 @@
-"""What the native forms need from TensorFlow: scans, and a function with a gradient of its own."""
-
-import contextlib
-import contextvars
-import math
+"""What TensorFlow provides (framework.py)."""
 
 import keras
 import tensorflow as tf
-from keras_xlstm.backends import export_context, sizes
-from keras_xlstm.backends.tensorflow.adam import fuse  # noqa: F401
-from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
+from keras_xlstm.backends import common, sizes
+from keras_xlstm.backends.tensorflow import adam, compile_blocks, products, tracing
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
-minimum, cumsum = tf.minimum, tf.cumsum
-swapaxes, exp = keras.ops.swapaxes, tf.exp
+minimum, cumsum, exp = tf.minimum, tf.cumsum, tf.exp
+swapaxes, matmul, log_sigmoid = keras.ops.swapaxes, keras.ops.matmul, keras.ops.log_sigmoid
+tensor = keras.ops.convert_to_tensor
+total, turned, activated = products.total, products.turned, products.activated
 # AutoGraph cannot rewrite all of our Python, and says so in a warning.
 no_autograph = tf.autograph.experimental.do_not_convert
-split_gate_and_up = False  # as on JAX
-# Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
+split_gate_and_up = False
 fuses_row_sums = False
-# Modules here: of each implementation, by op; the first that fits is picked.
+joined_heads = 128
 implementations = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
-compiles_blocks = True  # as on torch
-captures_steps = False
-_unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
-_by_xla = contextvars.ContextVar("keras_xlstm_by_xla", default=False)
+trace_time = size = fusion_barrier = common.unchanged
+signature, steps_of, scripting = common.none, common.steps_of, common.scripting
+changes = common.changes
+export_of, check_export = tracing.export_of, tracing.check_export
+native_slstm = float32_gate_product = keep_unfused = token_losses = None
+block_runners, captured_train_step = compile_blocks.block_runners, None
+fuse_optimizer = adam.fuse_optimizer
 
 
 def host_values(x):
-    """As `backends.host_values`."""
     eager = isinstance(x, tf.Tensor) and hasattr(x, "numpy")
     return x.numpy() if eager and "GPU" not in x.device else None
 
@@ -50,82 +48,17 @@ def multiplies_inside(batch, time, features, units):
     return sizes.multiplies_inside(batch or 32, time, features, units)
 
 
-# Up to how many units the sLSTM's heads are multiplied as one kernel.
-joined_heads = 128
-
-
 def alone_on_device():
-    """Whether no other device holds some of the heads."""
     return True
 
 
-def export_of(x):
-    """What the graph is exported to that is being traced with x, or None."""
-    return None if tf.executing_eagerly() else export_context.current()
-
-
-def exported_to():
-    """The format that the graph being traced is exported to, or None."""
-    export = export_of(None)
-    return export and export.format
-
-
-def check_export(x):
-    """Refuses x (B, T, ...) where a file of that format could not hold a loop over it."""
-    format = exported_to()
-    if format == "litert" and x.shape[1] is None:
-        raise ValueError(
-            "LiteRT's runtime does not run TensorFlow's loops over time; they are written out step "
-            "by step. Received: an input whose length is not fixed. Give keras.Input, or export's "
-            "`input_signature`, a fixed length; or use keras_xlstm.export.export_model(model, "
-            "folder, 'litert', length=...), or its parts=('streaming',), one step with its states "
-            "(docs/export.md)."
-        )
-    graph = getattr(tf.compat.v1.get_default_graph(), "name", "")
-    looped = x.shape[1] == 1 and "while_body" in graph
-    if format in ("litert", "openvino") and looped:
-        raise ValueError(
-            f"A {format} file cannot hold the loop of keras.layers.RNN on TensorFlow. Received: a "
-            "cell of keras_xlstm in such a loop. Build it with unroll=True and an input of fixed "
-            "length, use keras_xlstm.layers.sLSTM, or take keras_xlstm.export.export_model(model, "
-            f"folder, {format!r}, parts=('streaming',)), one step with its states."
-        )
+def unsorted(x):
+    return False
 
 
 def log1p(x):
     # tf2onnx does not know it. Of exp(-|f|) the rest that is lost is below f's own last digit.
-    return tf.math.log(1.0 + x) if exported_to() == "onnx" else tf.math.log1p(x)
-
-
-def activated(activation, x):
-    # TensorFlow's gelu is by erfc, which tf2onnx hands on to ONNX, where there is none.
-    if activation is keras.activations.gelu and exported_to() == "onnx":
-        return 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5))
-    return activation(x)
-
-
-def trace_time(function):
-    """Marks a function without tensors, which is run when the caller is traced."""
-    return function
-
-
-def total(x, axis):
-    """tf.reduce_sum over the last axis, the one before it, or both. In graphs on CPUs a product
-    with ones: XLA adds what lies side by side number by number. (On a GPU TF32 would round it, and
-    LiteRT's converter loses track of the shape.)"""
-    axes = 1 if axis == -1 else 2
-    on_gpu = tf.config.list_physical_devices("GPU")
-    plain = tf.executing_eagerly() or on_gpu or exported_to() is not None
-    if plain or None in x.shape[-axes:]:
-        return tf.reduce_sum(x, axis)
-    if axis == -2:
-        ones = tf.ones([*[1] * (len(x.shape) - 1), x.shape[-2]], x.dtype)
-        return tf.matmul(ones, x)[..., 0, :]
-    count = math.prod(x.shape[-axes:])
-    sums = tf.matmul(tf.reshape(x, [-1, count]), tf.ones([count, 1], x.dtype))
-    sums = tf.reshape(sums, tf.shape(x)[:-axes])
-    sums.set_shape(x.shape[:-axes])
-    return sums
+    return tf.math.log(1.0 + x) if tracing.exported_to() == "onnx" else tf.math.log1p(x)
 
 
 @tf.custom_gradient
@@ -134,44 +67,12 @@ def constant(x):
     return tf.identity(x), tf.zeros_like
 
 
-def turned(x):
-    """x with its last two axes swapped, to be multiplied by something on the right. XLA on CPUs
-    takes half as long for a product whose first operand is turned before it."""
-    x = swapaxes(x, -1, -2)
-    return optimization_barrier(x)[0] if _by_xla.get() else x
-
-
-@contextlib.contextmanager
-def _during(variable):
-    token = variable.set(True)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-def unrolled():
-    """Scans that are traced inside become plain operations: for formats without loops."""
-    return _during(_unrolled)
-
-
-def by_xla():
-    """What is traced inside is compiled by XLA, for sure."""
-    return _during(_by_xla)
-
-
-def _without_loop(length):
-    return _unrolled.get() or (length is not None and exported_to() in ("litert", "openvino"))
-
-
 def scan(step, init, xs, reverse=False):
-    """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`.
-
-    `tf.scan` and `keras.ops.scan` cannot be compiled by XLA with a length that is unknown when the
-    graph is built, and want `y` to look like the carry; a while loop with `maximum_iterations`
-    has neither limit.
+    """`tf.scan` and `keras.ops.scan` cannot be compiled by XLA with a length that is unknown when
+    the graph is built, and want `y` to look like the carry; a while loop with
+    `maximum_iterations` has neither limit.
     """
-    if _without_loop(xs[0].shape[0]):
+    if tracing.without_loop(xs[0].shape[0]):
         return _plain_scan(step, init, xs, reverse)
     length = tf.shape(xs[0])[0]
     inputs = [tf.TensorArray(x.dtype, length, element_shape=x.shape[1:]).unstack(x) for x in xs]
@@ -203,13 +104,8 @@ def _plain_scan(step, init, xs, reverse):
 
 
 def scan_chunks(step, init, long, short, reverse=False):
-    """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
-
-    `long` tensors (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
-    the step returns is put together likewise. A slice in the loop spares a transposed copy of the
-    whole.
-    """
-    if _without_loop(short[0].shape[0]):
+    """A slice in the loop spares a transposed copy of the whole."""
+    if tracing.without_loop(short[0].shape[0]):
         return _plain_scan_chunks(step, init, long, short, reverse)
     count = tf.shape(short[0])[0]
     L = short[0].shape[-1]
@@ -249,11 +145,6 @@ def _plain_scan_chunks(step, init, long, short, reverse):
 
 
 def differentiable(forward, backward, tensors, **options):
-    """Calls `forward(*tensors, **options) -> (outputs, residuals)` with the gradient
-    `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
-
-    `tensors` may hold None.
-    """
     present = [index for index, tensor in enumerate(tensors) if tensor is not None]
 
     @tf.custom_gradient
@@ -273,6 +164,5 @@ def differentiable(forward, backward, tensors, **options):
 
 
 def compiled(function, variables, jit_compile="auto", repeated=False):
-    """`function(state, *tensors)` as a graph, without gradients; it captures `variables`. XLA
-    compiles it if `jit_compile` is True."""
+    """A graph, which captures `variables`; XLA compiles it if `jit_compile` is True."""
     return tf.function(function, jit_compile=jit_compile is True or None)

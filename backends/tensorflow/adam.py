@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 
-def fuse(optimizer):
+def fuse_optimizer(optimizer, captured):
     """Makes Keras's Adam and AdamW update a weight by one operator, where Keras takes about forty
     for each, and TensorFlow milliseconds to trace and compile some of them."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)

@@ -11,20 +11,17 @@ import functools
 
 import keras
 import tensorflow as tf
-from keras_xlstm.backends.tensorflow import exported_to
-
-from keras_xlstm import backends
+from keras_xlstm.backends.tensorflow.tracing import exported_to
 
 # What may differ between blocks that compute the same from the same tensors.
 _MAY_DIFFER = ("name", "seed", "trainable", "block_index")
 
 
-def runners(blocks):
-    """{kind of block: what runs in place of `_run`, compiled once for all that are alike}"""
-    return {kind: runner() for kind in {type(block) for block in blocks}}
+def block_runners(blocks):
+    return {kind: _runner() for kind in {type(block) for block in blocks}}
 
 
-def runner():
+def _runner():
     """A function of a block and the arguments of its `_run`."""
     last = {}  # of those alike: any of them may be the one that is traced
 
@@ -77,4 +74,4 @@ def _kind(block):
         for layer in block._flatten_layers()
     ]
     shapes = [(tuple(variable.shape), variable.dtype) for variable in block.weights]
-    return repr((backends.prefer(block.use_kernel), configs, shapes))
+    return repr((block.implementation, configs, shapes))

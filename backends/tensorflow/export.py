@@ -3,7 +3,7 @@
 import contextlib
 
 import tensorflow as tf
-from keras_xlstm.backends.tensorflow import unrolled
+from keras_xlstm.backends.tensorflow.tracing import unrolled
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import functools
 import operator
 
 import tensorflow as tf
-from keras_xlstm.backends.tensorflow import by_xla, exported_to
+from keras_xlstm.backends.tensorflow.tracing import by_xla, exported_to
 
 
 def unsupported():

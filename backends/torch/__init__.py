@@ -1,11 +1,17 @@
-"""What the native forms need from PyTorch: scans, and a function with a gradient of its own."""
+"""What PyTorch provides (framework.py)."""
 
 import keras
 import torch
-from keras_xlstm.backends.torch import decode_step
-from keras_xlstm.backends.torch.export_refusals import check_export, export_of  # noqa: F401  found by backends
-from keras_xlstm.backends.torch.products import float32_gate_product  # noqa: F401
-from keras_xlstm.backends.torch.tracing import PLAIN, exporting, size, transforms
+from keras_xlstm.backends import common
+from keras_xlstm.backends.torch import (
+    compile_blocks,
+    decode_step,
+    export_refusals,
+    products,
+    slstm_loop,
+    tracing,
+    train_step,
+)
 from torch.nn import functional
 
 # keras.ops turns float64 into float32 in these, on one backend or another; and torch.compile breaks
@@ -19,28 +25,34 @@ constant = torch.detach
 # Products with both halves of a kernel, not one that is cut in two: the compiler puts the gradient
 # of both together in a pass that works out each for both.
 split_gate_and_up = True
-# Whether sum(x * y) is one pass over x, so that a product with a vector y is slower.
 fuses_row_sums = False
-# Modules here: of each implementation, by op; the first that fits is picked.
+joined_heads = 0
 implementations = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
-compiles_blocks = True  # `model.compile(jit_compile=True)` compiles a block, not the whole step
-captures_steps = True
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.
 trace_time = torch.compiler.assume_constant_result
+no_autograph = fusion_barrier = common.unchanged
+activated, changes, size = common.activated, common.changes, tracing.size
+export_of, check_export = export_refusals.export_of, export_refusals.check_export
+native_slstm = slstm_loop.native_slstm
+float32_gate_product = products.float32_gate_product
+# Products stay as they are written; losses are Keras's own, but in a step that is captured.
+keep_unfused = token_losses = None
+block_runners = compile_blocks.block_runners
+captured_train_step, fuse_optimizer = train_step.CapturedTrainStep, train_step.fuse_optimizer
 
-LOG2_E = 1.4426950408889634
+_LOG2_E = 1.4426950408889634
 
 
 def signature(first, *others):
     """Sizes and dtypes of tensors on Keras's device, whose checks a small call on a GPU waits for
     longer than for the kernels; None where something has to be converted, or is traced."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) not in PLAIN:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) not in tracing.PLAIN:
         return None
     if keras.ops.convert_to_tensor(first) is not first:  # it is to go to another device
         return None
     device, key = first.device, [first.shape, first.dtype]
     for x in others:
-        if type(x) not in PLAIN or x.device != device:
+        if type(x) not in tracing.PLAIN or x.device != device:
             return None
         key += x.shape, x.dtype
     return tuple(key)
@@ -51,32 +63,24 @@ def minimum(x, bound):
 
 
 def chunk_size(key_dim, value_dim, time):
-    """How many steps the mLSTM computes at once: every chunk costs a dozen calls of PyTorch."""
-    return 64
+    return 64  # every chunk costs a dozen calls of PyTorch
 
 
 def multiplies_inside(batch, time, features, units):
-    """Whether the sLSTM's loop had better multiply x by the input kernel step by step."""
     return False
 
 
-# Up to how many units the sLSTM's heads are multiplied as one kernel.
-joined_heads = 0
-
-
 def alone_on_device():
-    """Whether no other device holds some of the heads."""
     return True
 
 
 def host_values(x):
-    """As `backends.host_values`."""
     if (
-        exporting()
+        tracing.exporting()
         or torch.compiler.is_compiling()
-        or type(x) not in PLAIN
+        or type(x) not in tracing.PLAIN
         or not x.is_cpu
-        or transforms()
+        or tracing.transforms()
     ):
         return None
     x = x.detach()
@@ -85,12 +89,10 @@ def host_values(x):
 
 @trace_time
 def scripting():
-    """Whether this is traced for TorchScript."""
     return torch.jit.is_tracing()
 
 
 def steps_of(x, steps):
-    """Of x (B, T, ...) the steps (B, S): (B, S, ...)."""
     # Not take_along_dim, which the older exporter to ONNX does not know.
     steps = steps.long().reshape(*steps.shape, *[1] * (x.ndim - 2))
     return torch.gather(x, 1, steps.expand(-1, -1, *x.shape[2:]))
@@ -104,7 +106,11 @@ def log_sigmoid(x):
 def unsorted(x):
     """torch.export takes a batch for a constant where it is sorted, and the older exporter to ONNX
     does not know a stable sort."""
-    return exporting()
+    return tracing.exporting()
+
+
+def turned(x):
+    return x.transpose(-1, -2)
 
 
 def exp(x):
@@ -113,11 +119,10 @@ def exp(x):
         return torch.exp(x)
     # PyTorch's exp on CPU is MKL's, twenty times slower than its exp2 where results underflow, as
     # they do above a causal diagonal.
-    return x.mul_(LOG2_E).exp2_()
+    return x.mul_(_LOG2_E).exp2_()
 
 
 def scan(step, init, xs, reverse=False):
-    """`step(carry, x) -> (carry, y)` over the first axis of every tensor in `xs`."""
     # unbind, never x[t]: the gradient of an index fills a zero tensor of x's size at every step.
     # contiguous: a transposed view would be copied again by every product that it enters.
     columns = [x.contiguous().unbind(0) for x in xs]
@@ -125,7 +130,7 @@ def scan(step, init, xs, reverse=False):
     carry, outputs = init, None
     places = reversed(range(length)) if reverse else range(length)
     # To these, or in a file, a write into a part of a tensor is one of the whole.
-    if transforms() or exporting():
+    if tracing.transforms() or tracing.exporting():
         rows = {}
         for t in places:
             carry, rows[t] = step(carry, tuple(column[t] for column in columns))
@@ -145,12 +150,7 @@ def _stacked(rows):
 
 
 def scan_chunks(step, init, long, short, reverse=False):
-    """`step(carry, (*chunks of long, *entries of short)) -> (carry, chunks, entries)`.
-
-    `long` tensors (B, N * L, ...) are cut along time, `short` ones (N, ...) are taken apart; what
-    the step returns is put together likewise.
-    """
-    if exporting():
+    if tracing.exporting():
         return _scan_stacked_chunks(step, init, long, short, reverse)
     count = short[0].shape[0]
     L = long[0].shape[1] // count
@@ -193,7 +193,7 @@ class _Differentiable(torch.autograd.Function):
         outputs, residuals = forward(*tensors, **options)
         flat = keras.tree.flatten(residuals)
         ctx.save_for_backward(*(x for x in flat if isinstance(x, torch.Tensor)))
-        ctx.call = backward, options, residuals_structure(residuals)
+        ctx.call = backward, options, _residuals_structure(residuals)
         return outputs
 
     @staticmethod
@@ -205,19 +205,16 @@ class _Differentiable(torch.autograd.Function):
         return None, None, None, *backward(residuals, gradients, **options)
 
 
-def residuals_structure(residuals):
+def _residuals_structure(residuals):
     return keras.tree.map_structure(lambda x: ... if isinstance(x, torch.Tensor) else x, residuals)
 
 
 def differentiable(forward, backward, tensors, **options):
-    """Calls `forward(*tensors, **options) -> (outputs, residuals)` with the gradient
-    `backward(residuals, output_gradients, **options) -> one gradient (or None) per tensor`.
-
-    `tensors` may hold None. There is no second derivative: asking for one is PyTorch's error.
-    PyTorch's transforms (torch.func, forward mode) differentiate what `forward` does themselves,
-    and what is exported is made of PyTorch's own operators.
+    """There is no second derivative: asking for one is PyTorch's error. PyTorch's transforms
+    (torch.func, forward mode) differentiate what `forward` does themselves, and what is exported is
+    made of PyTorch's own operators.
     """
-    if transforms() or exporting():
+    if tracing.transforms() or tracing.exporting():
         return forward(*tensors, **options, keep=False, plain=True)[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return forward(*tensors, **options, keep=False)[0]
@@ -232,9 +229,8 @@ def tensor(array):
 
 
 def compiled(function, variables, jit_compile="auto", repeated=False):
-    """`function(state, *tensors)`, without gradients; `repeated` says that it will be called again
-    and again with the state it returned. PyTorch has nothing to compile the whole by that a machine
-    without a C++ compiler could run."""
+    """PyTorch has nothing to compile the whole by that a machine without a C++ compiler could
+    run."""
     function = torch.no_grad()(function)
     if not repeated or jit_compile is False:
         return function

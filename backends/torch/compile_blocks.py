@@ -12,22 +12,11 @@ import torch
 from keras_xlstm.backends.torch.tracing import exporting
 
 
-def compiled(function):
-    """`function` of tensors and numbers, compiled where its tensors hold something."""
-    fast = torch.compile(function)
-
-    def run(x, *arguments):
-        return (function if x.device.type == "meta" else fast)(x, *arguments)
-
-    return run
+def block_runners(blocks):
+    return {kind: _runner(block) for kind, block in {type(b): b for b in blocks}.items()}
 
 
-def runners(blocks):
-    """{kind of block: `runner` of one of them}"""
-    return {kind: runner(block) for kind, block in {type(b): b for b in blocks}.items()}
-
-
-def runner(template):
+def _runner(template):
     """`template._run` compiled, as a function of a block like it and the same arguments."""
 
     def compute(weights, *arguments):

@@ -25,6 +25,10 @@ def unsupported(q=None, v=None, chunk_size=None):
     return device.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
 
 
+def not_preferred(q=None, v=None, chunk_size=None):
+    return None  # where it can run it is the better choice
+
+
 def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
     """As `reference.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None. Without
     `states` the last state is None."""

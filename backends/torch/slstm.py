@@ -12,7 +12,6 @@ from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
 from keras_xlstm.backends.torch.device import precision
 from keras_xlstm.backends.torch.launch import Launch, cached_plan, on_stream
 from keras_xlstm.backends.torch.repeated import Repeated
-from keras_xlstm.backends.torch.slstm_loop import native_slstm  # noqa: F401  found by backends
 from torch import Tensor
 
 
@@ -23,6 +22,10 @@ def unsupported(x=None):
     halves = device.interpreted() and x.dtype == torch.float16 and x.shape[-1] % 32 == 0
     reason = device.unsupported(x, halves)
     return reason or plan.unsupported(x.shape[-1], x.dtype.itemsize, device.shared_memory(x.device))
+
+
+def not_preferred(x=None):
+    return None  # where it can run it is the better choice
 
 
 def slstm(

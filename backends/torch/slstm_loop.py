@@ -6,7 +6,6 @@ Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a
 """
 
 import torch
-from keras_xlstm.backends import reference
 from keras_xlstm.backends.log_space import NEVER, carried, reported
 from keras_xlstm.backends.torch.tracing import exporting, transforms
 from torch import Tensor
@@ -20,8 +19,7 @@ def native_slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
     recurrent_gradient_clip,
 ):  # fmt: skip
-    """As `reference.slstm`."""
-    arguments = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
+    """As `reference.slstm`; None where the reference itself must run."""
     transformed = transforms()
     if transformed and recurrent_gradient_clip is not None:
         raise ValueError(
@@ -32,9 +30,7 @@ def native_slstm(
     if exporting() or transformed or (x.shape[1] == 1 and recurrent_gradient_clip is None):
         # An exported file must run without this package, and PyTorch's transforms know its own
         # operators alone. And one step alone needs no loop.
-        return reference.slstm(
-            *arguments, forget_gate=forget_gate, recurrent_gradient_clip=recurrent_gradient_clip
-        )
+        return None
     heads = recurrent_kernel.shape[:2]
     if x.is_cpu and heads[0] > 1 and heads[0] * heads[1] <= _JOINED:
         x, recurrent_kernel, bias, state, recurrent_scale = _joined(

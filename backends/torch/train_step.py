@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import torch
 from keras_xlstm.backends.torch.cuda_graph import NumbersAsKernels, can_capture, capture
-from keras_xlstm.backends.torch.products import token_losses  # noqa: F401  found by models
+from keras_xlstm.backends.torch.products import token_losses
 from torch.overrides import TorchFunctionMode
 
 _BEFORE = 2  # steps of some shapes that run as they are: kernels are compiled and tuned by them
@@ -35,6 +35,20 @@ class CapturedTrainStep:
         self._model, self._refused = model, False
         self._variables = self._feeding = None
         self._forget(None)
+
+    @property
+    def token_losses(self):
+        return self.compiled(token_losses)
+
+    @staticmethod
+    def compiled(function):
+        """`function` of tensors and numbers, compiled where its tensors hold something."""
+        fast = torch.compile(function)
+
+        def run(x, *arguments):
+            return (function if x.device.type == "meta" else fast)(x, *arguments)
+
+        return run
 
     def look_again(self):
         """Once there is a recording, which variables there are is not asked again until this: for a
@@ -168,8 +182,10 @@ def _sent(x, device):
     return x.pin_memory().to(device, non_blocking=True) if x.device.type == "cpu" else x
 
 
-def fuse(optimizer):
+def fuse_optimizer(optimizer, captured):
     """Makes Keras's Adam and AdamW update every weight in one pass, where Keras takes eleven."""
+    if not captured:
+        return
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     kinds = [type(kind()) for kind in (keras.optimizers.Adam, keras.optimizers.AdamW)]
     if type(optimizer) in kinds and not optimizer.amsgrad:

@@ -11,11 +11,11 @@ def write(backend, format, model, names, path):
     """`model` has lists of inputs and outputs; `names` are those of the outputs."""
     named = keras.Model(model.inputs, dict(zip(names, model.outputs, strict=True)))
     if format == "torch":
-        backends.part("export").save(model, path)
+        backends.load("export").save(model, path)
     elif format == "tf_saved_model":
         named.export(path, format=format, verbose=False, input_signature=[_specs(model)])
     elif format == "litert":
-        with backends.part("export").litert() as options:
+        with backends.load("export").litert() as options:
             named.export(path, format=format, verbose=False, **options)
     elif format == "onnx":
         _write_onnx(backend, model, names, path)
@@ -31,7 +31,7 @@ def _specs(model):
 
 def _write_onnx(backend, model, names, path):
     if backend == "torch":
-        backends.part("export").save_onnx(model, names, path)
+        backends.load("export").save_onnx(model, names, path)
     else:
         model.export(path, format="onnx", verbose=False, input_signature=[_specs(model)])
     _finish_onnx(path, names)

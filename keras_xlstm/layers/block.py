@@ -5,7 +5,7 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_xlstm import initializers
+from keras_xlstm import backends, initializers
 from keras_xlstm.layers.base import StateLayer, plain
 from keras_xlstm.layers.norms import LayerNormalization
 from keras_xlstm.layers.projections import Gate
@@ -98,6 +98,11 @@ class Block(StateLayer):
                 f"`{name}` of {type(self).__name__} must divide the width that it splits, "
                 f"{width} for {self.dim} features. Received: {name}={value}."
             )
+
+    @property
+    def implementation(self):
+        """What `use_kernel`, or the user around this call, asks of the op."""
+        return backends.prefer(self.use_kernel)
 
     # ------------------------------------------------------------------ sub-layers
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_xlstm import backends, initializers
+from keras_xlstm import initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.block import Block, block_diagonal, dense, layer_norm
@@ -188,7 +188,7 @@ class mLSTMBlock(Block):
             segment_ids=segment_ids,
             return_state=True,
             input_gate="exp" if self.input_gate_activation == "exponential" else "sigmoid",
-            implementation=backends.prefer(self.use_kernel),
+            implementation=self.implementation,
         )
         h = self.head_norm(ops.reshape(h, (batch, time, self.inner)))
         h = h + ops.cast(self.skip, self.compute_dtype) * convolved

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_xlstm import backends, initializers
+from keras_xlstm import initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.block import Block, block_diagonal, layer_norm
@@ -190,7 +190,7 @@ class sLSTMBlock(Block):
             return_state=True,
             forget_gate="exp" if self.forget_activation == "exponential" else "sigmoid",
             recurrent_gradient_clip=self.recurrent_gradient_clip,
-            implementation=backends.prefer(self.use_kernel),
+            implementation=self.implementation,
         )
         y = ops.reshape(h, (batch, time, self.dim))
         x = x + self.head_norm(y if dropped is None else y * dropped)

@@ -206,7 +206,7 @@ class Generates:
     def _compiled(self, greedy, top_k, nucleus, jit_compile):
         """The two functions for these options, kept until the model's variables are others."""
         variables = list(self.variables)
-        compiles = backends.train_step is not None and jit_compile is not False
+        compiles = backends.captured_train_step is not None and jit_compile is not False
         if jit_compile == "auto":
             compiles = compiles and self.blocks[0].runner is not None
         key = (greedy, top_k, nucleus, jit_compile, compiles, backends.prefer("auto"))
@@ -240,7 +240,7 @@ class Generates:
 
     def _by_runners(self):
         """`run` of a single step, with one block of each kind compiled for all of them."""
-        runners = backends.compile_blocks.runners(self.blocks)
+        runners = backends.block_runners(self.blocks)
 
         def run(token_ids, state):
             x, new = self.get_layer("embedding")(token_ids), []

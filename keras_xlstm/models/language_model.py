@@ -182,7 +182,7 @@ class xLSTMLanguageModel(Generates, StackModel):
         )
         fast = backends.token_losses
         if self._captured_step is not None:
-            fast = backends.compile_blocks.compiled(backends.train_step.token_losses)
+            fast = self._captured_step.token_losses
         self._token_losses = fast if plain else None
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

@@ -20,19 +20,17 @@ class BlockTraining:
         step's memory stays its own, and Python beside the tensors is left out. On TensorFlow, what
         is around the blocks runs as a graph, and Adam's update is one operator."""
         super().compile(*args, **kwargs)
-        backends.fuse(self.optimizer)
-        compiles = bool(backends.compile_blocks is not None and self.jit_compile)
-        captured = compiles and backends.train_step is not None
+        compiles = bool(backends.block_runners is not None and self.jit_compile)
+        captured = compiles and backends.captured_train_step is not None
         if compiles:
             self.jit_compile = False
-        self._captured_step = backends.train_step.CapturedTrainStep(self) if captured else None
-        if captured:
-            backends.train_step.fuse(self.optimizer)
-        runners = backends.compile_blocks.runners(self.blocks) if compiles else {}
+        self._captured_step = backends.captured_train_step(self) if captured else None
+        backends.fuse_optimizer(self.optimizer, captured)
+        runners = backends.block_runners(self.blocks) if compiles else {}
         self._set_runners([runners.get(type(block)) for block in self.blocks])
         for layer in self.layers:
             if isinstance(layer, SoftCap):
-                layer.compute = backends.compile_blocks.compiled(soft_cap) if captured else soft_cap
+                layer.compute = self._captured_step.compiled(soft_cap) if captured else soft_cap
 
     def _set_runners(self, runners):
         for block, runner in zip(self.blocks, runners, strict=True):

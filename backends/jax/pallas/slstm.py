@@ -34,6 +34,10 @@ def unsupported(x=None):
     return None
 
 
+def not_preferred(x=None):
+    return None  # where it can run it is the better choice
+
+
 def _whole(D, dtype):
     """Whether one program can hold the recurrent kernel of a head; float32's is there in parts."""
     D = power(D)
