@@ -160,7 +160,7 @@ def fully_shard(model, **options):
             "`model` must be an xLSTMLanguageModel or an xLSTMStack. "
             f"Received: {type(model).__name__}."
         )
-    if any(block.runner is not None for block in model.blocks):
+    if any(block.runner is not type(block).runner for block in model.blocks):
         raise ValueError(
             "`model` was compiled with jit_compile=True, which does not go together with "
             "fully_shard. Compile it with jit_compile=False, or not at all."

@@ -12,10 +12,10 @@ if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends.torch import decode_step
+from keras_xlstm.backends.torch import cuda_graph, decode_step
 from test_layers import perturbed
 
-from keras_xlstm.models import xLSTMLanguageModel
+from keras_xlstm.models import generation, xLSTMLanguageModel
 
 GPU = torch.cuda.is_available()
 KINDS = {"paper": {"pattern": "1:1"}, "large": {"architecture": "large", "logit_soft_cap": 3.0}}
@@ -38,15 +38,15 @@ def generated(model, jit_compile, count=9, prompts=PROMPTS, **options):
 def recordings(monkeypatch):
     """All recordings that are made, on a GPU real ones."""
     made = []
-    step = decode_step.CapturedGraph._step
+    run = cuda_graph.CapturedGraph._run
 
-    def recorded(self, function):
+    def recorded(self, *arguments):
         made.append(self)
-        step(self, function)
+        run(self, *arguments)
         if not GPU:
-            self._graph.replay = lambda: step(self, function)
+            self._graph.replay = lambda: run(self, *arguments)
 
-    monkeypatch.setattr(decode_step.CapturedGraph, "_step", recorded)
+    monkeypatch.setattr(cuda_graph.CapturedGraph, "_run", recorded)
     if not GPU:
         stand_in_for_cuda(monkeypatch, decode_step)
     return made
@@ -100,7 +100,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(rng, recordings, monkeypatch, cap
     with caplog.at_level("INFO", "keras_xlstm"):
         assert generated(model, "auto") == generated(model, False)
     assert caplog.text.count("no CUDA graph could be made. operation not permitted") == 1
-    monkeypatch.setattr(model, "_by_runners", lambda: model._plainly)
+    monkeypatch.setattr(generation.backends, "block_runners", lambda blocks: None)
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*capturing"):
         generated(model, True)
 
@@ -118,13 +118,13 @@ def test_numbers_become_tensors_by_kernels(kind, rng, recordings, monkeypatch):
                 copied.append(name)
             return func(*args, **(kwargs or {}))
 
-    step = decode_step.CapturedGraph._step
+    run = cuda_graph.CapturedGraph._run
 
-    def watched(self, function):
+    def watched(*arguments):
         with Watch():
-            step(self, function)
+            run(*arguments)
 
-    monkeypatch.setattr(decode_step.CapturedGraph, "_step", watched)
+    monkeypatch.setattr(cuda_graph.CapturedGraph, "_run", watched)
     generated(model, "auto", temperature=0.8, top_k=9, top_p=0.9, seed=1)
     assert len(recordings) == 1
     assert not copied

@@ -11,6 +11,7 @@ if BACKEND != "tensorflow":
 import tensorflow as tf
 
 from keras_xlstm import export
+from keras_xlstm.layers.block import run_plain
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 TOKENS = np.random.default_rng(0).integers(0, 12, (6, 9))
@@ -209,19 +210,19 @@ def test_what_a_compiled_function_would_lose():
 
 def test_compiling_again():
     model, plain = compiled(True), compiled(False)
-    assert all(block.runner for block in model.blocks)
+    assert all(block.runner is not run_plain for block in model.blocks)
     for jit in (True, False, True):
         recompile(model, jit)
         model.fit(TOKENS, TOKENS, shuffle=False, verbose=0)
         plain.fit(TOKENS, TOKENS, shuffle=False, verbose=0)
         assert_alike(model.get_weights(), plain.get_weights())
-        assert [block.runner is not None for block in model.blocks] == [jit] * 4
+        assert [block.runner is not run_plain for block in model.blocks] == [jit] * 4
 
 
 def test_what_keras_picks_by_itself():
     model = compiled("auto")
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
-    assert all((block.runner is not None) == on_gpu for block in model.blocks)
+    assert all((block.runner is not run_plain) == on_gpu for block in model.blocks)
 
 
 def test_files_and_eager_calls(tmp_path):
@@ -231,7 +232,7 @@ def test_files_and_eager_calls(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.get_compile_config()["jit_compile"] is True
-    assert all(block.runner for block in loaded.blocks)
+    assert all(block.runner is not run_plain for block in loaded.blocks)
     assert_close(loaded.predict(TOKENS, verbose=0), want, 1e-9)
 
 
@@ -259,7 +260,7 @@ def test_exported_without(tmp_path):
         loaded = tf.saved_model.load(path)
         library = loaded.signatures["serving_default"].graph.as_graph_def().library
         assert not any(f.attr["_XlaMustCompile"].b for f in library.function)
-    assert all(block.runner for block in model.blocks)
+    assert all(block.runner is not run_plain for block in model.blocks)
     variables = [v.value + 0.0 for v in model.trainable_variables]
     others = [v.value for v in model.non_trainable_variables]
 

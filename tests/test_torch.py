@@ -15,6 +15,7 @@ from keras_xlstm.backends.torch import slstm_loop as slstm_module
 
 import keras_xlstm
 from keras_xlstm.layers import mLSTM, sLSTM
+from keras_xlstm.layers.block import run_plain
 from keras_xlstm.models import xLSTMLanguageModel
 
 
@@ -237,7 +238,7 @@ def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
     assert compiled == ["compute_xLSTMLargeBlock", "token_losses"]
     model.enable_lora(2)
     model.compile("sgd", model.loss, jit_compile=False)
-    assert all(block.runner is None for block in model.blocks)
+    assert all(block.runner is run_plain for block in model.blocks)
     model.save(tmp_path / "model.keras")
 
 

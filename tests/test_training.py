@@ -12,7 +12,7 @@ if BACKEND != "torch":
 
 import keras
 import torch
-from keras_xlstm.backends.torch import train_step
+from keras_xlstm.backends.torch import cuda_graph, train_step
 
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
@@ -44,18 +44,18 @@ def same(model, other, rtol=1e-4):
 def recordings(monkeypatch):
     """All recordings that are made, on a GPU real ones, which what cannot be recorded ends."""
     made = []
-    step = train_step.CapturedBatch._step
+    run = cuda_graph.CapturedGraph._run
 
-    def recorded(self, function):
+    def recorded(self, function, inputs):
         if GPU:
-            step(self, function)
+            run(self, function, inputs)
             return made.append(self)
         made.append(self)
         # What is recorded does not run.
-        self._logs = {"loss": torch.full((), float("nan"))}
-        self._graph.replay = lambda: step(self, torch.enable_grad()(function))
+        self._outputs = {"loss": torch.full((), float("nan"))}
+        self._graph.replay = lambda: run(self, torch.enable_grad()(function), inputs)
 
-    monkeypatch.setattr(train_step.CapturedBatch, "_step", recorded)
+    monkeypatch.setattr(cuda_graph.CapturedGraph, "_run", recorded)
     if not GPU:
         monkeypatch.setattr(torch, "compile", lambda function: function)
         stand_in_for_cuda(monkeypatch, train_step)
@@ -224,9 +224,9 @@ def test_nothing_comes_from_the_host(optimizer, recordings, monkeypatch):
 
         return run
 
-    for name in ("_step", "replay"):  # a graph is made by the one, the stand-in runs in the other
+    for name in ("_run", "replay"):  # a graph is made by the one, the stand-in runs in the other
         monkeypatch.setattr(
-            train_step.CapturedBatch, name, watched(getattr(train_step.CapturedBatch, name))
+            cuda_graph.CapturedGraph, name, watched(getattr(cuda_graph.CapturedGraph, name))
         )
     fitted(model_of(optimizer))
     assert len(recordings) == 1

@@ -7,8 +7,6 @@ TensorFlow makes from the forward one: the recurrences bring gradients of their 
 left that it could not differentiate.
 """
 
-import functools
-
 import keras
 import tensorflow as tf
 from keras_xlstm.backends.tensorflow.tracing import exported_to
@@ -22,7 +20,8 @@ def block_runners(blocks):
 
 
 def _runner():
-    """A function of a block and the arguments of its `_run`."""
+    """A function of a block and the arguments of its `_run`; without `states`, which nobody reads
+    then: their gradients are zeros, and XLA would add them up."""
     last = {}  # of those alike: any of them may be the one that is traced
 
     def compute(kind, trained, states, weights, arguments):
@@ -44,8 +43,6 @@ def _runner():
         weights = [tf.convert_to_tensor(variable._value) for variable in block.weights]
         return compiled(kind, trained, states, weights, arguments)
 
-    # Gradients of states that nobody reads are zeros, and XLA would add them up.
-    run.without_states = functools.partial(run, states=False)
     return run
 
 
@@ -74,4 +71,4 @@ def _kind(block):
         for layer in block._flatten_layers()
     ]
     shapes = [(tuple(variable.shape), variable.dtype) for variable in block.weights]
-    return repr((block.implementation, configs, shapes))
+    return repr((block._implementation, configs, shapes))

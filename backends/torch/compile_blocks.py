@@ -28,7 +28,7 @@ def _runner(template):
     cells = compute.__closure__
     compiled = torch.compile(types.FunctionType(code, globals(), code.co_name, None, cells))
 
-    def run(block, *arguments):
+    def run(block, *arguments, states=True):
         if arguments[0].device.type == "meta" or exporting():  # Keras works out shapes
             return block._run(*arguments)
         # Not .value, which would cast them for the block's policy one by one.

@@ -4,6 +4,7 @@ them than they run.
 
 import contextlib
 
+import keras
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
@@ -15,8 +16,37 @@ def can_capture(tensor):
     return tensor.device.type == "cuda"
 
 
+class CapturedGraph:
+    """A CUDA graph of `function(*inputs)`, with a buffer for every tensor that goes in.
+
+    The function runs on the buffers, and may write into them what the next replay is to read.
+    """
+
+    def __init__(self, function, *inputs):
+        inputs = keras.tree.map_structure(lambda x: None if x is None else x.clone(), inputs)
+        self.buffers = keras.tree.flatten(inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        with _capture(self._graph):
+            self._run(function, inputs)
+
+    def _run(self, function, inputs):
+        with NumbersAsKernels():
+            self._outputs = function(*inputs)
+
+    @torch.no_grad()
+    def replay(self, inputs):
+        """The function's outputs for new inputs, flat; None stands for what is in a buffer."""
+        for buffer, value in zip(self.buffers, inputs, strict=True):
+            if value is not None:
+                buffer.copy_(value)
+        self._graph.replay()
+        return keras.tree.map_structure(
+            lambda x: x.clone() if isinstance(x, torch.Tensor) else x, self._outputs
+        )
+
+
 @contextlib.contextmanager
-def capture(graph):
+def _capture(graph):
     """What runs inside is not run, but recorded as this CUDA graph."""
     stream = torch.cuda.current_stream()
     draws = torch.cuda.default_generators[stream.device_index]

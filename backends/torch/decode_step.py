@@ -7,7 +7,7 @@ import weakref
 
 import keras
 import torch
-from keras_xlstm.backends.torch.cuda_graph import NumbersAsKernels, can_capture, capture
+from keras_xlstm.backends.torch.cuda_graph import CapturedGraph, NumbersAsKernels, can_capture
 
 _KEPT = 4  # recordings of one function: each has its own state and scratch memory
 _log = logging.getLogger("keras_xlstm")
@@ -23,32 +23,32 @@ class CapturedDecodeStep:
 
     def __init__(self, function, variables, required):
         self._function, self._variables, self._required = function, variables, required
-        self._graphs = collections.OrderedDict()
+        self._steps = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, state, *tensors):
         if not can_capture(tensors[0]):
             return self._function(state, *tensors)
         with self._lock:
-            graph = self._graph_for(state, tensors)
-            if graph is None:
+            step = self._step_for(state, tensors)
+            if step is None:
                 with NumbersAsKernels():
                     return self._function(state, *tensors)
-            return graph.replay(state, tensors)
+            return step.replay(state, tensors)
 
-    def _graph_for(self, state, tensors):
+    def _step_for(self, state, tensors):
         """The one for this state, made if need be; None where there is none yet, or cannot be."""
         if isinstance(state, _Held):
-            return state.graph
+            return state.step
         key = self._key(state, tensors)
-        if key not in self._graphs:
-            self._graphs[key] = None  # the kernels are compiled and tuned by a run
-            while len(self._graphs) > _KEPT:
-                self._graphs.popitem(last=False)
+        if key not in self._steps:
+            self._steps[key] = None  # the kernels are compiled and tuned by a run
+            while len(self._steps) > _KEPT:
+                self._steps.popitem(last=False)
             return None
-        if self._graphs[key] is None:
-            self._graphs[key] = self._captured(state, tensors)
-        return self._graphs[key] or None
+        if self._steps[key] is None:
+            self._steps[key] = self._captured(state, tensors)
+        return self._steps[key] or None
 
     def _key(self, state, tensors):
         """What a recording holds fast: shapes, the stream, and where the weights lie."""
@@ -59,7 +59,7 @@ class CapturedDecodeStep:
 
     def _captured(self, state, tensors):
         try:
-            return CapturedGraph(self._function, state, tensors)
+            return _CapturedStep(self._function, state, tensors)
         except RuntimeError as error:
             if self._required:
                 raise RuntimeError(
@@ -70,52 +70,43 @@ class CapturedDecodeStep:
             return False
 
 
-class CapturedGraph:
-    """A CUDA graph with buffers for all that goes in and out; new state goes where the old was."""
+class _CapturedStep:
+    """A graph of the step, in which new state goes where the old was."""
 
     def __init__(self, function, state, tensors):
-        self._structure = keras.tree.map_structure(lambda x: None, state)
-        self._state = [x.clone() for x in keras.tree.flatten(state)]
-        self._tensors = [x.clone() for x in tensors]
-        self._holder = lambda: None
-        self._graph = torch.cuda.CUDAGraph()
-        with capture(self._graph):
-            self._step(function)
-
-    def _step(self, function):
-        with NumbersAsKernels():
-            state = keras.tree.pack_sequence_as(self._structure, self._state)
-            self._output, new = function(state, *self._tensors)
-            ours = {x.untyped_storage().data_ptr() for x in self._state}
+        def advance(state, *tensors):
+            output, new = function(state, *tensors)
+            buffers = keras.tree.flatten(state)
+            ours = {x.untyped_storage().data_ptr() for x in buffers}
             # A new state may be a part of an old one, which must be read before it is overwritten.
             new = [
                 x.clone() if x.untyped_storage().data_ptr() in ours else x
                 for x in keras.tree.flatten(new)
             ]
-            for buffer, value in zip(self._state, new, strict=True):
+            for buffer, value in zip(buffers, new, strict=True):
                 buffer.copy_(value)
+            return output
+
+        self._graph = CapturedGraph(advance, state, *tensors)
+        self._state = self._graph.buffers[: len(keras.tree.flatten(state))]
+        self._holder = lambda: None
 
     @torch.no_grad()
     def replay(self, state, tensors):
-        holder = self._holder()
+        holder, given = self._holder(), [None] * len(self._state)
         if holder is None or holder is not state:
             if holder is not None:  # another text, which may go on later
                 holder.tensors = [x.clone() for x in self._state]
             given = state.tensors if isinstance(state, _Held) else keras.tree.flatten(state)
-            for buffer, value in zip(self._state, given, strict=True):
-                buffer.copy_(value)
             if not isinstance(state, _Held):
                 state = _Held(self)
             state.tensors = None
             self._holder = weakref.ref(state)
-        for buffer, value in zip(self._tensors, tensors, strict=True):
-            buffer.copy_(value)
-        self._graph.replay()
-        return self._output.clone(), state
+        return self._graph.replay([*given, *tensors]), state
 
 
 class _Held:
     """The state that lies in a recording's buffers, or in `tensors` while another one does."""
 
-    def __init__(self, graph):
-        self.graph, self.tensors = graph, None
+    def __init__(self, step):
+        self.step, self.tensors = step, None

@@ -28,7 +28,7 @@ class _Block(_Weights):
     def __init__(self, block):
         super().__init__(block.weights)
 
-    def forward(self, block, *arguments):
+    def forward(self, block, *arguments, states=True):
         with keras.StatelessScope(self.values()):
             y, state = block._run(*arguments)
         return y, [s.clone() for s in state]  # no views: FSDP2 warns of them
@@ -52,14 +52,10 @@ class Sharded(_Weights):
     def forward(self, inputs, training=True):
         (model,) = self._model
         states = [(v, v.value) for v in self._states]  # of random draws
-        for block, module in zip(model.blocks, self.blocks, strict=True):
-            block.runner = module.__call__  # Keras would track a module
-        try:
+        # Not the modules themselves, which Keras would track.
+        with model._run_by([module.__call__ for module in self.blocks]):
             with keras.StatelessScope(self.values() + states) as scope:
                 outputs = model(inputs, training=training)
-        finally:
-            for block in model.blocks:
-                block.runner = None
         for v in self._states:
             v.assign(scope.get_current_value(v))
         return outputs

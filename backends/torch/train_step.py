@@ -12,7 +12,7 @@ import logging
 import keras
 import numpy as np
 import torch
-from keras_xlstm.backends.torch.cuda_graph import NumbersAsKernels, can_capture, capture
+from keras_xlstm.backends.torch.cuda_graph import CapturedGraph, NumbersAsKernels, can_capture
 from keras_xlstm.backends.torch.products import token_losses
 from torch.overrides import TorchFunctionMode
 
@@ -97,7 +97,7 @@ class CapturedTrainStep:
         data = keras.tree.map_structure(lambda x: _sent(x, weight.device), data)
         graph = None if self._refused else self._graph_for(step, data)
         if graph is not None:
-            return graph.replay(data)
+            return graph.replay(keras.tree.flatten(data))
         draws = self._draws()
         with NumbersAsKernels():
             logs = step(data)
@@ -127,7 +127,8 @@ class CapturedTrainStep:
         if optimizer.gradient_accumulation_steps:
             return self._refuse("The optimizer decides on the host whether a step is an update.")
         try:
-            self._graphs[key] = CapturedBatch(self._model, step, data)
+            self._model.zero_grad()  # the last step's are not kept beside this one's
+            self._graphs[key] = CapturedGraph(step, data)
         except RuntimeError as error:
             self._refuse(error)
         return self._graphs.get(key)
@@ -137,31 +138,6 @@ class CapturedTrainStep:
         stream = torch.cuda.current_stream().cuda_stream
         places = [v._value.data_ptr() for v in self._variables]
         return stream, places, [v.trainable for v in self._variables]
-
-
-class CapturedBatch:
-    """A CUDA graph of a training step, with buffers for the batch and the logs."""
-
-    def __init__(self, model, step, data):
-        self._data = keras.tree.map_structure(lambda x: None if x is None else x.clone(), data)
-        model.zero_grad()  # the last step's are not kept beside this one's
-        self._graph = torch.cuda.CUDAGraph()
-        with capture(self._graph):
-            self._step(step)
-
-    def _step(self, step):
-        with NumbersAsKernels():
-            self._logs = step(self._data)
-
-    @torch.no_grad()
-    def replay(self, data):
-        for buffer, x in zip(*map(keras.tree.flatten, (self._data, data)), strict=True):
-            if x is not None:
-                buffer.copy_(x)
-        self._graph.replay()
-        return keras.tree.map_structure(
-            lambda x: x.clone() if isinstance(x, torch.Tensor) else x, self._logs
-        )
 
 
 class _Feeding(TorchFunctionMode):

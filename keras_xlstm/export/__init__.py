@@ -106,7 +106,7 @@ def export_model(
     with backends.use("native"), contextlib.ExitStack() as plain:
         for part in model._flatten_layers():
             if isinstance(part, StackModel):
-                plain.enter_context(part._plain_blocks())
+                plain.enter_context(part._run_by())
         for part, (traced, names) in models.items():
             write(backend, format, traced, names, str(paths[part]))
     return {part: str(path) for part, path in paths.items()}

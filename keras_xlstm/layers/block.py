@@ -1,7 +1,5 @@
 """What the residual blocks share: the call, states, masks, recomputation, sub-layers."""
 
-from functools import partial
-
 import keras
 from keras import ops
 
@@ -20,6 +18,11 @@ from keras_xlstm.validation import (
 )
 
 
+def run_plain(block, *arguments, states=True):
+    """`block._run(*arguments)`; `states`: whether anybody reads the new state."""
+    return block._run(*arguments)
+
+
 class Block(StateLayer):
     """(B, T, D) to (B, T, D), with a carried state.
 
@@ -28,8 +31,9 @@ class Block(StateLayer):
     included, and the new state; `dropped` is None or a dropout mask of x's shape.
     """
 
-    # What runs in place of `_run`, if not None (the backends' compile_blocks.py, torch's fsdp.py).
-    runner = None
+    # What runs `_run`: this, or compiled (the backends' compile_blocks.py), or with weights that
+    # other processes hold (torch's fsdp.py).
+    runner = staticmethod(run_plain)
 
     def __init__(
         self,
@@ -100,7 +104,7 @@ class Block(StateLayer):
             )
 
     @property
-    def implementation(self):
+    def _implementation(self):
         """What `use_kernel`, or the user around this call, asks of the op."""
         return backends.prefer(self.use_kernel)
 
@@ -176,13 +180,11 @@ class Block(StateLayer):
             dropped = self._drawn(ops.shape(x), self.dropout, x.dtype)
 
         return_state = self.return_state if return_state is None else return_state
-        compute = self._run
-        if (runner := self.runner) is not None:
-            runner = runner if return_state else getattr(runner, "without_states", runner)
-            compute = partial(runner, self)
+        runner = self.runner
 
         def run(x, *state):
-            y, state = compute(x, list(state) or None, mask, segment_ids, dropped)
+            arguments = x, list(state) or None, mask, segment_ids, dropped
+            y, state = runner(self, *arguments, states=return_state)
             return (ops.cast(y, self.compute_dtype), *state)
 
         outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *(state or ()))

@@ -176,7 +176,7 @@ class xLSTMLargeBlock(Block):
             segment_ids=segment_ids,
             return_state=True,
             input_gate="exp" if self.input_gate_activation == "exponential" else "sigmoid",
-            implementation=self.implementation,
+            implementation=self._implementation,
         )
         h = self.head_norm(ops.reshape(h, (batch, time, self.values)))
         y = self.output_projection(h * ops.sigmoid(backends.fusion_barrier(gate)))

@@ -188,7 +188,7 @@ class mLSTMBlock(Block):
             segment_ids=segment_ids,
             return_state=True,
             input_gate="exp" if self.input_gate_activation == "exponential" else "sigmoid",
-            implementation=self.implementation,
+            implementation=self._implementation,
         )
         h = self.head_norm(ops.reshape(h, (batch, time, self.inner)))
         h = h + ops.cast(self.skip, self.compute_dtype) * convolved

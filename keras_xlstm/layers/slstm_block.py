@@ -190,7 +190,7 @@ class sLSTMBlock(Block):
             return_state=True,
             forget_gate="exp" if self.forget_activation == "exponential" else "sigmoid",
             recurrent_gradient_clip=self.recurrent_gradient_clip,
-            implementation=self.implementation,
+            implementation=self._implementation,
         )
         y = ops.reshape(h, (batch, time, self.dim))
         x = x + self.head_norm(y if dropped is None else y * dropped)

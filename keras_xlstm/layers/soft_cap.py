@@ -35,12 +35,12 @@ class SoftCap(keras.layers.Layer):
         super().__init__(**kwargs)
         self.cap = check_cap("cap", cap)
         self.supports_masking = True
-        self.compute = soft_cap  # or the same, compiled: models/stack.py
+        self.runner = soft_cap  # or the same, compiled: models/training.py
 
     def call(self, inputs):
         # Apart from the products around it: XLA would make its gradient part of theirs, in kernels
         # slower than the library's.
-        return self.compute(backends.fusion_barrier(inputs), self.cap)
+        return self.runner(backends.fusion_barrier(inputs), self.cap)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm.layers.block import run_plain
 from keras_xlstm.models import sampling
 
 
@@ -208,7 +209,7 @@ class Generates:
         variables = list(self.variables)
         compiles = backends.captured_train_step is not None and jit_compile is not False
         if jit_compile == "auto":
-            compiles = compiles and self.blocks[0].runner is not None
+            compiles = compiles and self.blocks[0].runner is not run_plain
         key = (greedy, top_k, nucleus, jit_compile, compiles, backends.prefer("auto"))
         ids = [id(variable) for variable in variables]
         of, kept = self.__dict__.get("_generation", (None, {}))
@@ -216,7 +217,7 @@ class Generates:
             kept = {}
             self.__dict__["_generation"] = ids, kept
         if key not in kept:
-            advance = self._by_runners() if compiles else self._plainly
+            runners = backends.block_runners(self.blocks) if compiles else None
 
             def choose(features, draw, temperature, top_p):
                 logits = ops.cast(self.logits(features), "float32")
@@ -224,12 +225,12 @@ class Generates:
                 return sampling.choose(logits, None if greedy else draw, temperature, top_k, p)
 
             def prefill(state, tokens, mask, last, *drawing):
-                features, state = self._plainly(tokens, state, mask)
+                features, state = self._features(tokens, state, mask)
                 features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
                 return choose(features, *drawing), state
 
             def step(state, tokens, *drawing):
-                features, state = advance(tokens[:, None], state)
+                features, state = self._features(tokens[:, None], state, None, runners)
                 return choose(features[:, 0], *drawing), state
 
             kept[key] = [
@@ -238,24 +239,10 @@ class Generates:
             ]
         return kept[key]
 
-    def _by_runners(self):
-        """`run` of a single step, with one block of each kind compiled for all of them."""
-        runners = backends.block_runners(self.blocks)
-
-        def run(token_ids, state):
-            x, new = self.get_layer("embedding")(token_ids), []
-            for block, before in zip(self.blocks, state, strict=True):
-                # Not by the layer's call, which takes longer than what it calls.
-                x = ops.cast(x, block.compute_dtype)
-                x, after = runners[type(block)](block, x, list(before), None, None, None)
-                new.append(list(after))
-            x = ops.cast(x, block.compute_dtype)
-            return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new
-
-        return run
-
-    def _plainly(self, *arguments):
-        """`run` without the blocks that `model.compile` compiled: to compile one for every length
-        of a prompt would take minutes."""
-        with self._plain_blocks():
-            return self.run(*arguments)
+    def _features(self, tokens, state, mask, runners=None):
+        """`run`, by `runners`, or without what `model.compile` compiled: to compile a block for
+        every length of a prompt would take minutes."""
+        if runners is not None:
+            return self._run_blocks(self.get_layer("embedding")(tokens), state, runners=runners)
+        with self._run_by():
+            return self.run(tokens, state, mask)

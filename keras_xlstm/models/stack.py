@@ -128,14 +128,21 @@ class StackModel(BlockTraining, keras.Model):
         """A fresh state: per block, a list of zeros. Its size does not depend on any length."""
         return [block.get_initial_state(batch_size) for block in self.blocks]
 
-    def _run_blocks(self, x, state, padding_mask=None, segment_ids=None, training=False):
+    def _run_blocks(self, x, state, padding_mask=None, segment_ids=None, runners=None):
+        """All blocks and the norm, from a state. By `runners`, {kind of block: runner}, without the
+        layers' own calls, which take longer than a single step's kernels."""
         new, blocks = [], self.blocks
         for block, before in zip(blocks, state or [None] * len(blocks), strict=True):
-            x, *after = block(
-                x, initial_state=before, mask=padding_mask, segment_ids=segment_ids,
-                training=training, return_state=True,
-            )  # fmt: skip
-            new.append(after)
+            if runners is None:
+                x, *after = block(
+                    x, initial_state=before, mask=padding_mask, segment_ids=segment_ids,
+                    training=False, return_state=True,
+                )  # fmt: skip
+            else:
+                x = ops.cast(x, block.compute_dtype)
+                x, after = runners[type(block)](block, x, list(before), None, None, None)
+                x = ops.cast(x, block.compute_dtype)
+            new.append(list(after))
         return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new
 
     # ------------------------------------------------------------------ adapting

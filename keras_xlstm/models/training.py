@@ -6,11 +6,17 @@ import functools
 import keras
 
 from keras_xlstm import backends
+from keras_xlstm.layers.block import run_plain
 from keras_xlstm.layers.soft_cap import SoftCap, soft_cap
 
 
 class BlockTraining:
-    """What a `keras.Model` with `blocks` does about `compile`."""
+    """What a `keras.Model` with `blocks` does about `compile`.
+
+    All that `compile` leaves behind, besides Keras's own: `runner` of each block and of `SoftCap`,
+    `_captured_step` here, `_token_losses` of the language model, and the method by which Adam and
+    AdamW update weights (`fuse_optimizer` of backends/framework.py).
+    """
 
     _captured_step = None  # on torch, the compiled training step
 
@@ -27,34 +33,34 @@ class BlockTraining:
         self._captured_step = backends.captured_train_step(self) if captured else None
         backends.fuse_optimizer(self.optimizer, captured)
         runners = backends.block_runners(self.blocks) if compiles else {}
-        self._set_runners([runners.get(type(block)) for block in self.blocks])
+        for block in self.blocks:
+            block.runner = runners.get(type(block), run_plain)
         for layer in self.layers:
             if isinstance(layer, SoftCap):
-                layer.compute = self._captured_step.compiled(soft_cap) if captured else soft_cap
-
-    def _set_runners(self, runners):
-        for block, runner in zip(self.blocks, runners, strict=True):
-            block.runner = runner
+                layer.runner = self._captured_step.compiled(soft_cap) if captured else soft_cap
 
     @contextlib.contextmanager
-    def _plain_blocks(self):
-        """Inside, blocks run without what `compile` compiled."""
-        runners = [block.runner for block in self.blocks]
-        self._set_runners([None] * len(runners))
+    def _run_by(self, runners=None):
+        """Inside, each block runs by one of these; without them, as if it were not compiled."""
+        blocks = self.blocks
+        before = [block.runner for block in blocks]
         try:
+            for block, runner in zip(blocks, runners or [run_plain] * len(blocks), strict=True):
+                block.runner = runner
             yield
         finally:
-            self._set_runners(runners)
+            for block, runner in zip(blocks, before, strict=True):
+                block.runner = runner
 
     def export(self, *args, **kwargs):
         """`keras.Model.export`, of the model with its main input alone, unless `input_signature`
         is a dict that names the others."""
-        with self._plain_blocks():
+        with self._run_by():
             return super().export(*args, **kwargs)
 
     def stateless_call(self, *args, **kwargs):
         """`keras.Model.stateless_call`."""
-        with self._plain_blocks():  # they read the variables' own values
+        with self._run_by():  # they read the variables' own values
             return super().stateless_call(*args, **kwargs)
 
     def make_train_function(self, *args, **kwargs):
