@@ -23,6 +23,7 @@ import numpy as np
 from keras import ops
 from keras_xlstm.backends import reference
 from keras_xlstm.backends.log_space import framework, size
+from keras_xlstm.backends.mixing import block_diagonal  # noqa: F401 for layers
 
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 

@@ -84,6 +84,12 @@ def multiplies_inside(batch, time, features, units):
 joined_heads = 128
 
 
+def joined_blocks():
+    """Up to what width a projection in blocks is one product with zeros between them: on CPUs
+    XLA turns x and y for one product a block, which takes longer than operations on zeros."""
+    return 512 if device.platform() == "cpu" else 0
+
+
 def alone_on_device():
     """Whether no other device holds some of the heads."""
     return keras.distribution.distribution() is None

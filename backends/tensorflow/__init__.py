@@ -54,6 +54,11 @@ def multiplies_inside(batch, time, features, units):
 joined_heads = 128
 
 
+def joined_blocks():
+    """Up to what width a projection in blocks is one product with zeros between them."""
+    return 0 if _on_gpu() else 128
+
+
 def alone_on_device():
     """Whether no other device holds some of the heads."""
     return True

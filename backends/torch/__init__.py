@@ -64,6 +64,11 @@ def multiplies_inside(batch, time, features, units):
 joined_heads = 0
 
 
+def joined_blocks():
+    """Up to what width a projection in blocks is one product with zeros between them."""
+    return 0
+
+
 def alone_on_device():
     """Whether no other device holds some of the heads."""
     return True
