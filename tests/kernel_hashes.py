@@ -29,7 +29,7 @@ TORCH = [
     "80:300:float32", "80:64:bfloat16", "80:192:bfloat16",
     "100:128/256:bfloat16", "100:64:float32", "100:128:float32", "100:200:bfloat16",
     "100:64:float16", "100:288:bfloat16",
-    "gfx942:64/128:bfloat16", "gfx942:64:float32", "gfx942:192:bfloat16",
+    "gfx942:64/128:bfloat16", "gfx942:64:bfloat16", "gfx942:192:bfloat16",
 ]  # fmt: skip
 # Every kernel on sm_90, and those of other GPUs on sm_80.
 QUICK_TORCH = [
