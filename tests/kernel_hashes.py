@@ -9,7 +9,7 @@ leaves out the kernels' names, so that they may change.
 
 The Triton kernels are compiled from what PyTorch would launch (compile_kernels.py) and from what
 jaxlib would launch (lower_for_hopper.py), in the order of the launches. Compiled code is not taken
-from Triton's cache.
+from Triton's cache. All of it takes four minutes of one core, --quick one and a half.
 """
 
 import hashlib
@@ -58,11 +58,10 @@ def digest(*parts):
 
 def stripped(code, name):
     """PTX or GCN assembly of the kernel `name` without names, lines and comments."""
-    code = re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", "kernel", code)
+    code = re.sub(rf"(?:\b|(?<=\.L)){re.escape(name)}(?=\b|_param_)", "kernel", code)
     code = re.split(r"\.section\s+\.debug", code)[0]
-    lines = (re.sub(r"//.*|;.*$", "", line) if ";" in line[:2] else line.split("//")[0]
-             for line in code.splitlines())  # fmt: skip
-    lines = (line.rstrip() for line in lines)
+    comment = ";" if ".amdgcn_target" in code else "//"
+    lines = (line.split(comment)[0].rstrip() for line in code.splitlines())
     return "\n".join(x for x in lines if x and not re.match(r"\s*\.(loc|file|ident)\b", x))
 
 
