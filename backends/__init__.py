@@ -28,18 +28,18 @@ from keras_xlstm.backends.mixing import block_diagonal  # noqa: F401 for layers
 __all__ = ["available", "compiled", "mlstm", "prefer", "slstm", "use"]
 
 compiled, split_gate_and_up = framework.compiled, framework.split_gate_and_up
-fusion_barrier = getattr(framework, "apart", lambda x: x)
+fusion_barrier = getattr(framework, "fusion_barrier", lambda x: x)
 matmul = getattr(framework, "matmul", ops.matmul)
 # x (B, T, D) by a float32 kernel (D, 2, H), H small, where that has a faster way than two products.
-float32_gate_product = getattr(framework, "narrow_product", None)
+float32_gate_product = getattr(framework, "float32_gate_product", None)
 # x and a kernel whose product the compiler must not join with others of x.
-keep_unfused = getattr(framework, "alone", None)
+keep_unfused = getattr(framework, "keep_unfused", None)
 # Cross-entropy of every token by fewer passes than Keras's, where compiled with all around it.
 token_losses = getattr(framework, "token_losses", None)
 # Marks a function that tf.function must trace as it stands.
-no_autograph = getattr(framework, "as_written", lambda function: function)
+no_autograph = getattr(framework, "no_autograph", lambda function: function)
 # Equal for tensors that need no converting and are alike in sizes and dtypes; None for all others.
-signature = getattr(framework, "alike", lambda *tensors: None)
+signature = getattr(framework, "signature", lambda *tensors: None)
 # A NumPy array as a tensor, bfloat16 too, that may keep its memory.
 tensor = getattr(framework, "tensor", ops.convert_to_tensor)
 
@@ -122,7 +122,7 @@ def part(name):
 
 def _not_preferred(op, implementation, **call):
     """Why this implementation is better not picked, though it can run."""
-    not_preferred = getattr(_implementations[implementation][op], "unwise", None)
+    not_preferred = getattr(_implementations[implementation][op], "not_preferred", None)
     return not_preferred and not_preferred(**call)
 
 

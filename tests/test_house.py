@@ -15,7 +15,7 @@ LIMITS = {
     "core": 6500,
     "tools": 1764,
     "wing": 9596,
-    "tests": 12_441,
+    "tests": 12_434,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 185,
     "longest other function": 116,
