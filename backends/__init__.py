@@ -23,6 +23,7 @@ from keras import ops
 from keras_xlstm.backends import reference
 from keras_xlstm.backends.framework import framework as active
 from keras_xlstm.backends.framework import load
+from keras_xlstm.backends.mixing import block_diagonal  # noqa: F401 for layers
 
 __all__ = ["available", "use"]
 
@@ -207,12 +208,12 @@ def reads_once(k, v, implementation):
     return _choose("mlstm", implementation, q=k, v=v, chunk_size=None) in ("native", "xla")
 
 
-def mlstm_last(q, k, v, i, f, state, input_gate, eps):
+def mlstm_last(q, k, v, i, f, state, *options):
     """`reference.mlstm_last` for tensors of any dtype."""
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))
-    h, state = reference.mlstm_last(q, k, v, i, f, state, input_gate, eps)
+    h, state = reference.mlstm_last(q, k, v, i, f, state, *options)
     return ops.cast(h, dtype), state
 
 

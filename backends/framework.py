@@ -65,6 +65,7 @@ class Contract:
     def chunk_size(key_dim, value_dim, time): ...  # steps that the mLSTM computes at once
     # Whether the sLSTM's loop had better multiply x by the input kernel step by step.
     def multiplies_inside(batch, time, features, units): ...
+    def joined_blocks(): ...  # up to what width a product in blocks is one with zeros between
     def alone_on_device(): ...  # whether no other device holds some of the heads
 
     # Products and sums.

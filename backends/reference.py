@@ -285,14 +285,16 @@ def mlstm(
     return h[:, :T], tuple(state)
 
 
-def mlstm_last(q, k, v, i, f, state, input_gate, eps):
+def mlstm_last(q, k, v, i, f, state, input_gate, eps, return_state=True):
     """mLSTM read once, after the last step: a sum over all steps, without a loop.
+
+    h is a sum of v by weights, so that the memory C is worked out only where it is asked for.
 
     Args:
         q: (B, H, K), of the read. The others as in `mlstm`; there are no segments.
 
     Returns:
-        h (B, H, V) and the last (C, n, m).
+        h (B, H, V) and the last (C, n, m), or None without `return_state`.
     """
     i = framework.log_sigmoid(i) if input_gate == "sigmoid" else i
     log_f = framework.log_sigmoid(f)
@@ -314,15 +316,21 @@ def mlstm_last(q, k, v, i, f, state, input_gate, eps):
     m_whole = ops.round(m)
     m_rest = m - m_whole
     w = ops.exp((log_w - m_whole[:, None]) + (log_w_rest - m_rest[:, None]))
-    k = k * w[..., None]
-    new_C = ops.einsum("bthk,bthv->bhkv", k, v)
-    new_n = ops.sum(k, axis=1)
+    q = q * q.shape[-1] ** -0.5
+    s = w * ops.einsum("bhk,bthk->bth", q, k)
+    r = ops.sum(s, axis=1)
+    h = ops.einsum("bth,bthv->bhv", s, v)
     if state is not None:
         through = ops.exp((m_in - m_whole) + (m_in_rest - m_rest))
+        r = r + through * ops.sum(q * n, axis=-1)
+        h = h + through[..., None] * ops.squeeze(q[..., None, :] @ C, -2)
+    h = h / bound(r, m, eps)[..., None]
+    if not return_state:
+        return h, None
+    k = k * w[..., None]
+    new_C, new_n = ops.einsum("bthk,bthv->bhkv", k, v), ops.sum(k, axis=1)
+    if state is not None:
         new_C, new_n = new_C + through[..., None, None] * C, new_n + through[..., None] * n
-    q = q * q.shape[-1] ** -0.5
-    r = ops.sum(q * new_n, axis=-1)
-    h = ops.squeeze(q[..., None, :] @ new_C, -2) / bound(r, m, eps)[..., None]
     return h, (new_C, new_n, reported(m))
 
 

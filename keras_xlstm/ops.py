@@ -155,16 +155,19 @@ def _left_out(mask, i, f, tensors):
     return i, f, [ops.where(real[..., None], x, ops.zeros_like(x)) for x in tensors]
 
 
-def mlstm_last(q, k, v, i, f, initial_state=None, mask=None, input_gate="exp", eps=1e-6):
+def mlstm_last(
+    q, k, v, i, f, initial_state=None, mask=None, input_gate="exp", eps=1e-6, return_state=True
+):
     """`(h, state)` of `mlstm` after the last real step alone, for q (B, H, K) of that step; from
-    layers, which have checked the rest, where `backends.reads_once` says so."""
+    layers, which have checked the rest, where `backends.reads_once` says so. The state is None
+    without `return_state`."""
     state = None
     if initial_state is not None:
         shapes = {"C": ("B", "H", "K", "V"), "n": ("B", "H", "K"), "m": ("B", "H")}
         state = states_of(initial_state, shapes, {})
     if mask is not None:
         i, f, (k, v) = _left_out(mask, i, f, (k, v))
-    return backends.mlstm_last(q, k, v, i, f, state, input_gate, eps)
+    return backends.mlstm_last(q, k, v, i, f, state, input_gate, eps, return_state)
 
 
 @backends.no_autograph

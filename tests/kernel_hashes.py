@@ -9,7 +9,7 @@ leaves out the kernels' names, so that they may change.
 
 The Triton kernels are compiled from what PyTorch would launch (compile_kernels.py) and from what
 jaxlib would launch (lower_for_hopper.py), in the order of the launches. Compiled code is not taken
-from Triton's cache.
+from Triton's cache. All of it takes four minutes of one core, --quick one and a half.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ TORCH = [
     "80:300:float32", "80:64:bfloat16", "80:192:bfloat16",
     "100:128/256:bfloat16", "100:64:float32", "100:128:float32", "100:200:bfloat16",
     "100:64:float16", "100:288:bfloat16",
-    "gfx942:64/128:bfloat16", "gfx942:64:float32", "gfx942:192:bfloat16",
+    "gfx942:64/128:bfloat16", "gfx942:64:bfloat16", "gfx942:192:bfloat16",
 ]  # fmt: skip
 # Every kernel on sm_90, and those of other GPUs on sm_80.
 QUICK_TORCH = [
@@ -58,11 +58,10 @@ def digest(*parts):
 
 def stripped(code, name):
     """PTX or GCN assembly of the kernel `name` without names, lines and comments."""
-    code = re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", "kernel", code)
+    code = re.sub(rf"(?:\b|(?<=\.L)){re.escape(name)}(?=\b|_param_)", "kernel", code)
     code = re.split(r"\.section\s+\.debug", code)[0]
-    lines = (re.sub(r"//.*|;.*$", "", line) if ";" in line[:2] else line.split("//")[0]
-             for line in code.splitlines())  # fmt: skip
-    lines = (line.rstrip() for line in lines)
+    comment = ";" if ".amdgcn_target" in code else "//"
+    lines = (line.split(comment)[0].rstrip() for line in code.splitlines())
     return "\n".join(x for x in lines if x and not re.match(r"\s*\.(loc|file|ident)\b", x))
 
 

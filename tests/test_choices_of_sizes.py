@@ -1,6 +1,7 @@
 """What the native forms choose by sizes, each against the float64 oracle: products inside the
 sLSTM's loop, heads as one kernel, and the mLSTM read once after the last step."""
 
+import keras
 import numpy as np
 import oracle
 import pytest
@@ -11,6 +12,7 @@ from tools import BACKEND, array, assert_close, tensor, vjp
 from keras_xlstm import backends
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.layers import mLSTM
+from keras_xlstm.layers.projections import BlockDiagonal
 
 B, T, F = 3, 11, 4
 inside = pytest.mark.skipif(
@@ -200,3 +202,43 @@ def test_chunks_follow_the_size_of_a_memory():
     sizes = {key: 64 for key in sizes} if BACKEND == "torch" else sizes
     for key, want in sizes.items():
         assert reference.framework.chunk_size(*key) == want, key
+
+
+def test_projections_in_blocks(rng, monkeypatch):
+    """One product with zeros between blocks, with its gradient."""
+    monkeypatch.setattr(reference.framework, "joined_blocks", lambda: 12)
+    x, dy = (rng.normal(size=(B, T, 12)) for _ in range(2))
+    W = rng.normal(size=(3, 4, 4))
+    (y,), (dx, dW) = vjp(
+        lambda x, W: (backends.block_diagonal(x, W),), [tensor(x), tensor(W)], [tensor(dy)]
+    )
+    x, dy = x.reshape(B, T, 3, 4), dy.reshape(B, T, 3, 4)
+    assert_close(array(y), np.einsum("bthi,hio->btho", x, W).reshape(B, T, 12), 1e-6)
+    assert_close(array(dx), np.einsum("btho,hio->bthi", dy, W).reshape(B, T, 12), 1e-6)
+    assert_close(array(dW), np.einsum("bthi,btho->hio", x, dy), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
+@pytest.mark.parametrize("joined", [0, 12])
+def test_layer_of_projections_in_blocks(joined, dtype, rng, monkeypatch):
+    """Also with low-rank updates, which are EinsumDense's own."""
+    monkeypatch.setattr(reference.framework, "joined_blocks", lambda: joined)
+    layer = BlockDiagonal(3, 4, True, bias_initializer="normal", dtype=dtype)
+    layer.build((None, None, 3, 4))
+    x = tensor(rng.normal(size=(B, T, 3, 4)), layer.compute_dtype)
+
+    def check():
+        want = np.einsum("bthi,hio->btho", as_float32(x), as_float32(layer.kernel))
+        y = layer(x)
+        assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
+        tolerance = 1e-2 if "bfloat16" in dtype else 1e-6
+        assert_close(as_float32(y), want + as_float32(layer.bias), tolerance)
+
+    check()
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(np.full(layer.lora_kernel_b.shape, 0.5))
+    check()
+
+
+def as_float32(x):
+    return array(keras.ops.cast(x, "float32"))

@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 6567,
+    "core": 6635,
     "tools": 1764,
-    "wing": 9587,
-    "tests": 12_571,
+    "wing": 9596,
+    "tests": 12_616,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 185,
     "longest other function": 116,

@@ -76,6 +76,11 @@ def multiplies_inside(batch, time, features, units):
     return known and sizes.multiplies_inside(batch, time, features, units)
 
 
+def joined_blocks():
+    # On CPUs XLA turns x and y for one product a block, which takes longer than work on zeros.
+    return 512 if device.platform() == "cpu" else 0
+
+
 def alone_on_device():
     return keras.distribution.distribution() is None
 

@@ -48,6 +48,10 @@ def multiplies_inside(batch, time, features, units):
     return sizes.multiplies_inside(batch or 32, time, features, units)
 
 
+def joined_blocks():
+    return 0 if _on_gpu() else 128
+
+
 def alone_on_device():
     return True
 

@@ -6,7 +6,7 @@ from keras import ops
 from keras_xlstm import backends, initializers
 from keras_xlstm.layers.base import StateLayer, plain
 from keras_xlstm.layers.norms import LayerNormalization
-from keras_xlstm.layers.projections import Gate
+from keras_xlstm.layers.projections import BlockDiagonal, Gate
 from keras_xlstm.masks import mask_and_segments, steps_mask
 from keras_xlstm.validation import (
     check_flag,
@@ -268,10 +268,10 @@ def dense(block, name, width, units, use_bias=False, initializer=None, offset=0)
 
 def block_diagonal(block, name, blocks, size, use_bias, offset):
     """A built projection (B, T, blocks, size) to the same, each of the blocks by itself."""
-    layer = keras.layers.EinsumDense(
-        "bthi,hio->btho",
-        output_shape=(None, blocks, size),
-        bias_axes="ho" if use_bias else None,
+    layer = BlockDiagonal(
+        blocks,
+        size,
+        use_bias,
         kernel_initializer=block._initializer(block.kernel_initializer, offset),
         dtype=block.dtype_policy,
         name=name,

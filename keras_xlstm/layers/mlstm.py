@@ -229,7 +229,7 @@ class mLSTM(Recurrent):
             if layer is not None:
                 layer.build((None, None, width))
 
-    def _run(self, sequences, state, mask, scale):
+    def _run(self, sequences, state, mask, scale, return_state):
         steps = ops.shape(sequences)[:2]  # not of what Dense made: tf2onnx takes that for rows
 
         def heads(x, size):
@@ -248,16 +248,18 @@ class mLSTM(Recurrent):
         implementation = backends.prefer(self.use_kernel)
         if not self.return_sequences and backends.reads_once(k, v, implementation):
             x, any_real = newest(sequences, mask)
-            h, state = xlstm_ops.mlstm_last(heads(self.query(x), self._K), *arguments, **options)
+            h, state = xlstm_ops.mlstm_last(
+                heads(self.query(x), self._K), *arguments, **options, return_state=return_state
+            )
             h = self._output(h, x)
-            return h if any_real is None else ops.where(any_real, h, 0), list(state)
+            return h if any_real is None else ops.where(any_real, h, 0), state
         h, state = xlstm_ops.mlstm(
             heads(self.query(sequences), self._K), *arguments, **options,
             return_state=True, implementation=implementation,
         )  # fmt: skip
         h = self._output(h, sequences)
         h = h if mask is None else held(h, mask)
-        return h if self.return_sequences else h[:, -1], list(state)
+        return h if self.return_sequences else h[:, -1], state
 
     def _output(self, h, x):
         """What leaves the layer: h (..., H, V) normalised, and gated by the inputs x."""

@@ -44,3 +44,25 @@ def unfused_dense(x, *layers):
         return y + ops.cast(layer.bias, dtype) if layer.use_bias else y
 
     return [product(layer) for layer in layers]
+
+
+class BlockDiagonal(keras.layers.EinsumDense):
+    """(B, T, blocks, size) to the same, each of the blocks by a kernel of its own."""
+
+    def __init__(self, blocks, size, use_bias, **kwargs):
+        super().__init__(
+            "bthi,hio->btho",
+            output_shape=(None, blocks, size),
+            bias_axes="ho" if use_bias else None,
+            **kwargs,
+        )
+
+    def call(self, inputs, training=None):
+        y, shape = None, ops.shape(inputs)
+        if are_plain(self):
+            x = ops.reshape(inputs, (*shape[:2], inputs.shape[2] * inputs.shape[3]))
+            y = backends.block_diagonal(x, ops.cast(self.kernel, x.dtype))
+        if y is None:
+            return super().call(inputs, training=training)
+        y = ops.reshape(y, shape)
+        return y if self.bias is None else y + ops.cast(self.bias, y.dtype)

@@ -21,9 +21,10 @@ class Recurrent(StateLayer):
     """A layer over time with a carried state; subclasses bring the weights and the recurrence.
 
     A subclass sets `state_names`, and defines `_state_shapes(batch_size)`, `_build(dim)` and
-    `_run(sequences, state, mask, scale)`, which returns outputs (B, T, units) that repeat the last
-    real one at masked steps, without `return_sequences` their last (B, units); and the new state.
-    `scale` is what `_recurrent_scale` drew.
+    `_run(sequences, state, mask, scale, return_state)`, which returns outputs (B, T, units) that
+    repeat the last real one at masked steps, without `return_sequences` their last (B, units); and
+    the new state, or None where `return_state` does not ask for it. `scale` is what
+    `_recurrent_scale` drew.
 
     `keras.layers.RNN` cannot be the base: it has no place for a matrix state, casts states to the
     compute dtype and hides stateful variables from JAX.
@@ -172,9 +173,12 @@ class Recurrent(StateLayer):
             x = x * self._drawn(shape, self.dropout, x.dtype)
         scale = self._recurrent_scale(x) if training else None
 
+        return_state = self.return_state if return_state is None else return_state
+
         def run(x, *state):
-            y, state = self._run(x, list(state) or None, mask, scale)
-            return (y, *state)
+            needed = return_state or self.stateful
+            y, state = self._run(x, list(state) or None, mask, scale, needed)
+            return (y, *(state or ()))
 
         run = keras.remat(run) if self.remat and training else run
         outputs, *state = run(x, *(state or ()))
@@ -183,7 +187,6 @@ class Recurrent(StateLayer):
                 variable.assign(value)
         if self.return_sequences and self.zero_output_for_mask and mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, ops.zeros_like(outputs))
-        return_state = self.return_state if return_state is None else return_state
         return (outputs, *state) if return_state else outputs
 
     def _recurrent_scale(self, sequences):

@@ -167,7 +167,7 @@ class sLSTM(Recurrent):
         shape = (ops.shape(sequences)[0], *heads)
         return self._drawn(shape, self.recurrent_dropout, self.state_dtype)
 
-    def _run(self, sequences, state, mask, scale):
+    def _run(self, sequences, state, mask, scale, return_state):
         h, state = self.cell.run(sequences, state, mask, scale, self.use_kernel)
         if self.return_sequences:
             return h, state

@@ -189,7 +189,7 @@ def _states(s, x, z, w, through, rho, first, forward, processors):
     parts = x.shape[-1] // own["BX"] * (z.shape[-1] // own["BZ"])
     # Serial programs read and write least, but there must be enough of them.
     serial = not isinstance(s.BH, int) or 10 * s.BH * parts >= 9 * processors
-    return _inter_chunk().states(s, x, z, w, through, rho, first, forward, own, serial)
+    return _inter_chunk().chunk_states(s, x, z, w, through, rho, first, forward, own, serial)
 
 
 def _intra_chunk_in_role(s, role, segments, **arrays):
