@@ -14,7 +14,7 @@ LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
     "core": 6500,
     "tools": 1764,
-    "wing": 9596,
+    "wing": 9442,
     "tests": 12_441,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 185,
