@@ -32,11 +32,7 @@ class Compiler:
         self.target, self.seen = target, {}
         self.launches = []  # (name, step, what Triton compiled), in order
 
-    def compile(self, plan):
-        for step in plan.steps:
-            self.compile_step(step)
-
-    def compile_step(self, step):
+    def compile(self, step):
         kernel, constants = step.kernel, step.constants
         role = constants.get("ROLE", "reverse" if constants.get("REVERSE") else "")
         given, options = source(kernel, step.arguments, constants)
@@ -144,7 +140,8 @@ def compile_all(arch, sizes, dtype):
     plans = plans_of_mlstm if "/" in sizes else plans_of_slstm
     sizes = map(int, sizes.split("/"))
     for plan in plans(of, *sizes, dtype):
-        compiler.compile(plan)
+        for step in plan.steps:
+            compiler.compile(step)
     return compiler
 
 

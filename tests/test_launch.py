@@ -1,6 +1,5 @@
-"""Bound plans (backends/torch/launch.py) and what CUDA's driver is given for them. No GPU: a driver
-that stands in for CUDA's. On a GPU every test of the kernels goes this way; that all kernels have
-the parameters that are expected, test_triton.py sees."""
+"""Bound plans (backends/torch/launch.py), with a driver that stands in for CUDA's. On a GPU every
+test of the kernels goes this way; that kernels' parameters are as expected, test_triton.py sees."""
 
 import ctypes
 import functools
@@ -155,15 +154,13 @@ def is_in_order(plan):
         assert known >= {b.name for b in read.values() if b}, (step.kernel, known)
         known |= step.written
     assert {b.name for b in plan.outputs} <= known
-    names = [b.name for b in plan.buffers]
-    assert len(set(names)) == len(names)
-    assert all(buffer_of(v).name in names
-               for s in plan.steps for v in s.arguments.values() if buffer_of(v))  # fmt: skip
+    assert len({b.name for b in plan.buffers}) == len(plan.buffers)
 
 
 def compare(fake, build):
     bound = launch.Bound(build)
-    is_in_order(bound.plan)
+    for aligned in (True, False):
+        is_in_order(build(aligned=aligned))
     first, second = inputs_of(bound), inputs_of(bound)
     made = run(fake, bound, first)
     count = len(fake.steps)
@@ -323,7 +320,7 @@ def test_errors_of_the_driver(monkeypatch):
     fake.errors = [700]
     with pytest.raises(RuntimeError, match="could not be launched: CUDA's error 700"):
         bound(*inputs)
-    run(fake, bound, inputs)  # nothing stays behind
+    run(fake, bound, inputs)
     monkeypatch.setattr(fake, "cuTensorMapEncodeTiled", lambda *a: 1)
     bound = launch.Bound(lambda aligned: small())
     with pytest.raises(RuntimeError, match=r"no descriptor of a matrix \(8, 16\): CUDA's error 1"):
@@ -343,8 +340,8 @@ def test_kernels_that_triton_launches(monkeypatch):
 
     monkeypatch.setattr(launch, "compiled", compiled)
     bound = launch.Bound(lambda aligned: plan)
+    (x,) = inputs_of(bound)
     for fake.stream in (1, 2):
-        (x,) = inputs_of(bound)
         (y,), _ = bound(x)
         assert seen[-1] == (x.data_ptr(), y.data_ptr(), 3, 5, fake.stream)
 
@@ -451,30 +448,38 @@ def test_what_is_unknown_is_left_to_triton(changed):
     assert driver.kernel(compiled(**changed), 1) is None
 
 
-def test_how_kernels_are_compiled(monkeypatch):
-    """Without a launch, by names; one that clusters is not left to Triton."""
-    asked = []
-
-    class Compiled:
-        def result(self):
-            return self
-
-        def __getitem__(self, grid):
-            return ("run", grid)
-
-    class Kernel:
-        def warmup(self, grid, **arguments):
-            asked.append((grid, arguments))
-            return Compiled()
-
+def test_kernels_in_clusters_are_not_left_to_triton(monkeypatch):
+    found = type("Compiled", (), {"__getitem__": lambda self, grid: ("run", grid)})()
+    kernel = types.SimpleNamespace(warmup=lambda **arguments: found)
     monkeypatch.setattr(driver, "kernel", lambda compiled, grid, cluster: None)
-    x = Buffer("x", (8,), "bfloat16")
-    step = Step(Kernel(), 7, {"x_p": x, "n": 3, "none": None}, {"num_warps": 8}, frozenset())
-    found = launch.compiled(step, lambda buffer: launch.StandIn(buffer, 16))
-    assert found == launch.ByTriton(("run", (7, 1, 1)))
-    grid, arguments = asked[0]
-    stand_in = arguments.pop("x_p")
-    assert (stand_in.dtype, stand_in.data_ptr(), stand_in.ptr_range()) == (torch.bfloat16, 16, 16)
-    assert (grid, arguments) == ((1,), {"n": 3, "none": None, "num_warps": 8})
+    step = Step(kernel, 7, {}, {"num_warps": 8}, frozenset())
+    assert launch.compiled(step, launch.StandIn) == launch.ByTriton(("run", (7, 1, 1)))
     with pytest.raises(RuntimeError, match="how to launch in clusters"):
-        launch.compiled(step._replace(cluster=2), lambda buffer: launch.StandIn(buffer, 16))
+        launch.compiled(step._replace(cluster=2), launch.StandIn)
+
+
+def test_what_triton_compiles(monkeypatch):
+    """By stand-ins for memory: kernels with descriptors, in clusters, and for unaligned inputs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    hopper = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 99,
+        get_current_stream=lambda device: 0, launcher_cls=lambda source, metadata: None,
+        utils=types.SimpleNamespace(
+            load_binary=lambda *binary: (1, 77, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(triton.runtime.driver, "_active", hopper)
+    of = Device(232_448, 1, "ieee", (3, 9), hopper=True, clusters=8)
+    call = mlstm.Call(1, 256, 1, 64, 128, "bfloat16", ("float32",) * 2, False, False, 128)
+    fused = launch.Bound(functools.partial(mlstm.forward, of, call, False, False, True))
+    build = functools.partial(slstm.forward, of, slstm.Call(9, 5, 2, 64, "bfloat16"), False)
+    clusters = launch.Bound(lambda aligned: build())
+    unaligned = launch.Bound(lambda aligned: build(), (True, False))
+    for bound, count, tiles in ((fused, 3, 5), (clusters, 1, 0), (unaligned, 1, 0)):
+        kernels = bound._compiled()
+        assert [type(kernel) for kernel in kernels] == [driver.Kernel] * count
+        assert (len(kernels[-1].tiles), kernels[-1].function) == (tiles, 77)
+    assert kernels[-1].config.attributes[0].value[0] == 2
