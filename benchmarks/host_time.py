@@ -3,11 +3,11 @@ nothing, on CPU tensors, so without a GPU.
 
     python benchmarks/host_time.py
 
-"anew": all that the CUDA driver is given is worked out at every call; "repeated": a call like one
-before has new addresses alone (backends/torch/repeated.py), as our kernels do it; "the same
-memory": no new addresses either, as where PyTorch's allocator gives the same again, which a GPU's
-does and a CPU's does not. "autograd": a function of five inputs that does nothing. Medians of
-rounds, in turn; allocations are a CPU's.
+"new memory": every call has addresses that no call had before, which a CPU's allocator gives and
+which are written anew (backends/torch/launch.py); "the same memory": as where PyTorch's allocator
+gives the same again, as a GPU's does. "autograd": a function of five inputs that does nothing.
+Layers are built with `use_kernel=True`, and called outside any compiler. Medians of rounds, in
+turn; allocations are a CPU's.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ import types
 os.environ["KERAS_BACKEND"] = "torch"
 
 import torch
-from keras_xlstm.backends.torch import device, driver, launch, mlstm, repeated, slstm
+from keras_xlstm.backends.kernels.plan import Matrix, buffer_of
+from keras_xlstm.backends.torch import device, driver, launch
 
-from keras_xlstm.ops import mlstm as mlstm_op
-from keras_xlstm.ops import slstm as slstm_op
+import keras_xlstm
 
 
 class Nothing:
@@ -36,29 +36,26 @@ class Nothing:
         return 0
 
 
-def compiled(arguments, function=1):
-    """A kernel that takes such arguments, as what Triton compiles is launched."""
+def compiled(step, stand_in=None, function=1):
+    """A step's kernel, as what Triton compiles is launched."""
     parameters, tiles = [], []
-    for place, a in enumerate(arguments):
-        if hasattr(a, "block_shape"):
-            parameters.append((place, "152s"))
-            tiles.append({"block_size": a.block_shape, "swizzle": 3})
-        elif a is not None:
-            kind = "Q" if isinstance(a, torch.Tensor) else "f" if isinstance(a, float) else "i"
-            parameters.append((place, kind))
+    for name, value in step.arguments.items():
+        if isinstance(value, Matrix):
+            parameters.append((name, "152s"))
+            tiles.append({"block_size": value.tile, "swizzle": 3})
+        elif buffer_of(value):
+            parameters.append((name, "Q"))
+        elif value is not None:
+            parameters.append((name, "f" if isinstance(value, float) else "i"))
     metadata = types.SimpleNamespace(num_warps=4, shared=0, tensordesc_meta=tiles)
     kernel = types.SimpleNamespace(function=function, metadata=metadata)
-    return driver.Launch(kernel, 7, parameters, 1)
+    return driver.Kernel(kernel, step.grid, step.cluster, parameters)
 
 
 def without_a_gpu():
     """The kernels for an H200, which compile and launch nothing."""
-
-    def first(self, stream, arguments):
-        self.known = compiled(arguments)
-        self.known(stream, arguments)
-
-    launch.Launch._first = first
+    launch.compiled = compiled
+    launch.current_stream = lambda index: 1
     driver._driver = lambda: Nothing
     device.missing = lambda device=None, index=None: None
     device.interpreted = lambda: False
@@ -66,15 +63,14 @@ def without_a_gpu():
     device.clusters = lambda device: 8
     device.processors = lambda device: 1
     device.shared_memory = device.all_shared_memory = lambda device: 232_448
-    for module in (mlstm, slstm):
-        module.on_stream = lambda device, function, *arguments: function(1, *arguments)
 
 
 def calls():
-    """{name: function}"""
+    """{name: (function, inputs)}"""
+    ops, layers = keras_xlstm.ops, keras_xlstm.layers
 
-    def random(*shape):
-        return torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
+    def random(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
 
     q, k, v = random(1, 2048, 1, 64), random(1, 2048, 1, 64), random(1, 2048, 1, 128)
     gates = random(1, 2048, 1), random(1, 2048, 1)
@@ -90,28 +86,54 @@ def calls():
         def backward(ctx, gradient):
             return ctx.saved_tensors
 
-    found = {}
-    for name, op, inputs, options in (
-        ("mLSTM 64/128, T 2048", mlstm_op, (q, k, v, *gates), {"implementation": "triton"}),
-        ("sLSTM 64, T 16", slstm_op, (x, R, bias), {"implementation": "triton"}),
-        ("autograd", Autograd.apply, (q, k, v, *gates), {}),
-    ):
+    def with_state(*inputs):
+        return ops.mlstm(*inputs, return_state=True, implementation="triton")[0]
 
-        def forward(op=op, inputs=inputs, options=options):
+    def slstm(*inputs):
+        return ops.slstm(*inputs, implementation="triton")
+
+    found = {
+        "mlstm 64/128, T 2048": (
+            lambda *inputs: ops.mlstm(*inputs, implementation="triton"), (q, k, v, *gates)
+        ),
+        "mlstm, with its state": (with_state, (q, k, v, *gates)),
+        "slstm 64, T 16": (slstm, (x, R, bias)),
+        "autograd": (Autograd.apply, (q, k, v, *gates)),
+    }  # fmt: skip
+    options = {"dtype": "bfloat16", "use_kernel": True}
+    for name, layer, width in (
+        ("mLSTM", layers.mLSTM(128, num_heads=1, key_dim=64, **options), 8),
+        ("sLSTM", layers.sLSTM(64, num_heads=1, **options), 8),
+        ("mLSTMBlock", layers.mLSTMBlock(num_heads=1, **options), 64),
+        ("xLSTMLargeBlock", layers.xLSTMLargeBlock(num_heads=1, **options), 128),
+    ):
+        inputs = random(1, 16 if name == "sLSTM" else 128, width)
+        layer(inputs)
+        weights = [v.value for v in layer.trainable_variables]
+        found[name] = (lambda x, *weights, layer=layer: layer(x), (inputs, *weights))
+    return found
+
+
+def passes():
+    """{name: function}: forward alone, and both passes."""
+    found = {}
+    for name, (op, inputs) in calls().items():
+
+        def forward(op=op, inputs=inputs):
             with torch.no_grad():
-                return op(*inputs, **options)
+                return op(*inputs)
 
         gradient = torch.randn_like(forward())
 
-        def both(op=op, inputs=inputs, options=options, gradient=gradient):
-            torch.autograd.grad(op(*inputs, **options), inputs, gradient)
+        def both(op=op, inputs=inputs, gradient=gradient):
+            torch.autograd.grad(op(*inputs), inputs, gradient)
 
         found |= {f"{name}: fw": forward, f"{name}: fw+bw": both}
     return found
 
 
-def microseconds(function, count=300):
-    for _ in range(20):
+def microseconds(function, count=100):
+    for _ in range(10):
         function()
     start = time.perf_counter()
     for _ in range(count):
@@ -119,36 +141,48 @@ def microseconds(function, count=300):
     return (time.perf_counter() - start) / count * 1e6
 
 
-def not_recorded(self, *arguments):
-    raise launch.NotRecorded
+class NewMemory(dict):
+    """No addresses are known, and there is no room for more."""
+
+    def get(self, addresses):
+        return None
+
+    def __len__(self):
+        return 10**9 * any(True for _ in self)
 
 
-def written_once(self, addresses):
-    if not self.written:
-        return WRITE(self, addresses)
-    return next(iter(self.written.values()))
+class SameMemory(dict):
+    """All addresses are."""
+
+    def get(self, addresses):
+        return next(iter(self.values()), None)
 
 
-RECORDED, WRITE = repeated.Repeated._recorded, repeated._Sequence._write
-WAYS = {
-    "anew": (not_recorded, WRITE), "repeated": (RECORDED, WRITE),
-    "the same memory": (RECORDED, written_once),
-}  # fmt: skip
+def remember_by(kind):
+    launch.BOUND.clear()
+    original = launch.Bound.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self.memories = kind()
+
+    return original, init
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     without_a_gpu()
-    functions = calls()
-    times = {(name, way): [] for name in functions for way in WAYS}
+    functions = passes()
+    ways = {"new memory": NewMemory, "the same memory": SameMemory}
+    times = {(name, way): [] for name in functions for way in ways}
     for _ in range(15):
-        for way, ways in WAYS.items():
-            repeated.Repeated._recorded, repeated._Sequence._write = ways
-            launch._KNOWN.clear()
+        for way, kind in ways.items():
+            original, launch.Bound.__init__ = remember_by(kind)
             for name, function in functions.items():
                 times[name, way].append(microseconds(function))
+            launch.Bound.__init__ = original
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, us a call\n")
-    print(f"| | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
+    print(f"| | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
     for name in functions:
-        anew, *others = (statistics.median(times[name, way]) for way in WAYS)
-        cells = "".join(f" {us:.0f} ({anew / us:.2f}x) |" for us in others)
-        print(f"| {name} | {anew:.0f} |{cells}")
+        cells = "".join(f" {statistics.median(times[name, way]):.0f} |" for way in ways)
+        print(f"| {name} |{cells}")

@@ -8,7 +8,6 @@ tuner has to reach below the public names; nothing else here does.
 """
 
 import argparse
-import functools
 import itertools
 import os
 import subprocess
@@ -48,63 +47,60 @@ def candidates(stage, K, V, chunk):
 
 
 class Job:
-    """One call's tensors, and a function per stage that launches it alone with given tiles."""
+    """One call's memory, and a function per stage that launches it alone with given tiles."""
 
     def __init__(self, B, T, H, K, V, chunk):
         import torch
-        from keras_xlstm.backends.torch import launch, mlstm_plan
+        from keras_xlstm.backends.kernels.mlstm import plan
+        from keras_xlstm.backends.torch import device
 
         torch.manual_seed(0)
+        self.plans = plan
+        where = torch.device("cuda", torch.cuda.current_device())
+        self.device = device.of(where, torch.bfloat16)._replace(hopper=False)
+        gates = "bfloat16", "bfloat16"
+        self.call = plan.Call(B, T, H, K, V, "bfloat16", gates, False, False, chunk, 1e-6)
+        # What steps write is kept from one to the next, so that a stage alone finds its inputs.
+        self.memory = {}
+        for back in (False, True):
+            for buffer in self.plan(back).buffers:
+                if buffer.name not in self.memory:
+                    dtype = getattr(torch, buffer.dtype)
+                    self.memory[buffer.name] = torch.randn(*buffer.shape, device=where).to(dtype)
+        self.memory["f"] += 3
 
-        def random(*shape):
-            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    def plan(self, back):
+        if back:
+            return self.plans.backward(self.device, self.call, False, True)
+        return self.plans.forward(self.device, self.call, False, True, True)
 
-        self.launches, self.chunk = mlstm_plan, chunk
-        self.buffers, self.bytes = {}, torch.uint8
-        q, k, v, dh = random(B, T, H, K), random(B, T, H, K), random(B, T, H, V), random(B, T, H, V)
-        i, f, h = random(B, T, H), random(B, T, H) + 3, torch.empty_like(v)
-        last = [torch.empty(B, H, *s, device="cuda") for s in ((K, V), (K,), ())]
-        # What calls write is kept from one to the next, so that a stage alone finds its inputs.
-        launch.Parts.new = lambda parts, like: self.buffer(parts, like)
-        self.forward = (q, k, v, i, f, None, None, None, None), (h, *last), 1e-6
-        kept = self.buffer(mlstm_plan.kept(q, v, chunk), q)
-        given = dh, None, None, q, k, v, i, f, None, h, kept
-        self.backward = given, [torch.empty_like(t) for t in (q, k, v, i, f, *last[:2])]
+    def bound(self, plan, steps):
+        """A function that launches these steps of a plan in this memory."""
+        from keras_xlstm.backends.kernels.plan import Plan
+        from keras_xlstm.backends.torch import launch
 
-    def buffer(self, parts, like):
-        key = parts.size, len(parts.parts)
-        if key not in self.buffers:
-            self.buffers[key] = like.new_zeros(parts.size, dtype=self.bytes)
-        return self.buffers[key]
+        inputs = tuple(plan.buffers)
+        run = launch.Bound(lambda aligned: Plan(inputs, (), (), (), tuple(steps)))
+        tensors = [self.memory[b.name] for b in inputs]
+        return lambda: run(*tensors)
 
     def run_all(self):
-        self.launches.forward(self.forward[0], False, self.chunk)(None, *self.forward)
-        self.launches.backward(self.backward[0], False, self.chunk)(None, *self.backward)
+        for back in (False, True):
+            plan = self.plan(back)
+            self.bound(plan, plan.steps)()
 
-    def stage(self, stage, tiles, alone=None):
-        """A function that launches it and returns what it writes; `alone` in place of the call."""
-        back = stage in ("dq", "dk", "dv", "reverse")
-        arguments = self.backward if back else self.forward
-        common = self.launches.plan
-        table, common.tiles = common.tiles, _Tiles(stage, tiles)
-        kind = self.launches.backward if back else self.launches.forward
-        plan = kind(arguments[0], False, self.chunk)
-        common.tiles = table
-        name = "first" if stage in ("states", "reverse") else stage
-        for launch in plan.launches:
-            if launch is not getattr(plan, name):
-                launch.known, launch.values = (lambda *arguments, stream: None), []
-            elif alone:
-                launch._first = functools.partial(alone, launch)
-        place = {"h": 0, "dq": 0, "dk": 1, "dv": 2}.get(stage)
-        written = self.buffer(plan.own if back else plan.kept, arguments[0][0])
-        written = written if place is None else arguments[1][place]
-
-        def run():
-            plan(None, *arguments)
-            return written
-
-        return run
+    def stage(self, stage, tiles):
+        """Its step with these tiles, its plan, and the tensor that it writes."""
+        table, self.plans.tiles = self.plans.tiles, _Tiles(stage, tiles)
+        try:
+            plan = self.plan(stage in ("dq", "dk", "dv", "reverse"))
+        finally:
+            self.plans.tiles = table
+        if stage in ("states", "reverse"):
+            step = next(s for s in plan.steps if s.kernel.fn.__name__ == "chunk_states")
+            return step, plan, self.memory[step.arguments["s_p"].name]
+        step = next(s for s in plan.steps if s.constants.get("ROLE") == stage)
+        return step, plan, self.memory[step.arguments["out_p"].name]
 
 
 class _Tiles:
@@ -133,8 +129,7 @@ def compile_share(share, arguments):
     """Compiles every PROCESSES-th candidate into Triton's cache, on a small batch."""
     job = Job(1, 2 * arguments.chunk, arguments.heads, arguments.K, arguments.V, arguments.chunk)
 
-    def warm(launch, stream, args):
-        launch.kernel.warmup(*args, grid=(launch.programs,), **launch.constants)
+    from keras_xlstm.backends.torch import launch
 
     everything = [
         (stage, tiles)
@@ -142,7 +137,8 @@ def compile_share(share, arguments):
         for tiles in candidates(stage, arguments.K, arguments.V, arguments.chunk)
     ]
     for stage, tiles in everything[share::PROCESSES]:
-        job.stage(stage, tiles, alone=warm)()
+        step, *_ = job.stage(stage, tiles)
+        launch.compiled(step, lambda buffer: launch.StandIn(buffer, 16))
 
 
 def main(arguments):
@@ -164,9 +160,13 @@ def main(arguments):
         times = []
         for tiles in candidates(stage, arguments.K, arguments.V, arguments.chunk):
             try:
-                run = job.stage(stage, tiles)
-                first = run().clone()
-                same = all(torch.equal(run(), first) for _ in range(5))
+                step, plan, written = job.stage(stage, tiles)
+                run = job.bound(plan, [step])
+                found = []
+                for _ in range(6):
+                    run()
+                    found.append(written.clone())
+                same = all(torch.equal(x, found[0]) for x in found)
                 ms = do_bench(run, warmup=3, rep=10, return_mode="median")
                 times.append((ms, tiles if same else f"other bits at every call: {tiles}"))
             except Exception as e:  # noqa: BLE001  tiles that do not fit are part of the search

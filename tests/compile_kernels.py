@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels that a call launches, for a GPU that need not be there.
+"""Compiles the Triton kernels of a call's plan, for a GPU that need not be there.
 
 python tests/compile_kernels.py 90:128/256:bfloat16    # the mLSTM, keys/values of a head
 python tests/compile_kernels.py 90:192:bfloat16        # the sLSTM, units of a head; or several
@@ -7,7 +7,6 @@ Prints a line per kernel: what was asked for, name, registers, shared memory and
 spilled to the stack.
 """
 
-import inspect
 import os
 import re
 import subprocess
@@ -17,77 +16,43 @@ import tempfile
 os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
 import triton
-from keras_xlstm.backends.torch import device, driver, launch, mlstm, slstm
+from keras_xlstm.backends.kernels.mlstm import plan as mlstm
+from keras_xlstm.backends.kernels.mlstm import tiles
+from keras_xlstm.backends.kernels.plan import Device, source
+from keras_xlstm.backends.kernels.slstm import plan as slstm
+from keras_xlstm.backends.torch import device, driver
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
-
-_TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-    torch.int8: "*i8",
-}  # fmt: skip
-
-_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid", "maxnreg")
-
-
-def signature(kernel, args, kwargs):
-    """As Triton's launcher would infer it: signature, constants, divisible arguments."""
-    names = list(inspect.signature(kernel.fn).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    kinds, constants, divisible = {}, {}, {}
-    for j, name in enumerate(names):
-        value, parameter = given[name], kernel.params[j]
-        if parameter.is_constexpr or value is None or value is True or value is False:
-            kinds[name], constants[(j,)] = "constexpr", value
-        elif hasattr(value, "block_shape"):
-            kinds[name] = f"tensordesc<bf16{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            kinds[name], divisible[(j,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            kinds[name] = "fp32"
-        elif parameter.do_not_specialize:
-            kinds[name] = "i32"
-        elif value == 1:
-            kinds[name], constants[(j,)] = "constexpr", 1
-        else:
-            kinds[name] = "i32"
-            if value % 16 == 0:
-                divisible[(j,)] = [["tt.divisibility", 16]]
-    return kinds, constants, divisible
 
 
 class Compiler:
-    """Compiles in place of a launch, and keeps what the kernel needs."""
+    """Compiles the kernels of plans, and keeps what they need."""
 
     def __init__(self, target):
         self.target, self.seen = target, {}
-        self.launches = []  # (kernel, launch, what Triton compiled), in order
+        self.launches = []  # (name, step, what Triton compiled), in order
 
-    def launch(self, launch, stream, *args):
-        kernel, kwargs = launch.kernel, dict(launch.constants)
-        options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
-        kinds, constants, divisible = signature(kernel, args, kwargs)
-        role = kwargs.get("ROLE", "reverse" if kwargs.get("REVERSE") else "")
-        gluon = kernel.is_gluon()
-        source = (GluonASTSource if gluon else ASTSource)(kernel, kinds, constants, divisible)
-        compiled = triton.compile(source, target=self.target, options=options)
+    def compile(self, step):
+        kernel, constants = step.kernel, step.constants
+        role = constants.get("ROLE", "reverse" if constants.get("REVERSE") else "")
+        given, options = source(kernel, step.arguments, constants)
+        compiled = triton.compile(given, target=self.target, options=options)
         # Sums in the order in which programs happen to arrive would differ from run to run.
         assert "atomic" not in compiled.asm["ttgir"], kernel
-        for buffers in in_flight(compiled.asm["ttgir"]) if not gluon else ():  # it waits itself
-            assert set(buffers) <= {compiled.metadata.num_stages}, (kernel, role, buffers)
+        if not kernel.is_gluon():  # which waits itself
+            for buffers in in_flight(compiled.asm["ttgir"]):
+                assert set(buffers) <= {compiled.metadata.num_stages}, (kernel, role, buffers)
         used = {}
         if self.target.backend == "cuda":
             used = resources(compiled)
             # What a launch by the driver itself takes a program to have.
-            assert driver._parameters(compiled) is not None, (kernel, compiled.src.signature)
-        flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if kwargs.get(k))
+            assert driver.packed_parameters(compiled) is not None, (kernel, given.signature)
+        flags = "".join(k[0] for k in ("SEG", "SERIAL", "HAS_STATE", "CLIP") if constants.get(k))
         file = kernel.fn.__module__.rpartition(".")[2]
         if file in ("cluster", "grid"):
             only_lanes(compiled.asm["ttgir"])
         name = f"{file}.{kernel.fn.__name__} {role} {flags}"
-        self.launches.append((name, launch, compiled))
+        self.launches.append((name, step, compiled))
         # What PTX declares comes on top of what Triton asks for.
         used["SHARED"] = compiled.metadata.shared + used.pop("SHARED", 0)
         self.seen[name] = used
@@ -135,58 +100,49 @@ def resources(compiled):
     return found
 
 
-def compile_mlstm(K, V, dtype, hopper):
-    """A training step, the way of few heads, a single step; on Hopper, what is for it alone."""
-    q, k = (torch.empty(2, 512, 2, K, dtype=dtype, requires_grad=True) for _ in "qk")
-    v = torch.empty(2, 512, 2, V, dtype=dtype, requires_grad=True)
-    i, f = (torch.empty(2, 512, 2, requires_grad=True) for _ in "if")
-    state = [torch.empty(2, 2, K, V), torch.empty(2, 2, K), torch.empty(2, 2)]
-    ids = torch.zeros(2, 512, dtype=torch.int32)
-    options = {"input_gate": "exp", "eps": 1e-6, "chunk_size": None}
-    device.processors = lambda device: 1
-    for device.hopper in ([lambda device: True] if hopper else []) + [lambda device: False]:
-        for given in (ids, None) if device.hopper(None) else (None,):
-            launch._KNOWN.clear()
-            h, _ = mlstm.mlstm(q, k, v, i, f, None, given, **options)
-            torch.autograd.grad(h.float().sum(), (q, k, v, i, f))
-    device.processors = lambda device: 10**9
-    with torch.no_grad():
-        mlstm.mlstm(q, k, v, i, f, state, ids, **options)
-        mlstm.mlstm(*(t[:, :1] for t in (q, k, v, i, f)), state, None, **options)
-
-
-def compile_slstm(D, dtype):
-    """A training step from a fresh state, and one with everything that a call can have."""
-    x = torch.empty(16, 64, 4, 2, D, dtype=dtype, requires_grad=True)
-    R = torch.empty(2, D, 4, D, dtype=dtype, requires_grad=True)
-    bias = torch.empty(4, 2, D, requires_grad=True)
-    state = tuple(torch.empty(16, 2, D) for _ in "hcnm")
-    flags = torch.zeros(16, 64, dtype=torch.bool)
-    device.processors = lambda device: 10**9
-    for s, flag, scale, clip in ((None, None, None, None), (state, flags, state[0], 10.0)):
-        h, _ = slstm.slstm(x, R, bias, s, flag, flag, scale, "sigmoid", clip)
-        torch.autograd.grad(h.float().sum(), (x, R, bias))
-
-
 # Bytes of shared memory that a program may have.
 MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942": 65_536}
 
 
+def plans_of_mlstm(device, K, V, dtype):
+    """A training step, the way of few heads, a single step; on Hopper, what is for it alone."""
+    chunk = tiles.chunk_steps(512, K, V, dtype)
+    gates = "float32", "float32"
+    for hopper in (True, False) if device.hopper else (False,):
+        of = device._replace(processors=1, hopper=hopper)
+        for segments in (True, False) if hopper else (False,):
+            call = mlstm.Call(2, 512, 2, K, V, dtype, gates, segments, False, chunk, 1e-6)
+            yield mlstm.forward(of, call, has_state=False, states=True, trains=True)
+            yield mlstm.backward(of, call, has_state=False, states=False)
+    of = device._replace(processors=10**9, hopper=False)
+    call = call._replace(segments=True)
+    yield mlstm.forward(of, call, has_state=True, states=True, trains=False)
+    yield mlstm.single_step(call._replace(T=1))
+
+
+def plans_of_slstm(device, D, dtype):
+    """A training step from a fresh state, and one with everything that a call can have."""
+    for everything, clip in ((False, 0.0), (True, 10.0)):
+        call = slstm.Call(16, 64, 2, D, dtype, True, *[everything] * 4)
+        yield slstm.forward(device, call, trains=True)
+        yield slstm.backward(device, call, clip)
+
+
 def compile_all(arch, sizes, dtype):
     """A `Compiler` that has compiled the kernels of this call."""
-    launch._KNOWN.clear()
-    sizes, dtype = [int(n) for n in sizes.split("/")], getattr(torch, dtype)
     amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    launched = Compiler(target)
-    launch.Launch.__call__ = lambda self, *arguments: launched.launch(self, *arguments)
-    device.shared_memory = device.all_shared_memory = lambda device: MEMORY[arch]
-    device.clusters = lambda device: 0 if amd else 8 if arch == "90" else 1
-    if len(sizes) == 2:
-        compile_mlstm(*sizes, dtype, hopper=arch == "90")
-    else:
-        compile_slstm(*sizes, dtype)
-    return launched
+    compiler = Compiler(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32))
+    of = Device(
+        MEMORY[arch], 10**9, {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee"),
+        device.triton_version(), hopper=arch == "90", cooperative=True,
+        all_shared_memory=MEMORY[arch], clusters=0 if amd else 8 if arch == "90" else 1,
+    )  # fmt: skip
+    plans = plans_of_mlstm if "/" in sizes else plans_of_slstm
+    sizes = map(int, sizes.split("/"))
+    for plan in plans(of, *sizes, dtype):
+        for step in plan.steps:
+            compiler.compile(step)
+    return compiler
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ A change of names, files or lines of Python must not change a hash: names, line 
 comments are taken out first. A line is: case, hash, number of thread blocks, kernel. `--compare`
 leaves out the kernels' names, so that they may change.
 
-The Triton kernels are compiled from what PyTorch would launch (compile_kernels.py) and from what
-jaxlib would launch (lower_for_hopper.py), in the order of the launches. Compiled code is not taken
-from Triton's cache. All of it takes four minutes of one core, --quick one and a half.
+The Triton kernels are compiled from plans (compile_kernels.py) and from what jaxlib would launch of
+them (lower_for_hopper.py), in the order of the launches. Compiled code is not taken
+from Triton's cache.
 """
 
 import hashlib
@@ -76,12 +76,12 @@ def torch_hashes(cases):
 
     for case in cases:
         arch, *rest = case.split(":")
-        for name, launch, compiled in compile_kernels.compile_all(arch, *rest).launches:
+        for name, step, compiled in compile_kernels.compile_all(arch, *rest).launches:
             code = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
             metadata = compiled.metadata
             code = stripped(code, metadata.name)
-            what = digest(code, metadata.num_warps, metadata.shared, launch.cluster)
-            print(case, what, launch.programs, name, sep="\t", flush=True)
+            what = digest(code, metadata.num_warps, metadata.shared, step.cluster)
+            print(case, what, step.grid, name, sep="\t", flush=True)
 
 
 def jax_hashes(cases):

@@ -14,8 +14,8 @@ LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
     "core": 6635,
     "tools": 1764,
-    "wing": 9596,
-    "tests": 12_616,
+    "wing": 9500,
+    "tests": 12_700,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 185,
     "longest other function": 116,

@@ -87,13 +87,8 @@ def test_masks_and_segments(mask, segments, rng):
 @pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
 def test_states_by_chunks(segments, state, rng, monkeypatch):
     """The way of few heads: every chunk's sum on its own, then along the borders."""
-    device = mlstm_triton._device
-
-    def many_processors(dtype):
-        memory, _, *rest = device(dtype)
-        return memory, 10**9, *rest
-
-    monkeypatch.setattr(mlstm_triton, "_device", many_processors)
+    of = device.of
+    monkeypatch.setattr(device, "of", lambda dtype: of(dtype)._replace(processors=10**9))
     ids = make_segments(segments, 2, 67, rng)
     check(mLSTMCase(rng, B=2, T=67, K=20, V=30, state=state), segment_ids=ids)
 

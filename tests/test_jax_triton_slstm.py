@@ -95,7 +95,7 @@ HALVES = ["bfloat16", "float16"] if GPU else ["float16"]
 
 def check_clustered(case, dtype, **options):
     x = case.inputs["x"]
-    assert slstm_triton._launches(x.shape, jnp.dtype(dtype)).clustered
+    assert slstm_triton.cut_of(x.shape, jnp.dtype(dtype)).clustered
     check(case, dtype, **options)
 
 
@@ -124,7 +124,7 @@ def test_clusters_with_all_options(dtype, rng):
 def test_wide_heads(D, dtype, rng):
     B, T = (9, 70) if GPU else (9, 3)
     case = sLSTMCase(rng, B=B, T=T, H=1, D=D)
-    assert slstm_triton._launches(case.inputs["x"].shape, jnp.dtype(dtype)).wide
+    assert slstm_triton.cut_of(case.inputs["x"].shape, jnp.dtype(dtype)).wide
     check(case, dtype)
 
 

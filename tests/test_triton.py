@@ -21,8 +21,9 @@ if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs on torch, with triton", allow_module_level=True)
 
 import torch
-from keras_xlstm.backends.kernels.mlstm import tiles
-from keras_xlstm.backends.torch import device
+from keras_xlstm.backends.kernels.mlstm import plan, tiles
+from keras_xlstm.backends.kernels.plan import Device
+from keras_xlstm.backends.torch import device, launch
 from keras_xlstm.backends.torch import mlstm as kernels
 from test_ops import MASKS, make_mask, make_segments, mLSTMCase, with_extreme_gates
 
@@ -36,6 +37,12 @@ DTYPES = ["float32", "bfloat16", "float16"] if GPU else ["float32"]
 SIZES = [(5, 7), (20, 40), (64, 16)]
 if GPU:
     SIZES += [(128, 256), (256, 512), (192, 96), (512, 64), (16, 1024)]
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    """None from before: what a test says of the device holds."""
+    monkeypatch.setattr(launch, "BOUND", {})
 
 
 @contextlib.contextmanager
@@ -360,16 +367,13 @@ def test_what_does_not_fit_is_refused_or_native(changed, words, rng):
 
 
 def test_lengths_share_compiled_kernels():
-    from keras_xlstm.backends.torch import mlstm_plan
+    device = Device(232_448, 10**9, "tf32x3")
 
-    def constants(B, T, K=16, V=32, chunk=64):
-        q, v = torch.empty(B, T, 2, K), torch.empty(B, T, 2, V)
-        gate, h = torch.empty(B, T, 2), torch.empty_like(v)
-        forward = q, q, v, gate, gate, None, None, None, None
-        backward = h, None, None, q, q, v, gate, gate, None, h, None
-        launches = mlstm_plan.forward(forward, False, chunk).run.launches
-        launches += mlstm_plan.backward(backward, False, chunk).run.launches
-        return [(launch.kernel, launch.constants) for launch in launches]
+    def constants(B, T):
+        call = plan.Call(B, T, 2, 16, 32, "float32", ("float32",) * 2, False, False, 64)
+        steps = plan.forward(device, call, has_state=False, states=True, trains=True).steps
+        steps += plan.backward(device, call, has_state=False, states=False).steps
+        return [(step.kernel, step.constants) for step in steps]
 
     assert len(constants(1, 100)) == 9
     assert constants(1, 100) == constants(3, 1000)

@@ -11,6 +11,7 @@ from test_triton import (
     INTERPRETED,
     assert_exports_natively,
     assert_same_in_a_cuda_graph,
+    no_plans,  # noqa: F401  a fixture
     on_gpu,
     poisoned,
 )
@@ -20,6 +21,7 @@ if not (GPU or INTERPRETED):
     pytest.skip("needs a GPU, or the interpreter", allow_module_level=True)
 
 import torch
+from keras_xlstm.backends.kernels.slstm import plan
 from keras_xlstm.backends.torch import device
 from keras_xlstm.backends.torch import slstm as kernels
 
@@ -30,8 +32,9 @@ ONE, SEVERAL = {"D": 6, "T": 9}, {"D": 70, "T": 9 if GPU else 3, "H": 1}
 both = pytest.mark.parametrize("sizes", [ONE, SEVERAL], ids=["one", "several"])
 
 
-def plan_of(x):
-    return kernels._forward_pass((x,), kernels._device(x), True).run.plan
+def cut_of(x):
+    B, T, _, H, D = x.shape
+    return plan.Cut(device.of(x.device, x.dtype), B, T, H, D, x.dtype.itemsize)
 
 
 def check(case, dtype="float32", factor=1.0, **options):
@@ -87,8 +90,8 @@ def test_small_devices(processors, rng, monkeypatch):
     monkeypatch.setattr(device, "processors", lambda device: processors)
     monkeypatch.setattr(device, "all_shared_memory", device.shared_memory)
     T, D = (6, 200) if GPU else (3, 136)  # more units than one round has, and a rest
-    plan = plan_of(tensor(np.zeros((9, T, 4, 2, D))))
-    assert plan.waits == (plan.tiles <= plan.resident)
+    cut = cut_of(tensor(np.zeros((9, T, 4, 2, D))))
+    assert cut.waits == (cut.tiles <= cut.resident)
     mask = make_mask("holes", 9, T, rng)
     ids = make_segments("growing", 9, T, rng)
     check(sLSTMCase(rng, B=9, T=T, D=D), mask=mask, segment_ids=ids)

@@ -4,7 +4,7 @@ Without a GPU test_triton.py runs this file, too, in a process that interprets t
 import numpy as np
 import pytest
 from test_ops import MASKS, make_mask, make_segments, sLSTMCase
-from test_triton import GPU, INTERPRETED, assert_same_in_a_cuda_graph, on_gpu
+from test_triton import GPU, INTERPRETED, assert_same_in_a_cuda_graph, no_plans, on_gpu  # noqa: F401
 from tools import tensor
 
 if not (GPU or INTERPRETED):
@@ -12,7 +12,7 @@ if not (GPU or INTERPRETED):
 
 import torch
 from keras_xlstm.backends.torch import device
-from test_triton_slstm import check, plan_of
+from test_triton_slstm import check, cut_of
 
 import keras_xlstm
 
@@ -23,7 +23,7 @@ halves = pytest.mark.parametrize("dtype", HALVES)
 
 
 def check_clustered(case, dtype, kind="clustered", **options):
-    assert getattr(plan_of(tensor(case.inputs["x"], dtype)), kind)
+    assert getattr(cut_of(tensor(case.inputs["x"], dtype)), kind)
     check(case, dtype, **options)
 
 

@@ -11,7 +11,7 @@ from keras_xlstm.backends.jax import triton_launch
 _INTERPRETER = threading.Lock()  # it changes Triton's language while it runs
 
 
-def _interpreted(*operands, kernel, programs, constants, arguments, aliases, results):
+def _interpreted(*operands, kernel, grid, cluster, constants, arguments, aliases, results):
     """A lowering of `triton_launch.primitive`. The interpreter's tensors are PyTorch's."""
 
     def run(*operands):
@@ -21,14 +21,14 @@ def _interpreted(*operands, kernel, programs, constants, arguments, aliases, res
                 for s, d in results]  # fmt: skip
         for operand, result in aliases:
             made[result] = given[operand]
-        values = [
-            (given[a.place] if a.place >= 0 else made[~a.place])
+        values = {
+            name: (given[a.place] if a.place >= 0 else made[~a.place])
             if isinstance(a, triton_launch.Memory)
             else a
-            for a in arguments
-        ]
+            for name, a in arguments
+        }
         with _INTERPRETER:
-            kernel[(programs,)](*values, **dict(constants))
+            kernel[(grid,)](**values, **dict(constants))
         return [result.numpy() for result in made]
 
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]

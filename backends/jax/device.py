@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import keras
 from jax import lax
+from keras_xlstm.backends.kernels.plan import Device
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # Bytes of shared memory that one program may have, by compute capability.
@@ -194,3 +195,15 @@ def precision(dtype):
     if dtype != "float32":
         return lax.Precision.DEFAULT
     return lax.Precision.HIGHEST if interpreted() else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def of(dtype):
+    """The `Device` that plans in this dtype depend on. jaxlib launches nothing cooperatively."""
+    precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
+    if triton_interpreted():
+        return Device(1 << 18, 1, precision, triton_version(), clusters=1, interpreted=True)
+    hopper = capability() // 10 == 9
+    return Device(
+        shared_memory(), processors(), precision, triton_version(), hopper,
+        clusters=8 if hopper else 1,
+    )  # fmt: skip

@@ -6,16 +6,11 @@ only counted here, one a processor.
 """
 
 import jax.numpy as jnp
-from jax import lax
 from keras_xlstm.backends.jax import device
 from keras_xlstm.backends.jax.calls import slstm_call
 from keras_xlstm.backends.jax.pallas import slstm as pallas
 from keras_xlstm.backends.kernels.slstm import plan
 
-# What the launches for one part of the heads or steps leave for the next one's.
-_IN_PLACE = (
-    "h_p", "saved_p", "h1_p", "c1_p", "n1_p", "m1_p", "dx_p", "dh0_p", "dc0_p", "dn0_p",
-)  # fmt: skip
 _MOST = 64  # launches of one pass: each is compiled into the program
 
 
@@ -27,19 +22,19 @@ def unsupported(x=None):
         return f"its batch needs a size; the shape is {x.shape}"
     reason = device.unsupported(x, device.missing_triton, device.triton_interpreted())
     reason = reason or plan.unsupported(
-        x.shape[-1], x.dtype.itemsize, _device(x.dtype.name).shared_memory
+        x.shape[-1], x.dtype.itemsize, device.of(x.dtype.name).shared_memory
     )
     if reason is not None:
         return reason
-    run = _launches(x.shape, x.dtype)
+    cut = cut_of(x.shape, x.dtype)
     if device.triton_interpreted():
-        if x.dtype.name != "float32" and not (x.dtype.name == "float16" and run.D % 32 == 0):
+        if x.dtype.name != "float32" and not (x.dtype.name == "float16" and cut.D % 32 == 0):
             return "Triton's interpreter computes float32 alone"
         return None
-    if not run.whole and not run.waits:
+    if not cut.whole and not cut.waits:
         return (
-            f"the {run.tiles} programs of a head of {run.D} units wait for each other, and only "
-            f"{run.processors} run at once on this device"
+            f"the {cut.tiles} programs of a head of {cut.D} units wait for each other, and only "
+            f"{cut.processors} run at once on this device"
         )
     return None
 
@@ -52,8 +47,8 @@ def not_preferred(x=None):
         return None
     if device.capability() // 10 != 9:
         return "only on Hopper was it seen to be faster than Pallas's kernels"
-    run = _launches(x.shape, x.dtype)
-    if not (run.clustered or run.whole) and run.groups > _MOST * run.together:
+    cut = cut_of(x.shape, x.dtype)
+    if not (cut.clustered or cut.whole) and cut.groups > _MOST * cut.together:
         return f"the heads and rows of {x.shape} would take more than {_MOST} launches"
     return "single steps are Pallas's" if x.shape[1] == 1 else None
 
@@ -76,82 +71,51 @@ def slstm(
     )  # fmt: skip
 
 
-def _calls():
+def cut_of(shape, dtype):
+    B, T, _, H, D = shape
+    return plan.Cut(device.of(dtype.name), B, T, H, D, dtype.itemsize)
+
+
+def _run(plan, *arrays):
     from keras_xlstm.backends.jax import triton_launch
 
-    return triton_launch
+    return triton_launch.run(plan, [x for x in arrays if x is not None])
 
 
-def _launch(kernel, programs, *arguments, **constants):
-    _calls().launch(kernel, programs, arguments, _IN_PLACE, **constants)
+def _call(shape, dtype, *given, exp_forget):
+    B, T, H, D = shape
+    return plan.Call(B, T, H, D, dtype.name, *[x is not None for x in given], exp_forget)
 
 
-def _device(dtype):
-    version = device.triton_version()
-    precision = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee")
-    if device.triton_interpreted():
-        return plan.Device(1 << 18, 1, precision, version, clusters=1, interpreted=True)
-    clusters = 8 if device.capability() // 10 == 9 else 1
-    return plan.Device(
-        device.shared_memory(), device.processors(), precision, version, clusters=clusters
-    )
-
-
-def _launches(shape, dtype):
-    B, T, _, H, D = shape
-    return plan.Launches(_launch, _device(dtype.name), B, T, H, D, dtype.itemsize)
-
-
-def _missing(buffer):
-    """Fills what programs exchange with a NaN that they never write."""
-    dtype = jnp.dtype(buffer.dtype)
-    bits = jnp.full(buffer.shape, -1, f"int{8 * dtype.itemsize}")
-    buffer.value = lax.bitcast_convert_type(bits, dtype)
-
-
-def _memory(run):
-    return _calls().Buffer((run.memory,), "int32") if run.memory else None
-
-
-def _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, keep):
+def _pass(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, trains):
     B, T, _, H, D = x.shape
-    run, Buffer = _launches(x.shape, x.dtype), _calls().Buffer
-    h_all, last = Buffer((B, T, H, D), x.dtype), [Buffer((B, H, D)) for _ in range(4)]
-    if run.exchanges:
-        _missing(h_all)
-    saved = plan.saved(x.shape, x.dtype.itemsize, run.device, exp_forget)
-    saved = Buffer(saved) if keep else None
-    given = x, R.astype(x.dtype), bias, hold, reset, scale
+    call = _call((B, T, H, D), x.dtype, bias, h, hold, reset, scale, exp_forget=exp_forget)
+    steps = plan.forward(device.of(x.dtype.name), call, trains)
     first = None if h is None else h.astype(x.dtype)
-    run.forward(given, first, (h, c, n, m), h_all, saved, last, exp_forget, _memory(run))
-    return [buffer.value for buffer in (h_all, *last)], saved
+    return _run(steps, x, R.astype(x.dtype), bias, hold, reset, scale, first, h, c, n, m)
 
 
 def _inference(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, clip):
-    return tuple(_run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, False)[0])
+    return tuple(_pass(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, False)[0])
 
 
 def _forward(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, clip):
-    outputs, saved = _run(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, True)
+    outputs, (saved,) = _pass(x, R, bias, h, c, n, m, hold, reset, scale, exp_forget, True)
     h_all, _, c_last, n_last, _ = outputs
     return tuple(outputs), (
-        R, bias, h, c, n, hold, reset, scale, h_all, c_last, n_last, saved.value,
+        R, bias, h, c, n, hold, reset, scale, h_all, c_last, n_last, saved,
     )  # fmt: skip
 
 
 def _backward(residuals, gradients, exp_forget, clip):
     R, bias, h0, c0, n0, hold, reset, scale, h, c, n, saved = residuals
     dh, *after, _ = gradients
-    B, T, H, D = h.shape
-    run, Buffer = _launches((B, T, 4, H, D), h.dtype), _calls().Buffer
-    dx, d_first = Buffer((B, T, 4, H, D), h.dtype), [Buffer(c.shape) for _ in range(3)]
-    if run.exchanges:
-        _missing(dx)
-    given = dh, saved, R.astype(h.dtype), hold, reset, scale, c0, n0
-    run.backward(given, after, c, n, dx, d_first, exp_forget, clip, _memory(run))
-    dx, *d_first = (buffer.value for buffer in (dx, *d_first))
+    call = _call(h.shape, h.dtype, bias, h0, hold, reset, scale, exp_forget=exp_forget)
+    steps = plan.backward(device.of(h.dtype.name), call, clip)
     first = None if h0 is None else h0.astype(h.dtype)
-    dR = run.kernel_gradient(h, dx, first, reset, scale, Buffer).value
+    (dx, *d_first, dR), _ = _run(
+        steps, dh, *after, R.astype(h.dtype), hold, reset, scale, first, c0, n0, h, c, n, saved
+    )
     dR = jnp.sum(dR, 0).astype(R.dtype)
     dbias = None
     if bias is not None:

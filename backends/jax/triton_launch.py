@@ -1,4 +1,4 @@
-"""Calls of Triton's kernels from JAX, by the custom call that jaxlib has for them.
+"""Plans (backends/kernels/plan.py) under JAX: of each step the custom call that jaxlib has for it.
 
 Triton compiles a kernel while a function is lowered; jaxlib launches it from XLA's thread, without
 Python. jax-triton does the same, and why it is not used: it launches as many warps as were asked
@@ -9,7 +9,7 @@ it has results behind all operands, where ours come in any order; it wants Trito
 
 import functools
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,27 +17,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from keras_xlstm.backends.jax import device
+from keras_xlstm.backends.kernels.plan import Matrix, buffer_of, parameters, source
 
-_TYPES = {
-    "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int8": "*i8",
-}  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _BFLOAT16 = 9  # of CUDA's CUtensorMapDataType
-
-
-class Buffer:
-    """Memory that kernels write: its array, once one has."""
-
-    def __init__(self, shape, dtype="float32"):
-        self.shape, self.dtype, self.value = tuple(shape), dtype, None
-
-
-class Matrix(NamedTuple):
-    """An array or buffer of bfloat16 as a matrix (rows, columns), read or written by tiles."""
-
-    what: Any
-    whole: tuple
-    tile: tuple
 
 
 class Memory(NamedTuple):
@@ -45,48 +27,58 @@ class Memory(NamedTuple):
 
     place: int
     dtype: str
-    matrix: tuple | None  # whole, tile
+    shape: tuple | None = None  # of a matrix, (rows, columns)
+    tile: tuple | None = None
 
 
-def launch(kernel, programs, arguments, in_place=(), **constants):
-    """kernel[(programs,)](*arguments, **constants), once traced code runs.
+def run(plan, arrays):
+    """(arrays of a plan's outputs, and of what it saves), once traced code runs. `arrays`: its
+    inputs, and for a backward pass what the forward pass saved."""
+    given = (*plan.inputs, *plan.saved)[: len(arrays)]
+    arrays = {buffer.name: array for buffer, array in zip(given, arrays, strict=True)}
+    arrays |= {b.name: _filled(b) for b in plan.buffers if b.bit is not None}
+    for step in plan.steps:
+        _launch(step, arrays)
+    return [[arrays[b.name] for b in buffers] for buffers in (plan.outputs, plan.saved)]
 
-    Arguments are arrays, `Buffer`s, `Matrix`s of either, Python numbers and None. What a buffer
-    holds before, a kernel reads; it writes buffers that hold nothing yet, and those whose
-    parameters are named `in_place`. `cluster`, a constant: so many programs hear each other.
-    """
-    names = [p.name for p in kernel.params] if hasattr(kernel, "params") else kernel.arg_names
-    operands, new, changed, places = [], [], [], {}
-    for name, argument in zip(names, arguments, strict=False):
-        what = argument.what if isinstance(argument, Matrix) else argument
-        if isinstance(what, Buffer) and what.value is None:
-            new.append((name, what))
-        elif isinstance(what, (Buffer, jax.Array)):
-            if isinstance(what, Buffer) and name in in_place:
-                changed.append((len(operands), what))
-            places[name] = len(operands)
-            operands.append(what.value if isinstance(what, Buffer) else what)
-    # What is both comes last among results: its place is known as an operand's.
-    places |= {name: ~place for place, (name, _) in enumerate(new)}
-    written = [buffer for _, buffer in (*new, *changed)]
-    aliases = [(operand, len(new) + n) for n, (operand, _) in enumerate(changed)]
 
-    def described(name, argument):
-        if isinstance(argument, Matrix):
-            what, matrix = argument.what, (tuple(argument.whole), tuple(argument.tile))
+def _filled(buffer):
+    dtype = np.dtype(buffer.dtype)
+    bits = jax.numpy.full(buffer.shape, -buffer.bit, f"int{8 * dtype.itemsize}")
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def _launch(step, arrays):
+    """Adds a step's call. What it writes is a result: that of an operand, where there is memory
+    already."""
+    operands, new, changed, arguments = [], [], [], []
+    for name in parameters(step.kernel):
+        if name not in step.arguments:
+            continue
+        value = step.arguments[name]
+        buffer = buffer_of(value)
+        if buffer is None:
+            arguments.append((name, value))
+            continue
+        matrix = (value.shape, value.tile) if isinstance(value, Matrix) else ()
+        if buffer.name in arrays:
+            place = len(operands)
+            operands.append(arrays[buffer.name])
+            if name in step.writes:
+                changed.append((place, buffer))
         else:
-            what, matrix = argument, None
-        if name not in places:
-            return argument
-        return Memory(places[name], np.dtype(what.dtype).name, matrix)
-
+            assert name in step.writes, (step.kernel, name)
+            place = ~len(new)
+            new.append(buffer)
+        arguments.append((name, Memory(place, buffer.dtype, *matrix)))
+    written = [*new, *(buffer for _, buffer in changed)]
     results = primitive.bind(
-        *operands, kernel=kernel, programs=programs, constants=tuple(constants.items()),
-        arguments=tuple(map(described, names, arguments)), aliases=tuple(aliases),
-        results=tuple((buffer.shape, np.dtype(buffer.dtype).name) for buffer in written),
+        *operands, kernel=step.kernel, grid=step.grid, cluster=step.cluster,
+        constants=tuple(step.constants.items()), arguments=tuple(arguments),
+        aliases=tuple((place, len(new) + n) for n, (place, _) in enumerate(changed)),
+        results=tuple((buffer.shape, buffer.dtype) for buffer in written),
     )  # fmt: skip
-    for buffer, result in zip(written, results, strict=True):
-        buffer.value = result
+    arrays |= {buffer.name: array for buffer, array in zip(written, results, strict=True)}
 
 
 primitive = Primitive("keras_xlstm_triton")
@@ -122,30 +114,6 @@ def _one_by_one(operands, axes, **parameters):
 batching.primitive_batchers[primitive] = _one_by_one
 
 
-def _signature(kernel, arguments, constants):
-    """As Triton's launcher would infer it: kinds, constants, divisible arguments."""
-    kinds, fixed, divisible = {}, {}, {}
-    for j, parameter in enumerate(kernel.params):
-        name = parameter.name
-        value = arguments[j] if j < len(arguments) else constants[name]
-        if parameter.is_constexpr or value is None:
-            kinds[name], fixed[(j,)] = "constexpr", value
-        elif isinstance(value, Memory) and value.matrix:
-            layout = _layout(value.matrix[1])
-            kinds[name] = f"tensordesc<bf16{list(value.matrix[1])},{layout!r}>"
-        elif isinstance(value, Memory):
-            kinds[name], divisible[(j,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        else:
-            kinds[name] = "fp32" if isinstance(value, float) else "i32"
-    return kinds, fixed, divisible
-
-
-def _layout(tile):
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16)
-
-
 class _Compiled(NamedTuple):
     ptx: str
     name: str
@@ -156,18 +124,14 @@ class _Compiled(NamedTuple):
 
 @functools.lru_cache(maxsize=1000)
 def _compiled(kernel, arguments, constants, capability):
+    """The one cache of this side: a model's blocks launch the same kernels."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
-    constants = dict(constants)
-    options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
+    given, options = source(kernel, dict(arguments), dict(constants))
     # That of CUDA 12.8, which jaxlib's own assembler knows; Triton's may be of a newer one.
     options |= {"ptx_version": 87, "enable_fp_fusion": True}
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = source(kernel, *_signature(kernel, arguments, constants))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(given, target=GPUTarget("cuda", capability, 32), options=options)
     metadata = compiled.metadata
     assert metadata.global_scratch_size == 0, metadata
     tensors = metadata.tensordesc_meta or ()
@@ -189,11 +153,10 @@ def _ordered(ptx, name, keys):
     return ptx[:start] + ",\n".join(lines) + ptx[end:], order
 
 
-def _lowered(kernel, programs, constants, arguments, capability):
+def _lowered(kernel, grid, cluster, constants, arguments, capability):
     """What jaxlib calls, serialised."""
-    lib, constants = device.jaxlib(), dict(constants)
-    cluster = constants.pop("cluster", 1)
-    compiled = _compiled(kernel, arguments, tuple(constants.items()), capability)
+    lib = device.jaxlib()
+    compiled = _compiled(kernel, arguments, constants, capability)
     descriptions = iter(compiled.swizzles_and_tiles)
     keys, parameters = [], []
 
@@ -202,16 +165,16 @@ def _lowered(kernel, programs, constants, arguments, capability):
         keys.append((behind, len(keys) if place is None else max(place, ~place)))
         parameters.append(parameter)
 
-    for parameter, argument in zip(kernel.params, arguments, strict=False):
-        if parameter.is_constexpr or argument is None:
+    for _, argument in arguments:
+        if argument is None:
             continue
         if not isinstance(argument, Memory):
             kind = "fp32" if isinstance(argument, float) else "i32"
             add(lib.create_scalar_parameter(argument, kind))
-        elif argument.matrix is None:
+        elif argument.tile is None:
             add(lib.create_array_parameter(0, 16), argument.place)
         else:
-            (rows, columns), _ = argument.matrix
+            rows, columns = argument.shape
             swizzle, tile = next(descriptions)
             tma = lib.create_tma_descriptor_parameter(
                 elem_type=_BFLOAT16, swizzle=swizzle, shape=[rows, columns],
@@ -225,13 +188,13 @@ def _lowered(kernel, programs, constants, arguments, capability):
         lib.TritonKernel(
             compiled.name, compiled.warps, cluster, compiled.shared, ptx, "", capability
         ),
-        programs // cluster, 1, 1, [parameters[j] for j in order],
+        grid // cluster, 1, 1, [parameters[j] for j in order],
     )  # fmt: skip
     return zlib.compress(call.to_proto(compiled.name, b""))
 
 
-def _lower(ctx, *operands, kernel, programs, constants, arguments, aliases, results):
-    opaque = _lowered(kernel, programs, constants, arguments, device.capability())
+def _lower(ctx, *operands, kernel, grid, cluster, constants, arguments, aliases, results):
+    opaque = _lowered(kernel, grid, cluster, constants, arguments, device.capability())
     rule = jax.ffi.ffi_lowering("triton_kernel_call_ffi", operand_output_aliases=dict(aliases))
     return rule(ctx, *operands, opaque=opaque)
 

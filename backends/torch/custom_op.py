@@ -43,7 +43,7 @@ class _Operator:
             return self.transformable.apply(*arguments)
         are_tensors = [type(a) in PLAIN for a in arguments]
         tensors = list(itertools.compress(arguments, are_tensors))
-        if not any(t.requires_grad for t in tensors):
+        if not any([t.requires_grad for t in tensors]):
             return self.function(*arguments)
         return self.differentiable.apply(arguments, are_tensors, *tensors)
 

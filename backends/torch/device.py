@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from keras_xlstm.backends.kernels.plan import Device
 from keras_xlstm.backends.torch.tracing import exporting, transforms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,3 +119,11 @@ def precision(dtype):
     if dtype == torch.float16:
         return "tf32"
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def of(device, dtype):
+    """The `Device` that plans in this dtype depend on."""
+    return Device(
+        shared_memory(device), processors(device), precision(dtype), triton_version(),
+        hopper(device), True, all_shared_memory(device), clusters(device), interpreted(),
+    )  # fmt: skip

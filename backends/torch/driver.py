@@ -6,10 +6,8 @@ it makes TMA descriptors, anew at every launch.
 
 import ctypes
 import functools
-import operator
 import re
 import struct
-import threading
 
 import torch
 
@@ -22,27 +20,33 @@ _COOPERATIVE, _CLUSTER_DIMENSION = 2, 4  # of its CUlaunchAttributeID
 _NO_CONTEXT = 201  # this thread has not used the device yet
 
 
-def launcher(compiled, programs, cluster=1):
-    """`function(stream, arguments)` for what Triton compiled, or None where only Triton's own
-    launcher will do. Arguments are all of a kernel that are no constants of the call, in order:
-    tensors, or addresses in place of all of them, numbers, None, `TensorDescriptor`s that are used
-    again. `cluster`: so many programs hear each other.
-    """
+class Kernel:
+    """A compiled kernel, loaded, with its thread blocks; `cluster` of them share their memory."""
+
+    def __init__(self, compiled, grid, cluster, parameters):
+        self.function = compiled.function
+        self.config = _config(compiled, grid, cluster)
+        self.parameters = parameters
+        self.tiles = list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+
+
+def kernel(compiled, grid, cluster=1):
+    """A `Kernel` of what Triton compiled, or None where only Triton's own launcher will do."""
     metadata = compiled.metadata
     more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
     more = getattr(metadata, "num_ctas", 1) != 1 or any(getattr(metadata, n, 0) for n in more)
     if torch.version.hip or more:
         return None
-    parameters = _parameters(compiled)
+    parameters = packed_parameters(compiled)
     if parameters is None or not isinstance(compiled.function, int):
         return None
-    return Launch(compiled, programs, parameters, cluster)
+    return Kernel(compiled, grid, cluster, parameters)
 
 
-def _parameters(compiled):
-    """[(place among arguments, how it is packed)], if the program has just these."""
+def packed_parameters(compiled):
+    """[(name, how it is packed)] of what is no constant, if the program has just these."""
     found, sizes = [], []
-    for place, kind in enumerate(compiled.src.signature.values()):
+    for name, kind in compiled.src.signature.items():
         if kind == "constexpr":
             continue
         if not isinstance(kind, str):
@@ -51,7 +55,7 @@ def _parameters(compiled):
         known = _POINTER if kind[0] == "*" else _DESCRIPTOR if descriptor else _NUMBERS.get(kind)
         if known is None:
             return None
-        found.append((place, known[0]))
+        found.append((name, known[0]))
         sizes += [known[1], *(size for _, size in _BEHIND * descriptor)]
     # Behind them Triton has two of its own, for memory that none of our kernels asks for.
     return found if _sizes(compiled.asm["ptx"], compiled.metadata.name) == [*sizes, 8, 8] else None
@@ -97,97 +101,51 @@ def _config(compiled, programs, cluster):
     return _Config(sizes, None, memory, len(attributes))
 
 
-class Launch:
-    """A compiled kernel's launches, one at a time; see `launcher`."""
+class Call:
+    """The parameter memory of a launch, and what CUDA is given for it.
 
-    def __init__(self, compiled, programs, parameters, cluster):
-        self.function = compiled.function
-        self.config = _config(compiled, programs, cluster)
-        places, self.kinds = zip(*parameters, strict=True)
-        self.pick = operator.itemgetter(*places) if len(places) > 1 else lambda a: (a[places[0]],)
-        self.pointers = [n for n, kind in enumerate(self.kinds) if kind == "Q"]
-        swizzles = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        self.descriptors = [
-            (n, next(swizzles)) for n, kind in enumerate(self.kinds) if kind == _DESCRIPTOR[0]
-        ]
-        self.call = _Call(self)
-        # The memory is this launch's: threads take turns.
-        self.lock = threading.Lock()
+    `arguments`: a number of each parameter; of a pointer anything; of a matrix its shape.
+    """
 
-    def __call__(self, stream, arguments):
-        values = list(self.pick(arguments))
-        for n, meta in self.descriptors:
-            values[n] = _encoded(values[n], meta)
-        # Tensors or addresses: a call has the one or the other.
-        if self.pointers and type(values[self.pointers[0]]) is not int:
-            for n in self.pointers:
-                values[n] = values[n].data_ptr()
-        with self.lock:
-            self.call.pack(values)
-            self.call.config.stream = stream
-            self.call()
-
-    def again(self, arguments):
-        """A call of its own with these arguments, which has besides
-
-        pointers: of each (a function that takes the place in memory where it will be, address)
-        matrices: of each descriptor (address, where it is in memory, a function that makes that of
-            another address)
-        """
-        call, values = _Call(self), list(self.pick(arguments))
-        for n in self.pointers:
-            if type(values[n]) is not int:
-                values[n] = values[n].data_ptr()
-        call.pointers = [(call.moved(n), values[n]) for n in self.pointers]
-        call.matrices = []
-        for n, meta in self.descriptors:
-            descriptor = values[n]
-            shape = descriptor.shape
-            call.matrices.append(
-                (descriptor.base.data_ptr(), call.at[n], functools.partial(_encode, shape, meta))
-            )
-            values[n] = bytes(128) + _behind(shape)
-        call.pack(values)
-        return call
-
-
-class _Call:
-    """What CUDA is given for a launch."""
-
-    def __init__(self, launch):
-        self.launch, self.function = _driver().cuLaunchKernelEx, launch.function
-        self.config = _Config.from_buffer_copy(launch.config)
-        self.attributes = launch.config  # the copy points to its memory
+    def __init__(self, kernel, arguments):
+        self.launch, self.function = _driver().cuLaunchKernelEx, kernel.function
+        self.config = _Config.from_buffer_copy(kernel.config)
+        self.attributes = kernel.config  # the copy points to its memory
         self.reference = ctypes.byref(self.config)
-        self._place(launch.kinds)
-
-    def _place(self, kinds):
-        """Memory for the parameters' values, each at its alignment, and their addresses."""
-        layout, places, size, self.first = "<", [], 0, []
-        for kind in kinds:
+        layout, values, places, size = "<", [], [], 0
+        self.slots, matrices = {}, []  # of pointers: in `places`
+        for name, kind in kernel.parameters:
             unit = 64 if kind == _DESCRIPTOR[0] else struct.calcsize("<" + kind)
-            layout += f"{-size % unit}x"
+            layout += f"{-size % unit}x{kind}"
             size += -size % unit
-            self.first.append(len(places))
-            parts = (0, 128, 132, 136, 144) if kind == _DESCRIPTOR[0] else (0,)
-            places += [size + part for part in parts]
-            layout += kind
+            if kind == _DESCRIPTOR[0]:
+                matrices.append((name, size))
+                places += [size + part for part in (0, 128, 132, 136, 144)]
+                rows, columns = arguments[name]
+                values.append(bytes(128) + struct.pack("<iiqq", rows, columns, columns, 1))
+            elif kind == _POINTER[0]:
+                self.slots[name] = len(places)
+                places.append(size)
+                values.append(0)
+            else:
+                places.append(size)
+                values.append(arguments[name])
             size += struct.calcsize("<" + kind)
-        self.packed = struct.Struct(layout)
         own = (size + 7) // 8 * 8  # Triton's own two
         self.memory = ctypes.create_string_buffer(own + 16 + 64)
-        start = ctypes.addressof(self.memory)
-        self.offset = -start % 64
-        places = [start + self.offset + place for place in (*places, own, own + 8)]
-        self.at = [places[n] for n in self.first]
+        offset = -ctypes.addressof(self.memory) % 64
+        struct.pack_into(layout, self.memory, offset, *values)
+        start = ctypes.addressof(self.memory) + offset
+        places = [start + place for place in (*places, own, own + 8)]
         self.places = (ctypes.c_void_p * len(places))(*places)
+        self.descriptors = {
+            name: Descriptor(start + place, arguments[name], tile)
+            for (name, place), tile in zip(matrices, kernel.tiles, strict=True)
+        }
 
-    def pack(self, values):
-        self.packed.pack_into(self.memory, self.offset, *values)
-
-    def moved(self, n):
-        """A function that has parameter n read elsewhere."""
-        return functools.partial(self.places.__setitem__, self.first[n])
+    def read_from(self, name, address):
+        """Has a pointer's value read from there at every launch."""
+        self.places[self.slots[name]] = address
 
     def __call__(self):
         error = self.launch(self.reference, self.function, self.places, None)
@@ -198,35 +156,27 @@ class _Call:
             raise RuntimeError(f"A Triton kernel could not be launched: {_message(error)}.")
 
 
-def _encoded(descriptor, meta):
-    """What a kernel gets for a TensorDescriptor: CUDA's own, its shape, its strides."""
-    found = getattr(descriptor, "_keras_xlstm_encoded", None)
-    if found is None:
-        shape, address = descriptor.shape, descriptor.base.data_ptr()
-        found = _encode(shape, meta, address) + _behind(shape)
-        descriptor._keras_xlstm_encoded = found
-    return found
+class Descriptor:
+    """A TMA descriptor of a matrix (rows, columns) of bfloat16, in parameter memory."""
 
+    def __init__(self, place, shape, tile):
+        (rows, columns), block = shape, tile["block_size"]
+        self.shape, self.address, self.encode = shape, None, _driver().cuTensorMapEncodeTiled
+        self.given = [
+            place, _BFLOAT16, 2, None, (ctypes.c_uint64 * 2)(columns, rows),
+            (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(block[1], block[0]),
+            (ctypes.c_uint32 * 2)(1, 1), 0, tile["swizzle"], _L2_128_BYTES, 0,
+        ]  # fmt: skip
 
-def _behind(shape):
-    rows, columns = shape
-    return struct.pack("<iiqq", rows, columns, columns, 1)
-
-
-def _encode(shape, meta, address):
-    (rows, columns), block = shape, meta["block_size"]
-    memory = ctypes.create_string_buffer(192)
-    place = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
-    error = _driver().cuTensorMapEncodeTiled(
-        place, _BFLOAT16, 2, address, (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(block[1], block[0]),
-        (ctypes.c_uint32 * 2)(1, 1), 0, meta["swizzle"], _L2_128_BYTES, 0,
-    )  # fmt: skip
-    if error:
-        raise RuntimeError(
-            f"CUDA makes no descriptor of a matrix {tuple(shape)}: {_message(error)}."
-        )
-    return ctypes.string_at(place, 128)
+    def write(self, address):
+        if address == self.address:
+            return
+        self.given[3] = self.address = address
+        if error := self.encode(*self.given):
+            self.address = None
+            raise RuntimeError(
+                f"CUDA makes no descriptor of a matrix {tuple(self.shape)}: {_message(error)}."
+            )
 
 
 @functools.cache

@@ -3,15 +3,12 @@
 The native form is slstm_loop.py's. Triton itself is imported on the first launch.
 """
 
-import math
-
 import torch
+from keras_xlstm.backends.kernels.plan import packed
 from keras_xlstm.backends.kernels.slstm import plan
 from keras_xlstm.backends.torch import device
 from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
-from keras_xlstm.backends.torch.device import precision
-from keras_xlstm.backends.torch.launch import Launch, cached_plan, on_stream
-from keras_xlstm.backends.torch.repeated import Repeated
+from keras_xlstm.backends.torch.launch import bound
 from torch import Tensor
 
 
@@ -49,76 +46,18 @@ def slstm(
     return h, tuple(last)
 
 
-def _device(x):
-    return plan.Device(
-        device.shared_memory(x.device), device.processors(x.device), precision(x.dtype),
-        device.triton_version(), True, device.all_shared_memory(x.device),
-        device.clusters(x.device), device.interpreted(),
-    )  # fmt: skip
+def plan_call(shape, dtype, *options):
+    """`plan.Call` for x of this shape."""
+    B, T, _, H, D = shape
+    return plan.Call(B, T, H, D, device.name(dtype), *options)
 
 
-class _Pass:
-    """`function(launches, given, results, *numbers)` on a stream, for calls alike."""
-
-    def __init__(self, function, device, sizes):
-        self.function, self.device, self.sizes = function, device, sizes
-        self.plan = plan.Launches(None, device, *sizes)
-        # Else there is a launch for every step; or it is interpreted.
-        self.repeats = self.plan.waits and not self.plan.memory
-        self.found = {}
-
-    @property
-    def launches(self):
-        return self.found.values()
-
-    def __call__(self, stream, given, results, *numbers):
-        def launch(kernel, programs, *arguments, **constants):
-            # The rest is alike in all calls.
-            key = id(kernel), programs, *[a is None for a in arguments], *constants.items()
-            if key not in self.found:
-                self.found[key] = Launch(kernel, programs, **constants)
-            self.found[key](stream, *arguments)
-
-        run = plan.Launches(launch, self.device, *self.sizes)
-        return self.function(run, given, results, *numbers)
+def _forward_plan(shape, dtype, where, trains, *options, aligned):
+    return plan.forward(device.of(where, dtype), plan_call(shape, dtype, *options), trains)
 
 
-def _forward_pass(given, device, trains):
-    x = given[0]
-    B, T, _, H, D = x.shape
-    return Repeated(_Pass(_run_forward, device, (B, T, H, D, x.dtype.itemsize)))
-
-
-def _run_forward(run, given, results, exp_forget):
-    x, R, bias, hold, reset, scale, first, *states = given
-    h, saved, *last = results
-    memory = _memory(run, x)
-    given = x, R, bias, hold, reset, scale
-    run.forward(given, first, states, h, saved, last, exp_forget, memory)
-
-
-def _backward_pass(given, device):
-    dh = given[0]
-    return Repeated(_Pass(_run_backward, device, (*dh.shape, dh.dtype.itemsize)))
-
-
-def _run_backward(run, given, results, exp_forget, clip):
-    """The recurrent kernel's gradient in parts, float32."""
-    dh, dh_last, dc, dn, R, first, c0, n0, hold, reset, scale, h, c, n, saved = given
-    dx, *d_first = results
-    memory = _memory(run, dh)
-    given = dh, saved, R, hold, reset, scale, c0, n0
-    run.backward(given, (dh_last, dc, dn), c, n, dx, d_first, exp_forget, clip, memory)
-
-    def new(shape):
-        return dh.new_empty(4 * math.prod(shape), dtype=torch.uint8).view(torch.float32)
-
-    return run.kernel_gradient(h, dx, first, reset, scale, new)
-
-
-def _missing(t):
-    """Fills what programs exchange with a NaN that they never write."""
-    return t.view(torch.int16 if t.itemsize == 2 else torch.int32).fill_(-1)
+def _backward_plan(shape, dtype, where, clip, *options, aligned):
+    return plan.backward(device.of(where, dtype), plan_call(shape, dtype, *options), clip)
 
 
 @operator("slstm_triton_forward")
@@ -128,39 +67,30 @@ def _forward(
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     exp_forget: bool, clip: float, trains: bool,
 ) -> list[Tensor]:  # fmt: skip
-    outputs = _outputs(x, exp_forget, trains)
-    h_all, *last, saved = outputs
+    """h, the last h, c, n, m, and if it trains what the backward pass needs."""
     first = None if h is None else h.to(x.dtype)
     R, bias = recurrent_kernel.to(x.dtype), None if bias is None else bias.float()
     given = x, R, bias, hold, reset, recurrent_scale, first, h, c, n, m
-    repeated = cached_plan(_forward_pass, given, _device(x), trains)
-    if repeated.run.plan.exchanges:
-        _missing(h_all)
-    results = h_all, saved if trains else None, *last
-    on_stream(x.device, repeated, given, results, exp_forget)
-    return outputs
-
-
-def _memory(run, like):
-    return like.new_zeros(run.memory, dtype=torch.int32) if run.memory else None
-
-
-def _outputs(x, exp_forget, trains):
-    """Empty tensors: h, the last h, c, n, m, and what the backward pass needs."""
-    B, T, _, H, D = x.shape
-    outputs = [x.new_empty(B, T, H, D)]
-    outputs += [x.new_empty(B, H, D, dtype=torch.float32) for _ in range(4)]
-    saved = (0,)
-    if trains:
-        saved = plan.saved(x.shape, x.dtype.itemsize, _device(x), exp_forget)
-    return [*outputs, x.new_empty(saved, dtype=torch.float32)]
+    run = bound(
+        _forward_plan, x.shape, x.dtype, x.device, trains, bias is not None, h is not None,
+        hold is not None, reset is not None, recurrent_scale is not None, exp_forget,
+    )  # fmt: skip
+    outputs, saved = run(*[t for t in given if t is not None])
+    return [*outputs, saved] if trains else outputs
 
 
 @_forward.register_fake
 def _(
     x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale, exp_forget, clip, trains
 ):
-    return _outputs(x, exp_forget, trains)
+    B, T, _, H, D = x.shape
+    outputs = [x.new_empty(B, T, H, D)]
+    outputs += [x.new_empty(B, H, D, dtype=torch.float32) for _ in range(4)]
+    if trains:
+        options = (*(False,) * 5, exp_forget)
+        saved = plan.saved(plan_call(x.shape, x.dtype, *options), device.of(x.device, x.dtype))
+        outputs.append(x.new_empty(packed([saved])[1], dtype=torch.uint8))
+    return outputs
 
 
 @operator("slstm_triton_backward")
@@ -171,17 +101,15 @@ def _backward(
     hold: Tensor | None, reset: Tensor | None, recurrent_scale: Tensor | None,
     h: Tensor, c: Tensor, n: Tensor, saved: Tensor, exp_forget: bool, clip: float,
 ) -> list[Tensor]:  # fmt: skip
-    dx, *d_first = torch.empty_like(x), *(torch.empty_like(c) for _ in range(3))
     first = None if h0 is None else h0.to(x.dtype)
     R = recurrent_kernel.to(x.dtype)
-    given = (
-        dh, dh_last, dc, dn, R, first, c0, n0, hold, reset, recurrent_scale, h, c, n, saved,
+    given = dh, dh_last, dc, dn, R, hold, reset, recurrent_scale, first, c0, n0, h, c, n, saved
+    run = bound(
+        _backward_plan, x.shape, x.dtype, x.device, clip, bias is not None, h0 is not None,
+        hold is not None, reset is not None, recurrent_scale is not None, exp_forget,
     )  # fmt: skip
-    repeated = cached_plan(_backward_pass, given, _device(x))
-    if repeated.run.plan.exchanges:
-        _missing(dx)
-    dR = on_stream(x.device, repeated, given, (dx, *d_first), exp_forget, clip)
-    dR = dR.view(torch.float32).view(-1, *R.shape).sum(0).to(recurrent_kernel.dtype)
+    (dx, *d_first, dR), _ = run(*[t for t in given if t is not None])
+    dR = dR.sum(0).to(recurrent_kernel.dtype)
     dbias = x.new_empty(0)
     if bias is not None:
         dbias = dx.sum((0, 1), dtype=torch.float32).to(bias.dtype)

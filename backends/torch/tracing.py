@@ -8,15 +8,6 @@ from torch.autograd import forward_ad
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_eager(*tensors):
-    """Whether these are tensors with values, which nothing traces or transforms."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack()
-        or any(type(t) not in PLAIN for t in tensors)
-    )
-
-
 @torch.compiler.assume_constant_result
 def exporting():
     # As a constant: PyTorch 2.11 takes torch.compile for an export where it traces this.

@@ -1,8 +1,6 @@
 """Tile sizes of the mLSTM's kernels, in Triton and in Pallas: a table for what was tuned, rules for
 all else. Dtypes by name."""
 
-import functools
-
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CHUNKS = (16, 32, 64, 128, 256, 512)
 _HOPPER = 232_448  # bytes of shared memory
@@ -69,7 +67,6 @@ def unsupported(K, V, chunk_size):
     return None
 
 
-@functools.cache
 def intra_chunk(role, DX, DZ, dtype, chunk, shared_memory, triton=False):
     """Of `intra_chunk` in a role, as its constants; `shared_memory` in bytes; `triton`: for
     Triton itself, not Pallas."""
@@ -146,7 +143,6 @@ def hopper_dq_dk(K, V, chunk):
     return {"AHEAD": 2, "REGISTERS": 24, "num_warps": 8}
 
 
-@functools.cache
 def chunk_states(DX, DZ, dtype, chunk, shared_memory, triton=False):
     """Of `chunk_states`, likewise."""
     size = _SIZES[dtype]

@@ -1,27 +1,13 @@
-"""The launches of the sLSTM's Triton kernels, for whichever framework hosts them.
+"""The launches of the sLSTM's Triton kernels as plans (kernels/plan.py).
 
-`launch(kernel, programs, *arguments, **constants)` is the host's (backends/torch/slstm.py,
-backends/jax/slstm_triton.py). Programs that share a head wait for each other, so all of a launch
-must be on the device at once. Where the host can say so, that launch is cooperative: then CUDA
-refuses what would never end.
+Programs that share a head wait for each other, so all of a launch must be on the device at once.
+Where the host can say so, that launch is cooperative: then CUDA refuses what would never end.
 """
 
 from typing import NamedTuple
 
 from keras_xlstm.backends.kernels.mlstm.tiles import power
-
-
-class Device(NamedTuple):
-    """What launches depend on."""
-
-    shared_memory: int  # bytes that a program may have
-    processors: int
-    precision: str  # of products in the dtype at hand, as tl.dot names it
-    triton: tuple  # its version
-    cooperative: bool = False  # whether launches can be
-    all_shared_memory: int = 0  # bytes that programs of a processor may have together
-    clusters: int = 0  # programs of the largest cluster for kernels in PTX; 0: it takes no PTX
-    interpreted: bool = False
+from keras_xlstm.backends.kernels.plan import SIZES, Buffer, Plan, present, step
 
 
 def unsupported(D, itemsize, shared_memory):
@@ -91,20 +77,36 @@ def wide(D, itemsize, device):
     return itemsize == 2 and D % 32 == 0 and device.clusters > 0 and (D > 128 or device.interpreted)
 
 
-def saved(shape, itemsize, device, exp_forget):
-    """The shape of what the backward pass needs, for x of this shape."""
-    B, T, _, H, D = shape
+class Call(NamedTuple):
+    """Sizes and options of one call, and which of its arguments are there."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    dtype: str
+    bias: bool = False
+    state: bool = False
+    hold: bool = False
+    reset: bool = False
+    scale: bool = False
+    exp_forget: bool = False
+
+
+def saved(call, device):
+    """What the backward pass needs."""
+    B, T, H, D = call[:4]
+    itemsize = SIZES[call.dtype]
     if clustered(D, itemsize, device) or wide(D, itemsize, device):
-        return B, T, H, D, 8
-    return 6 if exp_forget else 7, B, T, H, D
+        return Buffer("saved", (B, T, H, D, 8))
+    return Buffer("saved", (6 if call.exp_forget else 7, B, T, H, D))
 
 
-class Launches:
-    """How the work of a call is cut, rows and units of a program, and its launches."""
+class Cut:
+    """How the work of a call is cut: rows and units of a thread block, and their constants."""
 
-    def __init__(self, launch, device, B, T, H, D, itemsize):
-        self.launch, self.device = launch, device
-        self.B, self.T, self.H, self.D, self.itemsize = B, T, H, D, itemsize
+    def __init__(self, device, B, T, H, D, itemsize):
+        self.device, self.B, self.T, self.H, self.D = device, B, T, H, D
         self.processors = self.resident = device.processors
         memory = device.shared_memory
         self.clustered = clustered(D, itemsize, device)
@@ -148,13 +150,6 @@ class Launches:
         self.exchanges = self.waits and not self.whole
 
     @property
-    def memory(self):
-        """Words that stand for shared memory, where kernels in PTX are interpreted."""
-        if not ((self.clustered or self.wide) and self.device.interpreted):
-            return 0
-        return self.groups * self.tiles * max(48 * self.D, 8192)
-
-    @property
     def groups(self):
         """Parts of the work that do not meet: a head's rows."""
         return self.H * -(-self.B // self.BB)
@@ -164,100 +159,151 @@ class Launches:
         """Groups of one launch."""
         return self.resident // self.tiles
 
-    def _launch_clustered(self, kernel, arguments, **constants):
-        programs, warps = self.clustered
-        if programs > 1:
-            constants["cluster"] = programs
-        self.launch(
-            kernel, self.groups * programs, *arguments, D=self.D, N=programs, W=warps,
-            num_warps=warps, num_stages=1, **constants,
-        )  # fmt: skip
+    @property
+    def memory(self):
+        """What stands for shared memory where kernels in PTX are interpreted, or None."""
+        if not ((self.clustered or self.wide) and self.device.interpreted):
+            return None
+        words = self.groups * self.tiles * max(48 * self.D, 8192)
+        return Buffer("memory", (words,), "int32", bit=0)
 
-    def forward(self, given, first, states, h, saved, last, exp_forget, memory=None):
-        """`given` (x, R, bias, hold, reset, scale), `first` h before in x's dtype, `states` (h, c,
-        n, m) before; writes h, what the backward pass needs, and the states after."""
-        sizes = self.B, self.T, self.H
+    def steps(self, name, reads, writes, first, after_first, **constants):
+        """The launches of the kernels "forward" or "backward". `first`: what the first one reads of
+        states before, in place of which later ones read `after_first`."""
+        constants |= self.forward_constants if name == "forward" else self.backward_constants
+        if self.clustered or self.wide:
+            writes = writes | {"memory_p": self.memory}
         if self.clustered:
-            self._launch_clustered(
-                _kernels("cluster").forward,
-                (*given, *states, h, saved, *last, memory, *sizes), EXP_FORGET=exp_forget,
-            )  # fmt: skip
-            return
+            programs, warps = self.clustered
+            constants |= {"N": programs, "W": warps, "num_warps": warps}
+            kernel = getattr(_kernels("cluster"), name)
+            grid = self.groups * programs
+            return [step(kernel, grid, reads | first, writes, constants, cluster=programs)]
         if self.whole:
-            self.launch(
-                _kernels("recurrence_whole").forward, self.groups, *given, *states, h, saved,
-                *last, *sizes,
-                EXP_FORGET=exp_forget, **self.forward_constants,
-            )  # fmt: skip
-            return
+            kernel = getattr(_kernels("recurrence_whole"), name)
+            return [step(kernel, self.groups, reads | first, writes, constants)]
+        kernel = getattr(_kernels("grid" if self.wide else "recurrence_split"), name)
 
-        def arguments(start, stop, group):
-            before = states if start == 0 else last
-            more = (memory,) if self.wide else ()
-            return *given, first, *before, h, saved, *last, *more, *sizes, start, stop, group
+        def part(start, stop, group, programs, states, **more):
+            more_reads = {"start": start, "stop": stop, "group": group}
+            return step(kernel, programs, reads | states | more_reads, writes, constants | more)
 
-        kernels = _kernels("grid" if self.wide else "recurrence_split")
-        self._launch_split(kernels.forward, arguments, 0, False, EXP_FORGET=exp_forget)
-
-    def backward(self, given, after, c, n, dx, d_first, exp_forget, clip, memory=None):
-        """`given` (dh, saved, R, hold, reset, scale, c and n before), `after` gradients of h, c, n
-        after; writes dx, and the gradients of h, c, n before."""
-        options = {"EXP_FORGET": exp_forget, "CLIP": clip > 0}
-        sizes = self.B, self.T, self.H
-        if self.clustered:
-            self._launch_clustered(
-                _kernels("cluster").backward,
-                (*given, *after, dx, *d_first, memory, *sizes, clip), **options,
-            )  # fmt: skip
-            return
-        if self.whole:
-            self.launch(
-                _kernels("recurrence_whole").backward, self.groups, *given, *after, c, n, dx,
-                *d_first,
-                *sizes, clip, **options, **self.backward_constants,
-            )  # fmt: skip
-            return
-
-        def arguments(start, stop, group):
-            behind = after if stop == self.T else d_first
-            written = (dx, *d_first, memory) if self.wide else (c, n, dx, *d_first)
-            return *given, *behind, *written, *sizes, start, stop, group, clip
-
-        kernels = _kernels("grid" if self.wide else "recurrence_split")
-        self._launch_split(kernels.backward, arguments, -1, True, **options)
-
-    def _launch_split(self, kernel, arguments, start, reverse, **constants):
-        """Groups side by side, as many as are resident at once; or, where the programs of one
-        group are not, a launch for each step. `arguments(start, stop, first group)`."""
-        constants |= self.backward_constants if reverse else self.forward_constants
-        steps = range(start, self.T)
-        if not self.waits:
-            for t in reversed(steps) if reverse else steps:
-                programs = self.groups * self.tiles
-                self.launch(kernel, programs, *arguments(t, t + 1, 0), WAIT=False, **constants)
-            return
+        start = 0 if name == "forward" else -1  # which stands for the initial state
+        if not self.waits:  # the programs of one group are not all resident: step by step
+            turns = range(start, self.T) if name == "forward" else range(self.T - 1, start - 1, -1)
+            programs = self.groups * self.tiles
+            return [
+                part(t, t + 1, 0, programs, after_first if j else first, WAIT=False)
+                for j, t in enumerate(turns)
+            ]
+        more = {"WAIT": True}
         if self.device.cooperative:
-            constants["launch_cooperative_grid"] = True
-        for group in range(0, self.groups, self.together):
-            programs = min(self.together, self.groups - group) * self.tiles
-            self.launch(kernel, programs, *arguments(start, self.T, group), WAIT=True, **constants)
+            more["launch_cooperative_grid"] = True
+        return [
+            part(start, self.T, group, min(self.together, self.groups - group) * self.tiles, first,
+                 **more)
+            for group in range(0, self.groups, self.together)
+        ]  # fmt: skip
 
-    def kernel_gradient(self, h, dx, first, reset, scale, new):
-        """The recurrent kernel's, in parts (parts, H, D, 4, D) that `new(shape)` makes room for."""
-        B, T, H, D = self.B, self.T, self.H, self.D
-        large = self.itemsize == 2 and D >= 256 and self.device.shared_memory > 190_000
-        size = 128 if large else min(64, power(D))
-        tile = {"BK": size, "BN": size, "L": 64 if self.itemsize == 2 else 32}
-        # Programs of several splits side by side hide each other's waits.
-        most = 2 if self.itemsize == 4 else 4 if large else 8
-        across = -(-D // size)
-        programs = 4 * H * across * across
-        splits = max(1, min(most * self.processors // programs, B * T // 256))
-        rows = -(-B * T // (splits * tile["L"])) * tile["L"]
-        dR = new((splits, H, D, 4, D))
-        self.launch(
-            _kernels("kernel_gradient").kernel_gradient, splits * programs,
-            h, dx, first, reset, scale, dR,
-            B, T, H, rows, D=D, PREC=self.device.precision, num_warps=8 if large else 4, **tile,
-        )  # fmt: skip
-        return dR
+
+def _cut(device, call):
+    return Cut(device, call.B, call.T, call.H, call.D, SIZES[call.dtype])
+
+
+def _buffers(call, cut):
+    """{name: Buffer, or None of what the call has not}"""
+    B, T, H, D = call[:4]
+    dtype, bit = call.dtype, 1 if cut.exchanges else None
+    rows, steps, none = (B, H, D), (B, T), None
+    found = [Buffer("R", (H, D, 4, D), dtype)]
+    found += [Buffer(name, rows) for name in ("h1", "c1", "n1", "m1", "dh1", "dc1", "dn1")]
+    found += [Buffer("bias", (4, H, D))] if call.bias else []
+    found += [Buffer("hold", steps, "int8")] if call.hold else []
+    found += [Buffer("reset", steps, "int8")] if call.reset else []
+    found += [Buffer("scale", rows)] if call.scale else []
+    if call.state:
+        found += [Buffer("first", rows, dtype), *(Buffer(f"{s}0", rows) for s in "hcnm")]
+    optional = "bias", "hold", "reset", "scale", "first", "h0", "c0", "n0", "m0"
+    return dict.fromkeys(optional, none) | {b.name: b for b in found}, bit
+
+
+def _parameters(buffers, names):
+    return {f"{name}_p": buffers[name] for name in names.split()}
+
+
+def forward(device, call, trains):
+    """x, R, bias, hold, reset, scale, first (h before, in x's dtype), h0, c0, n0, m0 -> h, h1, c1,
+    n1, m1; `saved` if it trains. R is in x's dtype."""
+    cut = _cut(device, call)
+    buffers, bit = _buffers(call, cut)
+    B, T, H, D = call[:4]
+    x, h = Buffer("x", (B, T, 4, H, D), call.dtype), Buffer("h", (B, T, H, D), call.dtype, bit)
+    kept = saved(call, device) if trains else None
+    buffers |= {"x": x, "h": h, "saved": kept}
+    reads = _parameters(buffers, "x R bias hold reset scale") | {"B": B, "T": T, "H": H}
+    if not (cut.clustered or cut.whole):
+        reads |= _parameters(buffers, "first")
+    before = _parameters(buffers, "h0 c0 n0 m0")
+    behind = {f"{s}0_p": buffers[f"{s}1"] for s in "hcnm"}
+    writes = _parameters(buffers, "h saved h1 c1 n1 m1")
+    steps = cut.steps("forward", reads, writes, before, behind, EXP_FORGET=call.exp_forget)
+    inputs = "x", "R", "bias", "hold", "reset", "scale", "first", "h0", "c0", "n0", "m0"
+    return Plan(
+        present(*(buffers[name] for name in inputs)),
+        tuple(buffers[name] for name in ("h", "h1", "c1", "n1", "m1")),
+        present(kept), present(cut.memory), tuple(steps),
+    )  # fmt: skip
+
+
+def backward(device, call, clip):
+    """dh, dh1, dc1, dn1, R, hold, reset, scale, first, c0, n0, h, c1, n1 -> dx, dh0, dc0, dn0, dR:
+    the recurrent kernel's gradient in parts (parts, H, D, 4, D)."""
+    cut = _cut(device, call)
+    buffers, bit = _buffers(call, cut)
+    B, T, H, D = call[:4]
+    buffers |= {name: Buffer(name, (B, T, H, D), call.dtype) for name in ("dh", "h")}
+    buffers |= {name: Buffer(name, (B, H, D)) for name in ("dh0", "dc0", "dn0")}
+    buffers["dx"] = Buffer("dx", (B, T, 4, H, D), call.dtype, bit)
+    buffers["saved"] = saved(call, device)
+    gradient = _kernel_gradient(device, call, buffers)
+    reads = _parameters(buffers, "dh saved R hold reset scale c0 n0")
+    reads |= {"B": B, "T": T, "H": H, "clip": clip}
+    if not (cut.clustered or cut.wide):
+        reads |= _parameters(buffers, "c1 n1")
+    after = _parameters(buffers, "dh1 dc1 dn1")
+    before = {f"d{s}1_p": buffers[f"d{s}0"] for s in "hcn"}
+    writes = _parameters(buffers, "dx dh0 dc0 dn0")
+    options = {"EXP_FORGET": call.exp_forget, "CLIP": clip > 0}
+    steps = cut.steps("backward", reads, writes, after, before, **options)
+    inputs = (
+        "dh", "dh1", "dc1", "dn1", "R", "hold", "reset", "scale", "first", "c0", "n0", "h", "c1",
+        "n1",
+    )  # fmt: skip
+    return Plan(
+        present(*(buffers[name] for name in inputs)),
+        (*(buffers[name] for name in ("dx", "dh0", "dc0", "dn0")), gradient.arguments["dR_p"]),
+        (buffers["saved"],), present(cut.memory), (*steps, gradient),
+    )  # fmt: skip
+
+
+def _kernel_gradient(device, call, buffers):
+    """Of the recurrent kernel, in parts."""
+    B, T, H, D = call[:4]
+    itemsize = SIZES[call.dtype]
+    large = itemsize == 2 and D >= 256 and device.shared_memory > 190_000
+    size = 128 if large else min(64, power(D))
+    L = 64 if itemsize == 2 else 32
+    # Programs of several splits side by side hide each other's waits.
+    most = 2 if itemsize == 4 else 4 if large else 8
+    across = -(-D // size)
+    programs = 4 * H * across * across
+    splits = max(1, min(most * device.processors // programs, B * T // 256))
+    reads = _parameters(buffers, "h dx first reset scale")
+    reads |= {"B": B, "T": T, "H": H, "rows": -(-B * T // (splits * L)) * L}
+    constants = {
+        "BK": size, "BN": size, "L": L, "D": D, "PREC": device.precision,
+        "num_warps": 8 if large else 4,
+    }  # fmt: skip
+    dR = Buffer("dR", (splits, H, D, 4, D))
+    kernel = _kernels("kernel_gradient").kernel_gradient
+    return step(kernel, splits * programs, reads, {"dR_p": dR}, constants)
