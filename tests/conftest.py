@@ -45,6 +45,16 @@ import keras
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("cases", "contract", "tools")
+
+
+def pytest_collection_modifyitems(items):
+    """Of a class that says what of it is for every run, the rest is a sweep."""
+    for item in items:
+        every_run = getattr(item.cls, "every_run", None)
+        if every_run is not None and not any(words in item.name for words in every_run):
+            item.add_marker("sweep")
+
 
 @pytest.fixture
 def rng():

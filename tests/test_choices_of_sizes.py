@@ -4,8 +4,8 @@ sLSTM's loop, heads as one kernel, and the mLSTM read once after the last step."
 import numpy as np
 import oracle
 import pytest
+from cases import MASKS, flags, make_mask, make_segments, mLSTMCase, sLSTMCase
 from keras_xlstm.backends import native
-from test_ops import MASKS, flags, make_mask, make_segments, mLSTMCase, sLSTMCase
 from tools import BACKEND, array, assert_close, tensor, vjp
 
 from keras_xlstm import backends

@@ -19,8 +19,10 @@ SEGMENTS = np.tile(np.repeat([0, 1, 2], 3), (6, 1))
 
 
 def compiled(jit_compile, rate=0.5, **options):
+    """With the recurrences compiled where the blocks are; else what XLA compiles nothing of."""
     keras.utils.set_random_seed(3)
     settings = {"num_blocks": 4, "pattern": "1:1", "dtype": "float64", **options}
+    settings.setdefault("use_kernel", "auto" if jit_compile else False)
     model = xLSTMLanguageModel(12, units=8, num_heads=2, **settings)
     for i, variable in enumerate(model.trainable_variables):  # gates start as zeros
         variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=i))

@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from test_layers import jit
-from tools import BACKEND, array, assert_close, vjp
+from tools import BACKEND, array, assert_close, jit, vjp
 
 from keras_xlstm import backends
 from keras_xlstm import ops as xlstm_ops
