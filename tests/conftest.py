@@ -65,6 +65,9 @@ def rng():
 def _fresh():
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
+    # Keras collects garbage for every attribute that `quantize` deletes, Python now and then: not
+    # the frameworks and the tests before, again and again.
+    gc.freeze()
     yield
     keras.config.set_dtype_policy("float32")
 
@@ -72,8 +75,6 @@ def _fresh():
 @pytest.fixture(autouse=True, scope="module")
 def _memory():
     """Compiled functions are kept for good: gigabytes over the whole suite."""
-    # Keras collects garbage for every attribute that `quantize` deletes: not the frameworks again.
-    gc.freeze()
     yield
     gc.unfreeze()
     keras.backend.clear_session()

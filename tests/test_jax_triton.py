@@ -117,7 +117,7 @@ class Lanes(OnTriton, sLSTM):
     """In 16 bits; interpreted, one program, or a launch for every step."""
 
     dtypes = ("bfloat16", "float16") if GPU else ("float16",)
-    cuts, every_run = (2,), ("outputs", "options[all]", "sizes")
+    cuts, every_run = (2,), ("outputs_gradients_and_states[float16-True]", "options[all]")
     test_jit_and_remat = test_vmap = test_fit = test_fit_over_two_devices = None
 
     def check(self, case, dtype=None, **options):

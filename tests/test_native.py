@@ -1,10 +1,12 @@
 """The native form of both ops, and what is picked by itself, against the float64 oracle."""
 
+import itertools
+
 import pytest
 from cases import CASES, make_flags
 from contract.mlstm import mLSTM
 from contract.slstm import sLSTM
-from tools import BACKEND, array, assert_close, error
+from tools import BACKEND, array, assert_close, error, some
 
 import keras_xlstm
 
@@ -22,9 +24,11 @@ class TestMLSTM(mLSTM):
     def test_chunks_of_any_length(self, length, rng):
         self.check(self.case(rng, B=2, T=length, H=1), "float32", chunk_size=None)
 
-    @pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
-    @pytest.mark.parametrize("chunk_size", [1, 4, 16])
-    def test_chunk_size_does_not_matter(self, length, chunk_size, rng):
+    @pytest.mark.parametrize(("chunk_size", "length"), some(
+        [(1, 17), (4, 15), (4, 16), (16, 1), (16, 16), (16, 17), (16, 33)],
+        itertools.product([1, 4, 16], [1, 15, 16, 17, 33]),
+    ))  # fmt: skip
+    def test_chunk_size_does_not_matter(self, chunk_size, length, rng):
         self.check(self.case(rng, T=length, H=1), chunk_size=chunk_size)
 
 

@@ -14,10 +14,9 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 from cases import make_segments, mLSTMCase
-from contract.base import some
 from contract.mlstm import mLSTM
 from contract.on_torch import OnTorch, on_gpu
-from tools import BACKEND, GPU, HERE, INTERPRETED, TOLERANCE, array, assert_close, tensor
+from tools import BACKEND, GPU, HERE, INTERPRETED, TOLERANCE, array, assert_close, some, tensor
 
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs on torch, with triton", allow_module_level=True)

@@ -5,7 +5,7 @@ import pytest
 from cases import make_flags
 from contract.on_torch import OnTorch, on_gpu
 from contract.slstm import sLSTM
-from tools import BACKEND, GPU, INTERPRETED, tensor
+from tools import BACKEND, GPU, INTERPRETED, some, tensor
 
 if BACKEND != "torch" or not (GPU or INTERPRETED):
     pytest.skip("on torch, on a GPU or by the interpreter", allow_module_level=True)
@@ -26,7 +26,7 @@ class Kernels(OnTorch, sLSTM):
         ({"D": 1025}, "up to 1024 units a head, not 1025"),
     )
 
-    @pytest.mark.parametrize("rows", [1, 8, 9, 33])
+    @pytest.mark.parametrize("rows", some([(1,), (9,)], [(1,), (8,), (9,), (33,)]))
     def test_rows_of_a_batch(self, rows, rng):
         self.check(self.case(rng, B=rows, T=2))
 
@@ -136,7 +136,7 @@ class TestWide(Lanes):
     """Heads too large for a cluster, by programs of 16 units; interpreted, a launch for every step."""
 
     kind, cuts, lengths = "wide", (2,), (1, 2)
-    every_run = None if GPU else ("outputs", "options[all]", "holes-growing", "steps_are", "nan_")
+    every_run = None if GPU else ("outputs", "options[all]", "nan_reaches")
     sizes = {"D": 320 if GPU else 96, "T": 9 if GPU else 3, "H": 1}  # noqa: RUF012
     heads = [  # noqa: RUF012
         {"B": 9, "T": 70 if GPU else 3, "D": D, "H": 1}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import keras
 import numpy as np
+import pytest
 
 HERE = pathlib.Path(__file__).parent
 BACKEND = keras.backend.backend()
@@ -32,6 +33,11 @@ HAS_PALLAS = BACKEND == "jax" and importlib.util.find_spec("jax.experimental.pal
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 # Relative RMS error against the float64 oracle, by dtype of the inputs.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+def some(few, all_of):
+    """`few` in every run, the others of `all_of` in `make test-all`."""
+    return [*few, *(pytest.param(*v, marks=pytest.mark.sweep) for v in all_of if v not in few)]
 
 
 def array(x):

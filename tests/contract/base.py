@@ -5,17 +5,11 @@ import numpy as np
 import pytest
 from cases import MASKS, make_flags, make_mask
 from keras import ops
-from tools import TOLERANCE, array, assert_close, tensor, vjp
+from tools import TOLERANCE, array, assert_close, some, tensor, vjp
 
 import keras_xlstm
 
-sweep = pytest.mark.sweep
 HALVES = ("float16", "bfloat16")
-
-
-def some(few, all_of):
-    """`few` in every run, the others of `all_of` in `make test-all`."""
-    return [*few, *(pytest.param(*v, marks=sweep) for v in all_of if v not in few)]
 
 
 # Every kind of masks and of segments, with and without the other: what runs is told where to hold
