@@ -36,8 +36,9 @@ TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-
 
 
 def some(few, all_of):
-    """`few` in every run, the others of `all_of` in `make test-all`."""
-    return [*few, *(pytest.param(*v, marks=pytest.mark.sweep) for v in all_of if v not in few)]
+    """Values of a test's arguments: `few` in every run, the others of `all_of` in `make test-all`."""
+    others = (pytest.param(*v, marks=pytest.mark.sweep) for v in all_of if v not in few)
+    return [*(pytest.param(*v) for v in few), *others]
 
 
 def array(x):
