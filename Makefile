@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu>=2.20
 BACKENDS ?= jax torch tensorflow
 
-.PHONY: demo test test-% fuzz lint docs links release benchmark clean
+.PHONY: demo test test-all test-% fuzz lint docs links release benchmark clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=jax $(BIN)/python examples/language_model.py
@@ -18,6 +18,13 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/run.py $(BACKENDS)
+
+# With the sweeps: all GPUs that kernels are compiled for, all pairs of masks and segments, all
+# cells of the exports' table, more of every case by the interpreters. Before a release.
+test-all: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/run.py --all $(BACKENDS)
 
 # Thousands of random cases of each fuzz test, new ones in every run: hours on a slow machine.
 FUZZ_EXAMPLES ?= 3000
@@ -44,7 +51,7 @@ links: $(VENV)/.docs
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -q -b linkcheck docs build/links
 
 # dist/; then for each backend a bare environment with the wheel, in which a layer runs.
-release: $(VENV)/.test
+release: test-all
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	set -e; for backend in $(BACKENDS); do \

@@ -45,6 +45,16 @@ import keras
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("cases", "contract", "tools")
+
+
+def pytest_collection_modifyitems(items):
+    """Of a class that says what of it is for every run, the rest is a sweep."""
+    for item in items:
+        every_run = getattr(item.cls, "every_run", None)
+        if every_run is not None and not any(words in item.name for words in every_run):
+            item.add_marker("sweep")
+
 
 @pytest.fixture
 def rng():
@@ -55,6 +65,9 @@ def rng():
 def _fresh():
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
+    # Keras collects garbage for every attribute that `quantize` deletes, Python now and then: not
+    # the frameworks and the tests before, again and again.
+    gc.freeze()
     yield
     keras.config.set_dtype_policy("float32")
 
@@ -62,8 +75,6 @@ def _fresh():
 @pytest.fixture(autouse=True, scope="module")
 def _memory():
     """Compiled functions are kept for good: gigabytes over the whole suite."""
-    # Keras collects garbage for every attribute that `quantize` deletes: not the frameworks again.
-    gc.freeze()
     yield
     gc.unfreeze()
     keras.backend.clear_session()

@@ -1,6 +1,7 @@
-"""Runs the test suite on each backend, two processes at a time, and prints what each one said.
+"""Runs the test suite on each backend, two processes at a time, and prints what each one said, and
+what it took: seconds of the processor, and memory.
 
-python tests/run.py jax torch tensorflow
+python tests/run.py [--all] jax torch tensorflow    # --all: the sweeps as well
 """
 
 import os
@@ -11,78 +12,92 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
-# Runs of about the same length: whole backends would leave a core idle at the end.
+MEMORY = 4.0  # GiB that a process may take
+# Parts of a few minutes at most: what XLA compiled on TensorFlow stays in a process's memory.
 FILES = {
-    "blocks, models": ["test_blocks.py", "test_models.py"],
-    "kernels": [
-        "test_triton.py", "test_triton_slstm.py", "test_triton_slstm_lanes.py",
-        "test_jax_triton.py", "test_jax_triton_slstm.py", "test_pallas.py", "test_pallas_slstm.py",
-    ],
-    "files, devices": [
-        "test_export.py", "test_devices.py", "test_examples.py", "test_tensorflow.py",
-    ],
-    "users": [
-        "test_user_ways.py", "test_keras_io.py", "test_layer_contract.py", "test_keras_export.py",
-    ],
-}  # fmt: skip
-PARTS = {name: [str(HERE / file) for file in files] for name, files in FILES.items()}
+    "ops": ["native", "fuzz", "choices_of_sizes", "poison", "products", "oracle", "backends"],
+    "layers": ["layers", "layer_contract", "keras_io", "tensorflow"],
+    "users": ["user_ways", "examples", "docs", "readme", "workers"],
+    "models": ["blocks", "models"],
+    "training": ["tensorflow_regions", "training", "replay", "torch"],
+    "kernels": ["triton", "triton_slstm", "jax_triton", "pallas", "gpu"],
+    "files": ["export", "keras_export"],
+    "interpreted": ["triton", "triton_slstm", "fuzz"],
+}
+PARTS = {name: [str(HERE / f"test_{f}.py") for f in files] for name, files in FILES.items()}
 PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values() for file in files)]
+# Triton's interpreter is one from the first import on; test_triton.py would start it by itself.
+OPTIONS = {("torch", "kernels"): ["--deselect", f"{PARTS['kernels'][0]}::test_interpreted"]}
+ENVIRONMENT = {"interpreted": {"TRITON_INTERPRET": "1"}}
 
 # The longest first, so that the last to start is short.
 ORDER = [
-    ("torch", "kernels"),
-    ("tensorflow", "the rest"),
-    ("jax", "the rest"),
-    ("tensorflow", "users"),
-    ("tensorflow", "files, devices"),
-    ("tensorflow", "blocks, models"),
-    ("jax", "files, devices"),
-    ("jax", "users"),
-    ("torch", "the rest"),
-    ("torch", "files, devices"),
-    ("jax", "blocks, models"),
-    ("torch", "users"),
-    ("jax", "kernels"),
-    ("torch", "blocks, models"),
-]
+    ("torch", "interpreted"), ("tensorflow", "training"), ("tensorflow", "ops"),
+    ("tensorflow", "models"), ("jax", "kernels"), ("tensorflow", "layers"), ("torch", "kernels"),
+    ("tensorflow", "users"), ("jax", "layers"), ("tensorflow", "files"), ("jax", "users"),
+    ("jax", "models"), ("jax", "files"), ("torch", "users"), ("torch", "files"), ("jax", "ops"),
+    ("tensorflow", "the rest"), ("jax", "the rest"), ("torch", "the rest"), ("torch", "layers"),
+    ("torch", "models"), ("jax", "training"), ("torch", "training"), ("torch", "ops"),
+]  # fmt: skip
 
 
-def main(backends):
-    parts = [(backend, part) for backend in backends for part in PARTS]
-    parts = [p for p in parts if p != ("tensorflow", "kernels")]
-    parts.sort(key=ORDER.index)
+def main(arguments):
+    everything = "--all" in arguments
+    backends = [a for a in arguments if a != "--all"] or ["jax", "tensorflow", "torch"]
     with tempfile.TemporaryDirectory() as shared:
-        return run(parts, shared)
+        return run([part for part in ORDER if part[0] in backends], everything, shared)
 
 
-def run(waiting, shared):
+def start(backend, part, everything, log, shared):
+    env = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "OMP_NUM_THREADS": "1",  # one thread pool per process would fight over the cores
+        "TESTS_SHARED": shared,
+        **ENVIRONMENT.get(part, {}),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *PARTS[part]]
+    command += OPTIONS.get((backend, part), [])
+    if everything:
+        env["EXPORT_CELLS"] = "all"
+    else:
+        command += ["-m", "not sweep"]
+    return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def ended(process):
+    """What the system says of it and its children, or None."""
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if pid:
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return usage if pid else None
+
+
+def run(waiting, everything, shared):
     running, failed, lines = {}, [], []
     while waiting or running:
         while waiting and len(running) < 2:
             backend, part = waiting.pop(0)
-            name = f"{backend}, {part}"
             log = tempfile.TemporaryFile("w+")
-            # One thread pool per process would fight over the cores.
-            env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TESTS_SHARED": shared}
-            command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *PARTS[part]]
-            process = subprocess.Popen(
-                command, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT
-            )
-            running[process] = name, log, time.monotonic()
-            print(f"{name}: started", flush=True)
-        for process in [p for p in running if p.poll() is not None]:
-            name, log, start = running.pop(process)
+            process = start(backend, part, everything, log, shared)
+            running[process] = f"{backend}, {part}", log, time.monotonic()
+            print(f"{backend}, {part}: started", flush=True)
+        for process in list(running):
+            usage = ended(process)
+            if usage is None:
+                continue
+            name, log, since = running.pop(process)
             log.seek(0)
             text = log.read()
-            print(f"\n===== {name}: {time.monotonic() - start:.0f} s\n{text}", flush=True)
-            said = text.strip().splitlines()
-            # Of a crash, the place: its last lines are lists of modules.
-            for n, line in enumerate(said):
-                if "Fatal Python error" in line or line.startswith("Current thread"):
-                    lines += [f"{name}: {said_then}" for said_then in said[n : n + 30]]
-            lines.append(f"{name}: {said[-1][:300]}")
+            print(f"\n===== {name}: {time.monotonic() - since:.0f} s\n{text}", flush=True)
+            took = usage.ru_utime + usage.ru_stime
+            memory = usage.ru_maxrss / 2**20
+            lines += summary(name, text, f"{took:.0f} s of a core, {memory:.1f} GiB")
             # 5: nothing to run, as for the kernels where triton is not installed.
-            failed += [] if process.returncode in (0, 5) else [name]
+            if process.returncode not in (0, 5):
+                failed.append(name)
+            elif memory > MEMORY and not everything:
+                failed.append(f"{name} (more than {MEMORY:.0f} GiB)")
         time.sleep(0.2)
     print("\n".join(lines))
     if failed:
@@ -90,5 +105,14 @@ def run(waiting, shared):
     return bool(failed)
 
 
+def summary(name, text, took):
+    said = text.strip().splitlines()
+    # Of a crash, the place: its last lines are lists of modules.
+    for n, line in enumerate(said):
+        if "Fatal Python error" in line or line.startswith("Current thread"):
+            yield from (f"{name}: {said_then}" for said_then in said[n : n + 30])
+    yield f"{name}: {said[-1][:300]} ({took})"
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["jax", "tensorflow", "torch"]))
+    sys.exit(main(sys.argv[1:]))

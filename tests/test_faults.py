@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fuzz import EXAMPLES
-from tools import BACKEND, HERE, array
+from tools import BACKEND, EXAMPLES, HERE, array
 
 from keras_xlstm import convert, models
 from keras_xlstm.layers import mLSTM, sLSTM

@@ -1,4 +1,4 @@
-"""Hypothesis against the oracle: values, masks, segments and options of the ops; blocks by halves.
+"""Hypothesis against the oracle: sizes, values, masks, segments and options of the ops; blocks by halves.
 
 Hundreds of cases here, thousands by `make fuzz`: FUZZ_EXAMPLES says how many for each test. What
 compiles once for every shape and option draws those from a short list, unless there are thousands.
@@ -6,22 +6,19 @@ compiles once for every shape and option draws those from a short list, unless t
 
 import functools
 import itertools
-import os
 
 import keras
 import numpy as np
-import oracle
 import pytest
+from blocks import CASES as BLOCKS
+from cases import CASES, MASKS, make_flags, mLSTMCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocks import CASES as BLOCKS
-from test_ops import mLSTMCase, sLSTMCase
-from test_poison import IMPLEMENTATIONS, interpreter  # noqa: F401  a fixture
-from tools import BACKEND, array, assert_close, tensor, vjp
+from tools import BACKEND, EXAMPLES, GPU, HAS_PALLAS, INTERPRETED, array, assert_close, tensor, vjp
 
-import keras_xlstm
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+both = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+OWN = {"jax": ["pallas"] * bool(HAS_PALLAS), "tensorflow": ["xla"], "torch": ["triton"] * GPU}
+IMPLEMENTATIONS = ["triton"] if INTERPRETED else ["native", *OWN[BACKEND]]
 FLAGS = [("mask", "segment_ids"), (), ("mask",), ("segment_ids",)]
 SIZES = [{"B": 3, "T": 9, "H": 2}, {"B": 2, "T": 21, "H": 1}, {"B": 1, "T": 1, "H": 3}]
 MLSTM = [
@@ -36,10 +33,45 @@ EXTREMES = st.sampled_from([0.0, 1.0, -1.0, 20.0, -20.0, 1e3, -1e3])
 IDS = st.sampled_from([0, 1, 2, -1, 2**31 - 1, -(2**31)])
 
 
-def examples(torch, others):
-    count = EXAMPLES or (torch if BACKEND == "torch" else others)
+def examples(count):
     # The same cases in every run of `make test`; others in every `make fuzz`.
+    count = EXAMPLES or count
     return settings(max_examples=count, deadline=None, derandomize=not EXAMPLES, database=None)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("KERAS_XLSTM_INTERPRET", "1")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are below")
+@examples(40 if BACKEND == "torch" else 6)
+@given(data=st.data())
+def test_any_shape_mask_and_segments(data):
+    """Random sizes, options, masks and segments, in float64."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), "seed"))
+    B, T, H = (draw(st.integers(1, n), name) for n, name in ((3, "B"), (19, "T"), (2, "H")))
+    mask = draw(st.sampled_from([None, *MASKS]))
+    segments = draw(st.sampled_from([None, "growing", "returning"]))
+    options = make_flags(mask, segments, B, T, rng)
+    options["compiled"] = BACKEND == "jax"  # op by op it would compile each
+    scale = draw(st.sampled_from([0.1, 1.0, 20.0]), "gate scale")
+    sizes = {"B": B, "T": T, "H": H, "state": draw(st.booleans(), "state"), "gate_scale": scale}
+    if draw(st.booleans(), "mlstm"):
+        K, V = draw(st.integers(1, 6), "K"), draw(st.integers(1, 6), "V")
+        options["chunk_size"] = draw(st.sampled_from([None, 1, 3, 8]), "chunk_size")
+        options["input_gate"] = draw(st.sampled_from(["exp", "sigmoid"]), "input_gate")
+        # The gradient of q or f can be a difference of large terms: 6e-11 was seen. And all but
+        # zero, where one step alone is in the memory: then rounding is all there is.
+        mLSTMCase(rng, K=K, V=V, **sizes).check("float64", factor=10.0, least=1e-3, **options)
+    else:
+        options["forget_gate"] = draw(st.sampled_from(["sigmoid", "exp"]), "forget_gate")
+        options["recurrent_gradient_clip"] = draw(st.sampled_from([None, 0.1]), "clip")
+        # The gradient of m is a difference of large terms, and may be all but zero: 6e-13 was seen,
+        # right to 5e-18, and 3e-6, right to 4e-16, which is rounding of terms of about 1.
+        D = draw(st.integers(1, 6), "D")
+        CASES["slstm"](rng, D=D, **sizes).check("float64", least=1e-4, **options)
 
 
 def configurations(case, implementation):
@@ -57,17 +89,11 @@ def configurations(case, implementation):
 @functools.cache
 def runner(case, flags, options, implementation):
     """Outputs and all gradients as one function, which a framework compiles once for a shape."""
-    is_mlstm = case is mLSTMCase
-    op = keras_xlstm.ops.mlstm if is_mlstm else keras_xlstm.ops.slstm
-    size = 5 if is_mlstm else 3
 
     def call(*arguments):
         inputs, given = arguments[: len(case.names)], arguments[len(case.names) :]
-        h, state = op(
-            *inputs[:size], inputs[size:], return_state=True, implementation=implementation,
-            **dict(zip(flags, given, strict=True)), **dict(options),
-        )  # fmt: skip
-        return h, *state
+        more = dict(zip(flags, given, strict=True)) | dict(options)
+        return case.call(case, *inputs, implementation=implementation, **more)
 
     def run(inputs, given, cotangents):
         return vjp(call, inputs, [*cotangents, None], compiled=False, given=given)
@@ -86,19 +112,14 @@ def runner(case, flags, options, implementation):
 def drawn(draw, case, sizes):
     """A case with gates at extremes, steps of zeros and rows that start fresh."""
     c = case(np.random.default_rng(draw(st.integers(0, 2**32 - 1), "seed")), **sizes)
-    gates = [c.inputs[n] for n in "if"] if case is mLSTMCase else [c.inputs["x"]]
     # A few steps, whole: of every gate of a step, or of one row's.
-    for gate in gates:
+    for gate in c.gates():
         for t in draw(st.lists(st.integers(0, sizes["T"] - 1), max_size=3, unique=True), "steps"):
-            part = gate[:, t, :2] if case is sLSTMCase else gate[:, t]
-            part += draw(EXTREMES, "added")
+            gate[:, t] += draw(EXTREMES, "added")
     for name in case.names[:2] if case is mLSTMCase else case.names[:1]:
         if draw(st.booleans(), f"zeros in {name}"):
             c.inputs[name][:, draw(st.integers(0, sizes["T"] - 1), "at")] = 0.0
-    if draw(st.booleans(), "row 0 starts fresh"):
-        for name in case.names[5 if case is mLSTMCase else 3 :]:
-            c.inputs[name][0] = 0.0
-    return c
+    return c.fresh(0) if draw(st.booleans(), "row 0 starts fresh") else c
 
 
 def drawn_flags(draw, flags, B, T):
@@ -120,34 +141,23 @@ def check(case, implementation, draw):
     made = drawn_flags(draw, flags, sizes["B"], sizes["T"])
     kernel = implementation in ("triton", "pallas")
     dtype = "float32" if kernel else "float64"
-    inputs, cotangents = (
-        [tensor(x, dtype) for x in arrays]
-        for arrays in ([c.inputs[name] for name in c.names], c.cotangents)
-    )
+    inputs, cotangents = c.tensors(dtype), [tensor(x, dtype) for x in c.cotangents]
     run = runner(case, tuple(made), tuple(options.items()), implementation)
     outputs, gradients = run(inputs, [tensor(x, x.dtype.name) for x in made.values()], cotangents)
-    given = [np.asarray(array(x), np.float64) for x in inputs]
-    known = {k: v for k, v in options.items() if k != "chunk_size"}
-    if case is sLSTMCase:
-        known["clip"] = known.pop("recurrent_gradient_clip")
-    size = 5 if case is mLSTMCase else 3
-    h, state, wanted = getattr(oracle, "mlstm" if case is mLSTMCase else "slstm")(
-        *given[:size], given[size:], made.get("mask"), made.get("segment_ids"),
-        gradients=[array(x) for x in cotangents], **known,
-    )  # fmt: skip
+    h, state, wanted = c.expected(inputs, **made, **options)
     # float32's m near 1e3 has a last digit of 6e-5, and weights are exponents of it. The mLSTM's
     # gradient takes m for a constant, which is exact to eps.
     tolerance = 2e-3 if kernel else 1e-7
-    for name, got, want in zip(("h", *c.names[size:]), outputs, (h, *state), strict=True):
+    for name, got, want in zip(("h", *c.names[c.given :]), outputs, (h, *state), strict=True):
         assert_close(got, want, tolerance, f"{name} out", least=1e-3)
     for name, got in zip(c.names, gradients, strict=True):
         assert_close(got, wanted[name], tolerance, f"gradient of {name}", least=1e-2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", [mLSTMCase, sLSTMCase], ids=["mlstm", "slstm"])
+@both
 def test_ops(case, implementation):
-    @examples(torch=8 if implementation == "triton" else 60, others=60)
+    @examples(8 if implementation == "triton" else 60)
     @given(data=st.data())
     def run(data):
         check(case, implementation, data.draw)
@@ -163,8 +173,8 @@ def block_of(name):
     return block
 
 
-@pytest.mark.skipif("triton" in IMPLEMENTATIONS, reason="the kernels are above")
-@examples(torch=10, others=6)
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are above")
+@examples(10 if BACKEND == "torch" else 6)
 @given(data=st.data())
 def test_blocks_in_two_parts(data):
     """Any mask and any segments: two calls with the state carried are one call, and whatever

@@ -14,8 +14,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from test_fuzz import EXAMPLES
-from tools import BACKEND, array
+from tools import BACKEND, EXAMPLES, array
 
 from keras_xlstm import layers, models
 

@@ -15,7 +15,7 @@ LIMITS = {
     "core": 6635,
     "tools": 1764,
     "wing": 9500,
-    "tests": 12_700,
+    "tests": 12_000,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 185,
     "longest other function": 116,

@@ -7,32 +7,22 @@ import subprocess
 import sys
 
 import keras
-import numpy as np
 import pytest
-from test_ops import (
-    MASKS,
-    assert_a_step_resets,
-    make_mask,
-    make_segments,
-    mLSTMCase,
-    with_extreme_gates,
-)
-from tools import BACKEND, array, assert_close, tensor
+from cases import make_segments, mLSTMCase
+from contract.mlstm import mLSTM
+from contract.on_jax import OnJax, Sharded
+from contract.slstm import sLSTM
+from tools import BACKEND, GPU, array, assert_close
 
 if BACKEND != "jax" or not importlib.util.find_spec("triton"):
     pytest.skip("Triton's kernels under JAX", allow_module_level=True)
 
-import jax
 import jax.numpy as jnp
-from keras_xlstm.backends.jax import device, mlstm_triton, triton_launch
+from keras_xlstm.backends.jax import device, mlstm_triton, slstm_triton, triton_launch
 
 import keras_xlstm
 
-GPU = jax.default_backend() == "gpu"
-DTYPES = ["float32", "bfloat16", "float16"] if GPU else ["float32"]
-SIZES = [(5, 7), (20, 40)]
-if GPU:
-    SIZES += [(64, 128), (128, 256), (256, 512), (192, 96), (512, 64), (16, 1024)]
+on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -43,168 +33,132 @@ def interpreter(monkeypatch):
         import triton_interpreter  # noqa: F401  registers the lowering for CPUs
 
 
-def check(case, dtype="float32", factor=1.0, chunk_size=16, **options):
-    case.check(dtype, factor, chunk_size=chunk_size, implementation="triton", **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
-def test_outputs_gradients_and_states(dtype, state, rng):
-    check(mLSTMCase(rng, state=state), dtype)
-
-
-@pytest.mark.parametrize("T", [1, 16, 17, 65])
-def test_any_length(T, rng):
-    check(mLSTMCase(rng, B=2, T=T, H=1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("K", "V"), SIZES)
-def test_sizes(K, V, dtype, rng):
-    T, chunk_size = (600, None) if GPU else (20, 16)
-    check(mLSTMCase(rng, B=2, T=T, H=3, K=K, V=V), dtype, chunk_size=chunk_size)
-
-
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("T", [256, 768, 1024])
-@pytest.mark.parametrize("many", [True, False], ids=["many heads", "few heads"])
-@pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 256), (256, 512)])
-def test_whole_chunks(K, V, many, T, rng, monkeypatch):
-    """On Hopper: kernels of its own, whose programs take a head through all chunks or not."""
-    monkeypatch.setattr(device, "processors", lambda: 1 if many else 10**6)
-    check(mLSTMCase(rng, B=2, T=T, H=2, K=K, V=V), "bfloat16", chunk_size=None)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("segments", [None, "returning"])
-def test_masks_and_segments(mask, segments, rng):
-    B, T = 4, 37
-    mask = make_mask(mask, B, T, rng)
-    check(mLSTMCase(rng, B=B, T=T, H=1), mask=mask, segment_ids=make_segments(segments, B, T, rng))
-
-
-@pytest.mark.parametrize("segments", [None, "growing"])
-@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
-def test_states_by_chunks(segments, state, rng, monkeypatch):
-    """The way of few heads: every chunk's sum on its own, then along the borders."""
-    of = device.of
-    monkeypatch.setattr(device, "of", lambda dtype: of(dtype)._replace(processors=10**9))
-    ids = make_segments(segments, 2, 67, rng)
-    check(mLSTMCase(rng, B=2, T=67, K=20, V=30, state=state), segment_ids=ids)
-
-
-@pytest.mark.parametrize("options", [{"input_gate": "sigmoid"}, {"eps": 0.0}, {"eps": 0.1}])
-def test_options(options, rng):
-    check(mLSTMCase(rng), **options)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_extreme_gates(seed):
-    check(with_extreme_gates(seed), factor=5.0)  # as native's, in test_ops.py
-
-
-def test_a_step_is_a_sequence_of_one(rng):
-    case = mLSTMCase(rng, T=1, K=16, V=32)
-    check(case)  # which trains
-    assert_a_step_resets(case, "triton")
-
-
-def _inputs(rng, B=2, T=20, H=2, K=4, V=6):
-    case = mLSTMCase(rng, B=B, T=T, H=H, K=K, V=V)
-    return [tensor(case.inputs[name]) for name in case.names[:5]]
-
-
-def _run(*inputs):
-    return keras_xlstm.ops.mlstm(*inputs, implementation="triton")
-
-
-def test_transformations(rng):
-    """jit, grad, remat, vmap."""
-    inputs = _inputs(rng)
-
-    def gradient(transform):
-        def loss(*inputs):
-            return jnp.sum(_run(*inputs) ** 2)
-
-        return jax.grad(transform(loss), argnums=(0, 1, 2, 3, 4))(*inputs)
-
-    want = gradient(lambda loss: loss)
-    for transform in (jax.jit, jax.checkpoint):
-        for a, b in zip(gradient(transform), want, strict=True):
-            assert_close(a, array(b), 1e-5)
-    stacked = [jnp.stack([x, 2 * x]) for x in inputs]
-    for axes, given in (
-        (0, stacked),
-        ((0, None, None, None, 0), [stacked[0], *inputs[1:4], stacked[4]]),
-    ):
-        got = jax.vmap(_run, axes)(*given)
-        for index in range(2):
-            one = [x[index] if x.ndim > y.ndim else x for x, y in zip(given, inputs, strict=True)]
-            assert_close(got[index], array(_run(*one)), 1e-5)
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_shard_map(rng):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("data")
-    inputs = _inputs(rng)
-    sharded = jax.shard_map(
-        _run, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False
+class OnTriton(OnJax):
+    implementation = "triton"
+    dtypes = ("float32", "bfloat16", "float16") if GPU else ("float32",)
+    # The kernels are those of torch, where the interpreter runs every case: here what JAX hands them.
+    every_run = None if GPU else (
+        "outputs", "any_length", "options", "holes-growing", "without_states", "step_may_reset",
+        "steps_are_the_sequence", "jit_and_remat", "vmap", "shard_map", "fit", "unfit", "refused",
+        "states_by_chunks", "rounds", "sizes", "extreme_gates[0]",
     )  # fmt: skip
-    assert_close(jax.jit(sharded)(*inputs), array(_run(*inputs)), 1e-5)
 
 
-@pytest.mark.parametrize("batch", [4, None], ids=["static", "symbolic"])
-def test_fit(batch, rng):
-    x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+class TestMLSTM(Sharded, OnTriton, mLSTM):
+    lengths, tiny = (1, 16, 17), {"K": 4, "V": 6}
+    heads = [{"K": 20, "V": 40, "H": 3, "T": 20}]  # noqa: RUF012
+    if GPU:
+        sizes, heads = {"T": 300}, heads + [
+            {"K": K, "V": V, "T": 600, "H": 3}
+            for K, V in ((64, 128), (128, 256), (256, 512), (192, 96), (512, 64), (16, 1024))
+        ]  # fmt: skip
+    unfit = (
+        ({"chunk_size": 20}, "its chunk sizes are 16, 32"),
+        ({"K": 520}, "up to 512 key and 1024 value dimensions"),
+        ({"dtype": "float64"}, "its dtypes are float32, bfloat16 and float16"),
+    )
 
-    def losses(implementation):
-        keras.utils.set_random_seed(0)
-        layer = keras_xlstm.layers.mLSTM(8, num_heads=2)
-        model = keras.Sequential([keras.Input((20, 3), batch), layer, keras.layers.Dense(1)])
-        model.compile("sgd", "mse")
-        with keras_xlstm.backends.use(implementation):
-            return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+    @pytest.mark.parametrize("segments", [None, "growing"])
+    def test_states_by_chunks(self, segments, rng, monkeypatch):
+        """The way of few heads: every chunk's sum on its own, then along the borders."""
+        of = device.of
+        monkeypatch.setattr(device, "of", lambda dtype: of(dtype)._replace(processors=10**9))
+        ids = make_segments(segments, 2, 67, rng)
+        self.check(self.case(rng, B=2, T=67, K=20, V=30), segment_ids=ids)
 
-    np.testing.assert_allclose(losses("triton"), losses("native"), rtol=1e-4)
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_fit_over_two_devices(rng):
-    """Each device runs the kernels on its part of the batch."""
-    x, y = rng.normal(size=(8, 20, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
-
-    def losses(devices):
-        keras.utils.set_random_seed(0)
-        names = keras.distribution.list_devices()[:devices]
-        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names))
-        try:
-            memory = keras_xlstm.layers.mLSTM(8, num_heads=2)
-            model = keras.Sequential([keras.Input((20, 3)), memory, keras.layers.Dense(1)])
-            model.compile("sgd", "mse")
-            options = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
-            with keras_xlstm.backends.use("triton"):
-                return model.fit(x, y, **options).history["loss"]
-        finally:
-            keras.distribution.set_distribution(None)
-
-    np.testing.assert_allclose(losses(2), losses(1), rtol=1e-5)
+    @on_gpu
+    @pytest.mark.parametrize("length", [256, 768, 1024])
+    @pytest.mark.parametrize("many", [True, False], ids=["many heads", "few heads"])
+    @pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 256), (256, 512)])
+    def test_whole_chunks(self, K, V, many, length, rng, monkeypatch):
+        """On Hopper: kernels of its own, whose programs take a head through all chunks or not."""
+        monkeypatch.setattr(device, "processors", lambda: 1 if many else 10**6)
+        case = self.case(rng, B=2, T=length, H=2, K=K, V=V)
+        self.check(case, "bfloat16", chunk_size=None)
 
 
-def test_what_cannot_run_says_so(rng, monkeypatch):
-    inputs = _inputs(rng)
-    with pytest.raises(ValueError, match="its chunk sizes are 16, 32"):
-        keras_xlstm.ops.mlstm(*inputs, implementation="triton", chunk_size=20)
-    with pytest.raises(ValueError, match="up to 512 key and 1024 value dimensions"):
-        _run(*_inputs(rng, K=520))
-    with pytest.raises(ValueError, match="its dtypes are float32, bfloat16 and float16"):
-        _run(*(x.astype("float64") for x in inputs))
+class TestSLSTM(OnTriton, sLSTM):
+    sizes, tiny, lengths, cuts = {"T": 9}, {"D": 6}, (1, 17), (4,)
+    heads = [{"B": 9, "T": 70 if GPU else 3, "D": D} for D in (1, 17, 64)]  # noqa: RUF012
+    unfit = (({"D": 1100}, "1024 units"),)
+
+    @on_gpu
+    @pytest.mark.parametrize(
+        ("B", "D"),
+        [(16, 128), (1, 100), (2100, 64), (16, 192), (9, 256), (70, 330), (3, 768), (17, 1024)],
+    )
+    def test_large(self, B, D, rng):
+        self.check(self.case(rng, B=B, T=70, H=2, D=D), "bfloat16")
+
+    @on_gpu
+    def test_large_in_float32(self, rng):
+        self.check(self.case(rng, B=5, T=40, H=2, D=192))
+
+    # Heads that several programs share: on a GPU they wait for each other, in rounds of heads and
+    # rows where not all are there at once; the interpreter has a launch for every step.
+    @pytest.mark.parametrize("processors", [13, 30, 132] if GPU else [1])
+    def test_rounds(self, processors, rng, monkeypatch):
+        monkeypatch.setattr(device, "processors", lambda: processors)
+        B, T, D, dtype = (35, 50, 140, "bfloat16") if GPU else (3, 3, 70, "float32")
+        self.check(self.case(rng, B=B, T=T, H=2, D=D), dtype)
+
+
+class TestSharedHeads(OnTriton, sLSTM):
+    sizes, cuts = {"T": 3, "H": 1, "D": 70}, (2,)
+    heads, every_run = ({"B": 3, "T": 3, "D": 100},), ("options[all]",)
+    test_jit_and_remat = test_vmap = test_fit = test_fit_over_two_devices = None
+
+
+class Lanes(OnTriton, sLSTM):
+    """In 16 bits; interpreted, one program, or a launch for every step."""
+
+    dtypes = ("bfloat16", "float16") if GPU else ("float16",)
+    cuts, every_run = (2,), ("outputs_gradients_and_states[float16-True]", "options[all]")
+    test_jit_and_remat = test_vmap = test_fit = test_fit_over_two_devices = None
+
+    def check(self, case, dtype=None, **options):
+        dtype = dtype or self.dtypes[0]
+        assert getattr(slstm_triton.cut_of(case.inputs["x"].shape, jnp.dtype(dtype)), self.kind)
+        super().check(case, dtype, **options)
+
+
+class TestClusters(Lanes):
+    kind, sizes = "clustered", {"T": 9 if GPU else 3, "D": 96 if GPU else 32}
+    heads = [  # noqa: RUF012
+        {"B": 9, "T": 70 if GPU else 3, "D": D}
+        for D in ((32, 64, 96, 128, 192, 256) if GPU else (32,))
+    ]
+
+
+class TestWide(Lanes):
+    kind, sizes = "wide", {"T": 9 if GPU else 3, "D": 320 if GPU else 96, "H": 1}
+    heads = [  # noqa: RUF012
+        {"B": 9, "T": 70 if GPU else 2, "D": D, "H": 1}
+        for D in ((320, 768, 1024) if GPU else (96,))
+    ]
+
+
+@pytest.mark.skipif(GPU, reason="where there is none")
+def test_what_needs_a_gpu_says_so(rng, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="it needs arrays on a GPU, not on cpu"):
+        keras_xlstm.ops.mlstm(*mLSTMCase(rng).tensors()[:5], implementation="triton")
+    reason = keras_xlstm.backends.available()["mlstm"]["triton"]
+    assert reason.startswith("it needs a GPU")
+
+
+def test_what_the_slstm_cannot_run(monkeypatch):
+    x = jnp.zeros((2, 3, 4, 1, 1100), "float32")
+    assert "1024 units" in slstm_triton.unsupported(x)
     if not GPU:
-        monkeypatch.delenv("TRITON_INTERPRET")
-        with pytest.raises(ValueError, match="it needs arrays on a GPU, not on cpu"):
-            _run(*inputs)
-        reason = keras_xlstm.backends.available()["mlstm"]["triton"]
-        assert reason.startswith("it needs a GPU")
+        assert "float32 alone" in slstm_triton.unsupported(jnp.zeros((2, 3, 4, 1, 8), "bfloat16"))
+    monkeypatch.setattr(device, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(device, "unsupported", lambda *args: None)
+    monkeypatch.setattr(device, "processors", lambda: 10)
+    monkeypatch.setattr(device, "shared_memory", lambda: 232_448)
+    x = jnp.zeros((2, 3, 4, 1, 768), "bfloat16")
+    assert "48 programs of a head of 768 units wait" in slstm_triton.unsupported(x)
+    assert slstm_triton.unsupported(x[..., :128]) is None
 
 
 def test_pallas_is_picked_where_it_is_better(monkeypatch):
@@ -287,3 +241,11 @@ def test_triton_after_tensorflow():
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.split() == ["both"], done.stderr[-2000:]
+
+
+def test_the_slstm_layer(rng):
+    layer = keras_xlstm.layers.sLSTM(8, num_heads=2, use_kernel="auto")
+    x = keras.ops.convert_to_tensor(rng.normal(size=(2, 5, 3)), "float32")
+    want = layer(x)
+    with keras_xlstm.backends.use("triton"):
+        assert_close(layer(x), array(want), 1e-5)

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import oracle
 import pytest
+from cases import MASKS, make_mask
 from keras import ops
-from test_ops import MASKS, make_mask
-from tools import BACKEND, array, assert_close
+from tools import BACKEND, array, assert_close, fit, jit, perturbed
 
 from keras_xlstm import backends
 from keras_xlstm.layers import MultiHeadNorm, mLSTM, sLSTM, sLSTMCell
@@ -20,29 +20,10 @@ def data(rng, *shape):
     return rng.normal(size=shape or (B, T, F)).astype("float32")
 
 
-def perturbed(layer, rng, scale=0.3):
-    """Every weight moved, so that zero initial values hide nothing."""
-    for v in layer.trainable_weights:
-        v.assign(array(v) + scale * rng.normal(size=v.shape))
-    return layer
-
-
 def built(Layer, rng, **options):
     layer = Layer(U, num_heads=2, **options)
     layer.build((B, None, F))
     return perturbed(layer, rng)
-
-
-def fit(model, x, y, jit_compile=True, **options):
-    model.compile("adam", "mse", jit_compile=jit_compile)
-    # Not B: a batch that is never short has a size that TensorFlow knows beforehand.
-    return model.fit(x, y, batch_size=len(x) + 1, verbose=0, **options).history["loss"][-1]
-
-
-def jit(xla=False):
-    """torch.compile needs a C++ compiler and minutes, and has a test of its own; XLA on TensorFlow
-    takes ten times as long as a plain graph, and runs where it is asked for."""
-    return BACKEND == "jax" or (xla and BACKEND == "tensorflow")
 
 
 # ------------------------------------------------------------------------------------- maths

@@ -6,8 +6,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from test_layers import jit, perturbed
-from tools import BACKEND, array, assert_close, call, error
+from tools import BACKEND, array, assert_close, call, error, jit, perturbed
 
 from keras_xlstm.models import configs, exclude_from_weight_decay, xLSTMLanguageModel, xLSTMStack
 

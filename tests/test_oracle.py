@@ -3,7 +3,7 @@
 import numpy as np
 import oracle
 import pytest
-from test_ops import make_mask, make_segments, mLSTMCase, sLSTMCase
+from cases import make_mask, make_segments, mLSTMCase, sLSTMCase
 from tools import BACKEND
 
 pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="NumPy alone: run with torch")

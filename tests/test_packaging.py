@@ -195,3 +195,15 @@ def test_tiles_need_no_triton():
         "from keras_xlstm.backends.kernels.mlstm import tiles; print(tiles.power(17))"
     )
     assert run(code, ROOT) == "32"
+
+
+def test_no_test_imports_a_test():
+    """Nor a benchmark: what tests share is in modules that are none."""
+    others = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in (name.split(".")[0] for name in names):
+                assert not name.startswith("test_"), path.name
+                assert name not in others, path.name

@@ -1,111 +1,16 @@
-"""NaN, inf and extreme numbers stay where they stand, in every implementation.
-
-Of the Triton kernels without a GPU: test_triton.py runs this file in a process that interprets them.
-"""
-
-import os
+"""NaN, inf and extreme numbers of padding stay where they stand, in layers and models (of the ops,
+contract/base.py has them)."""
 
 import keras
 import numpy as np
 import pytest
+from blocks import B, D, T, built
+from cases import make_mask
+from contract.base import poison
 from keras import ops
-from test_blocks import B, D, T, built
-from test_ops import both, make_mask, make_segments, mLSTMCase
-from tools import BACKEND, HAS_PALLAS, array, assert_close, tensor, vjp
+from tools import array, assert_close, some, tensor, vjp
 
 from keras_xlstm import layers, models
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OWN = {"jax": "pallas", "tensorflow": "xla", "torch": "triton"}[BACKEND]
-IMPLEMENTATIONS = ["native", OWN] if OWN != "pallas" or HAS_PALLAS else ["native"]
-if BACKEND == "torch":
-    import torch
-
-    IMPLEMENTATIONS = ["triton"] if INTERPRETED else ["native"]
-    if torch.cuda.is_available():
-        IMPLEMENTATIONS = ["native", "triton"]
-every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-once = pytest.mark.skipif(INTERPRETED, reason="the kernels are below")
-# What the oracle and NumPy say about the NaN that they are given.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    monkeypatch.setenv("KERAS_XLSTM_INTERPRET", "1")
-
-
-def poison(x, where, rng):
-    x[where] = rng.choice([np.nan, np.inf, -np.inf], x[where].shape)
-
-
-def names_of(case):
-    """Inputs over time, states."""
-    return (case.names[:5], case.names[5:]) if case is mLSTMCase else (("x",), case.names[3:])
-
-
-def run(c, implementation, dtype="float32", **options):
-    """(name, got, the oracle's) of outputs, states and gradients."""
-    options |= {"chunk_size": 16} if isinstance(c, mLSTMCase) else {}
-    options |= {"implementation": implementation, "xla": False}
-    (outputs, gradients), (h, state, wanted) = c.run(dtype, **options)
-    names = ("h", *(f"last {name}" for name in names_of(type(c))[1]))
-    yield from zip(names, outputs, (h, *state), strict=True)
-    for name, got in zip(c.names, gradients, strict=True):
-        yield f"gradient of {name}", got, wanted[name]
-
-
-@every
-@both
-@pytest.mark.parametrize("mask", ["holes", "rows"])
-def test_masked_steps(case, mask, implementation, rng):
-    """The oracle never reads a masked step."""
-    mask = make_mask(mask, 4, 21, rng)
-    c = case(rng, B=4, T=21, H=1)
-    for name in names_of(case)[0]:
-        poison(c.inputs[name], ~mask, rng)
-    ids = make_segments("returning", 4, 21, rng)
-    for name, got, want in run(c, implementation, mask=mask, segment_ids=ids):
-        assert_close(got, want, 1e-4, name)
-
-
-@every
-@both
-def test_other_rows(case, implementation, rng):
-    """Inputs, states and incoming gradients of one row are nothing to the others."""
-    c = case(rng, B=4, T=21, H=1)
-    timed, states = names_of(case)
-    for x in (*(c.inputs[name] for name in (*timed, *states)), *c.cotangents):
-        poison(x, 1, rng)
-    others, shared = [0, 2, 3], {"gradient of R", "gradient of bias"}
-    for name, got, want in run(c, implementation, mask=make_mask("holes", 4, 21, rng)):
-        if name not in shared:
-            assert_close(array(got)[others], want[others], 1e-4, name)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter computes float32 alone")
-@every
-@both
-def test_the_edge_of_float16(case, implementation, rng):
-    """What float16 can hold comes out finite, whatever the gates."""
-    largest = 65504.0
-    c = case(rng, B=2, T=21, H=1)
-    gates = [c.inputs[name] for name in ("if" if case is mLSTMCase else "x")]
-    if case is mLSTMCase:
-        for name in "qk":  # of one sign: then h is a mean of v, which float16 can hold
-            c.inputs[name] = largest * rng.choice([1.0, 0.5, 1e-8], c.inputs[name].shape)
-        c.inputs["v"] = largest * rng.choice([1.0, -1.0, 1e-8, 0.0], c.inputs["v"].shape)
-        for name in "Cn":
-            c.inputs[name] = np.abs(c.inputs[name])
-    for gate in gates:
-        gate[...] = rng.choice([1e4, -1e4, largest, -largest, 1.0, -1.0], gate.shape)
-    for name, got, want in run(c, implementation, "float16"):
-        half = keras.backend.standardize_dtype(got.dtype) == "float16"
-        held = np.abs(want) < (0.99 * largest if half else 1e37)
-        assert np.isfinite(array(ops.cast(got, "float32")))[held].all(), name
-
-
-# ------------------------------------------------------------------------- layers and models
 
 
 def stack(architecture):
@@ -157,8 +62,11 @@ WHOLES = {
 }
 
 
-@once
-@pytest.mark.parametrize("whole", WHOLES)
+# A stack is its blocks, and a mask that it hands on.
+EVERY_RUN = [(whole,) for whole in WHOLES if whole not in ("convolution", "stack", "run")]
+
+
+@pytest.mark.parametrize("whole", some(EVERY_RUN, [(whole,) for whole in WHOLES]))
 def test_padding_of_layers(whole, rng):
     """Outputs at real steps and the gradients of inputs and of every weight."""
     layer, call = WHOLES[whole]()

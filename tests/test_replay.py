@@ -6,14 +6,13 @@ Without a GPU a stand-in for the graph runs what was recorded again.
 import shutil
 
 import pytest
-from tools import BACKEND, RefusedGraph, stand_in_for_cuda
+from tools import BACKEND, RefusedGraph, perturbed, stand_in_for_cuda
 
 if BACKEND != "torch":
     pytest.skip("runs on torch", allow_module_level=True)
 
 import torch
 from keras_xlstm.backends.torch import cuda_graph, decode_step
-from test_layers import perturbed
 
 from keras_xlstm.models import generation, xLSTMLanguageModel
 

@@ -6,8 +6,7 @@ import exchange
 import keras
 import numpy as np
 import pytest
-from test_layers import jit
-from tools import HERE, array, made
+from tools import HERE, array, jit, made
 
 import keras_xlstm
 

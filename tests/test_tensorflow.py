@@ -8,9 +8,9 @@ import sys
 import keras
 import numpy as np
 import pytest
-import test_ops
-from test_backends import mlstm_inputs, slstm_inputs
-from test_ops import CASES, make_mask, make_segments, mLSTMCase
+from cases import CASES
+from contract.mlstm import mLSTM
+from contract.slstm import sLSTM
 from tools import BACKEND, TOLERANCE, array, assert_close, tensor
 
 if BACKEND != "tensorflow":
@@ -25,29 +25,23 @@ XLA = {"implementation": "xla"}
 U = 8
 
 
-@both
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("state", [True, False], ids=["carried", "fresh"])
-def test_outputs_gradients_and_states(case, dtype, state, rng):
-    case(rng, T=9, state=state).check(dtype, xla=False, **XLA)
+class OnXLA:
+    """XLA compiles what the native form computes, which test_native.py holds to every case."""
+
+    implementation, dtypes, exact, lengths = "xla", tuple(TOLERANCE), "float64", (1, 2, 65)
+    every_run = (
+        "outputs", "any_length", "left-None", "holes-growing", "None-returning", "extreme_gates[0]",
+        "without_states", "nothing_reaches", "other_rows", "edge",
+    )  # fmt: skip
 
 
-@both
-@pytest.mark.parametrize("T", [1, 2, 65])
-def test_any_length(case, T, rng):
-    case(rng, B=2, T=T, H=1).check(xla=False, **XLA)
+class TestMLSTM(OnXLA, mLSTM):
+    options, sizes, heads = {"chunk_size": 8, "xla": False}, {"T": 21}, ({"K": 1, "V": 3},)
+    extreme_sizes, extreme_options = {"T": 40}, {"chunk_size": 64}
 
 
-@both
-@pytest.mark.parametrize("mask", ["left", "holes"])
-@pytest.mark.parametrize("segments", [None, "returning"])
-def test_masks_and_segments(case, mask, segments, rng):
-    flags = {
-        "mask": make_mask(mask, 4, 21, rng),
-        "segment_ids": make_segments(segments, 4, 21, rng),
-    }
-    options = {"chunk_size": 8} if case is mLSTMCase else {}
-    case(rng, B=4, T=21, H=1).check("float64", xla=False, **flags, **options, **XLA)
+class TestSLSTM(OnXLA, sLSTM):
+    options = {"xla": False}  # noqa: RUF012
 
 
 @both
@@ -56,44 +50,57 @@ def test_inside_a_compiled_function_and_eagerly(case, rng):
     case(rng, T=9).check(compiled=False, **XLA)
 
 
-@pytest.mark.parametrize(("op", "inputs"), [(ops.mlstm, mlstm_inputs), (ops.slstm, slstm_inputs)])
-def test_inside_a_function_of_the_user(op, inputs, rng, caplog):
+@both
+def test_inside_a_function_of_the_user(case, rng, caplog):
     """tf.function with its defaults: AutoGraph does not complain of our code."""
-    given = {name: tensor(value) for name, value in inputs(rng).items()}
+    inputs = case(rng, T=5).tensors()
+    op = getattr(ops, case.op)
 
     @tf.function
     def function():
-        return op(**given)
+        return op(*inputs[: case.given])
 
     tf.get_logger().addHandler(caplog.handler)
     try:
         got = function()
     finally:
         tf.get_logger().removeHandler(caplog.handler)
-    assert_close(got, array(op(**given)), TOLERANCE["float32"])
+    assert_close(got, array(op(*inputs[: case.given])), TOLERANCE["float32"])
     assert "AutoGraph" not in caplog.text
 
 
+@pytest.mark.parametrize(("implementation", "jit_compile"), [
+    ("native", False), ("native", True), ("xla", False),
+])  # fmt: skip
 @both
-def test_extreme_gates(case):
-    with backends.use("xla"):
-        test_ops.test_extreme_gates(case, 0)
+def test_unknown_batch_and_length(case, implementation, jit_compile, rng):
+    inputs = case(rng, T=70).tensors()[: case.given]
+    op = getattr(ops, case.op)
+    specs = [
+        tf.TensorSpec([None, None, *x.shape[2:]] if j < case.timed else x.shape, x.dtype)
+        for j, x in enumerate(inputs)
+    ]
+
+    def run(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            h = op(*arguments, implementation=implementation)
+            loss = tf.reduce_sum(h**2)
+        return h, *tape.gradient(loss, arguments)
+
+    got = tf.function(run, input_signature=specs, jit_compile=jit_compile)(*inputs)
+    for a, b in zip(got, run(*inputs), strict=True):
+        assert_close(a, array(b), 1e-5)
 
 
-def test_unknown_batch_and_length(rng):
-    with backends.use("xla"):
-        test_ops.test_unknown_batch_and_length(False, rng)
-
-
-@pytest.mark.parametrize("op", ["mlstm", "slstm"])
-def test_second_derivatives_are_refused(op, rng):
-    inputs = {"mlstm": mlstm_inputs, "slstm": slstm_inputs}[op](rng)
-    x = tf.constant(inputs.pop("q" if op == "mlstm" else "x"))
+@both
+def test_second_derivatives_are_refused(case, rng):
+    x, *rest = case(rng, T=5).tensors()[: case.given]
     with tf.GradientTape() as outer:
         outer.watch(x)
         with tf.GradientTape() as inner:
             inner.watch(x)
-            loss = tf.reduce_sum(getattr(ops, op)(x, **inputs, **XLA) ** 2)
+            loss = tf.reduce_sum(getattr(ops, case.op)(x, *rest, **XLA) ** 2)
         gradient = inner.gradient(loss, x)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         outer.gradient(gradient, x)

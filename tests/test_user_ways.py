@@ -1,11 +1,12 @@
 """Ordinary ways of using the layers and models, from public reports of Keras's users."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
-from test_layers import jit
-from tools import BACKEND, array, assert_close, vjp
+from tools import BACKEND, array, assert_close, jit, some, vjp
 
 from keras_xlstm import backends
 from keras_xlstm import ops as xlstm_ops
@@ -300,9 +301,10 @@ def test_labels_beyond_the_vocabulary_are_refused(wrong, rng):
     model.evaluate(ids, np.full((B, T, V), -100.0), verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("ignored", [None, -100])
-@pytest.mark.parametrize("output_mask", [True, False])
+@pytest.mark.parametrize(("output_mask", "ignored", "jit_compile"), some(
+    [(True, None, True), (True, -100, False), (False, -100, True), (False, None, False)],
+    itertools.product([True, False], [None, -100], [True, False]),
+))  # fmt: skip
 def test_padding_and_ignored_labels_are_left_out_of_the_loss(
     output_mask, ignored, jit_compile, rng
 ):
@@ -351,8 +353,14 @@ def gradients(layer, x, seed_state):
                [ops.convert_to_tensor(cotangent)], xla=False)  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["argument", "full", "larger_than", "list_of_layers"])
-@pytest.mark.parametrize("kind", ["slstm", "mlstm", *(Block.__name__ for Block in BLOCKS)])
+@pytest.mark.parametrize(("kind", "how"), some(
+    [("slstm", "argument"), ("mlstm", "argument"), ("mLSTMBlock", "argument"), ("slstm", "full"),
+     ("sLSTMBlock", "larger_than"), ("xLSTMLargeBlock", "list_of_layers"), ("mlstm", "full")],
+    itertools.product(
+        ["slstm", "mlstm", *(Block.__name__ for Block in BLOCKS)],
+        ["argument", "full", "larger_than", "list_of_layers"],
+    ),
+))  # fmt: skip
 def test_remat_gives_equal_gradients(kind, how, rng):
     make = {
         "slstm": lambda **o: sLSTM(U, dropout=0.3, recurrent_dropout=0.3, seed=1, **o),

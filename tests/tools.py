@@ -12,13 +12,33 @@ from types import SimpleNamespace
 
 import keras
 import numpy as np
+import pytest
 
 HERE = pathlib.Path(__file__).parent
 BACKEND = keras.backend.backend()
+if BACKEND == "torch":
+    import torch
+
+    GPU = torch.cuda.is_available()
+elif BACKEND == "jax":
+    import jax
+
+    GPU = jax.default_backend() == "gpu"
+else:
+    GPU = False
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels, on torch
 # JAX 0.4.30 has no way to the kernels.
 HAS_PALLAS = BACKEND == "jax" and importlib.util.find_spec("jax.experimental.pallas.triton")
+# How many random cases of each fuzz test `make fuzz` asks for.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 # Relative RMS error against the float64 oracle, by dtype of the inputs.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+def some(few, all_of):
+    """Values of a test's arguments: `few` in every run, the others of `all_of` in `make test-all`."""
+    others = (pytest.param(*v, marks=pytest.mark.sweep) for v in all_of if v not in few)
+    return [*(pytest.param(*v) for v in few), *others]
 
 
 def array(x):
@@ -54,6 +74,25 @@ def call(layer, x, **options):
     import jax
 
     return jax.jit(lambda x, options: layer(x, **options))(x, options)
+
+
+def perturbed(layer, rng, scale=0.3):
+    """Every weight moved, so that zero initial values hide nothing."""
+    for v in layer.trainable_weights:
+        v.assign(array(v) + scale * rng.normal(size=v.shape))
+    return layer
+
+
+def fit(model, x, y, jit_compile=True, **options):
+    model.compile("adam", "mse", jit_compile=jit_compile)
+    # Not B: a batch that is never short has a size that TensorFlow knows beforehand.
+    return model.fit(x, y, batch_size=len(x) + 1, verbose=0, **options).history["loss"][-1]
+
+
+def jit(xla=False):
+    """torch.compile needs a C++ compiler and minutes, and has a test of its own; XLA on TensorFlow
+    takes ten times as long as a plain graph, and runs where it is asked for."""
+    return BACKEND == "jax" or (xla and BACKEND == "tensorflow")
 
 
 def vjp(function, arguments, cotangents, compiled=True, xla=True, given=()):

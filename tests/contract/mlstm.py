@@ -1,0 +1,18 @@
+"""What the mLSTM computes, by whatever implementation."""
+
+from cases import mLSTMCase
+
+from contract.base import Contract
+
+
+class mLSTM(Contract):
+    Case = mLSTMCase
+    extreme_factor = 5.0  # the gradient of f is a difference of larger terms: 3.5e-5 was seen
+    options = {"chunk_size": 16}  # noqa: RUF012
+    sizes = {"T": 37}  # noqa: RUF012  several chunks, and a rest
+    lengths = (1, 15, 16, 17, 65)
+    heads = ({"K": 20, "V": 40}, {"K": 64, "V": 16})
+    variants = ({"input_gate": "sigmoid"}, {"eps": 0.0}, {"eps": 0.1})
+
+    def test_options(self, changed, rng):
+        self.check(self.case(rng), **changed)
