@@ -92,6 +92,18 @@ def fill(ring, k, BYTES: gl.constexpr):
 
 
 @gluon.jit
+def wait_free_slot(ring, slot, free):
+    """For threads that fill a slot themselves."""
+    mbarrier.wait(ring.empty.index(slot), free)
+
+
+@gluon.jit
+def post_slot(ring, slot):
+    """What these threads wrote to the slot is there."""
+    mbarrier.arrive(ring.full.index(slot), count=1)
+
+
+@gluon.jit
 def transposed(tile, ROWS: gl.constexpr, COLS: gl.constexpr):
     """The memory of a tile as one of [ROWS, COLS]."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLS], gl.bfloat16)
