@@ -1,13 +1,14 @@
-"""The sLSTM in Triton for 16-bit numbers, a head's programs one cluster: they exchange h, and
-backwards its gradients, through each other's shared memory.
+"""The sLSTM in Triton for 16-bit numbers. The thread blocks of a head are one cluster: they exchange
+h, and backwards its gradients, through each other's shared memory.
 
 A warp's cells are 8 units by 8 rows, two to a lane, with its part of the recurrent kernel in
-registers (warp.py). Forwards every warp needs the whole h: what a step sends has a slot of
-three in turn in every program, of words that are MISSING until they come. Who has read all of a
-slot knows that all have read the slot before: it is cleared for the step after next. (Who stores
-there next has heard from this program again, so after the clearing.) Backwards programs have the
-gate gradients of their own units, and send each other what these add to the gradients of h: half
-the bytes of the gate gradients. A word has one reader, who clears it.
+registers (cluster_products.py). Forwards every warp needs the whole h. What a step sends goes to
+one of three slots in turn in every thread block; a slot's words are MISSING until they come. A
+thread block that has read all of a slot knows that all others have read the slot before, and clears
+that one for the step after next. (Whoever stores there next has heard from this thread block again,
+so after the clearing.) Backwards a thread block has the gate gradients of its own units, and sends
+the others what these add to the gradients of h: half the bytes of the gate gradients. A word has
+one reader, who clears it.
 
 Rows of h are chunks of 16 words (32 units), in odd rows swapped in pairs: lanes that read two rows
 at once then read different banks of the memory.
@@ -16,6 +17,12 @@ at once then read different banks of the memory.
 from keras_xlstm.backends.kernels.load_triton import tl, triton
 from keras_xlstm.backends.kernels.slstm import mailbox, warp
 from keras_xlstm.backends.kernels.slstm.cell import NEVER, cell, cell_gradient, jit_kernel
+from keras_xlstm.backends.kernels.slstm.cluster_products import (
+    load_kernel_columns,
+    load_kernel_rows,
+    recurrent,
+    send_products,
+)
 from keras_xlstm.backends.kernels.slstm.mailbox import MISSING
 
 AHEAD = tl.constexpr(6)  # steps
@@ -91,15 +98,8 @@ def forward(
     memory = mailbox.shared_memory(lane, memory_p, 3 * SLOT)
     _clear(memory, 0, lane, 0, 3 * SLOT, LANES)
 
-    # a of the products: rows are gates by units, columns the units before. Column 8 h + 2 q + l of
-    # the product s of a chunk is unit 8 q + 4 s + 2 h + l of it: what a lane reads at once.
-    R, all_lanes = (), tl.full((LANES,), 1, tl.int32)
-    for j in tl.static_range(2 * CHUNKS):
-        for part in tl.static_range(8):  # gates i, f; columns 0 to 7, 8 to 15; gates z, o
-            k = j // 2 * 32 + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
-            p = R_p + (head * D + k).to(tl.int64) * 4 * D + (part // 4 * 2 + part % 2) * D + u
-            low, high = warp.load_half(p, all_lanes), warp.load_half(p + 4 * D, all_lanes)
-            R += (low | (high << 16),)
+    all_lanes = tl.full((LANES,), 1, tl.int32)
+    R = load_kernel_columns(R_p, head, u, q, all_lanes, D)
     mailbox.meet(lane, N)
 
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
@@ -152,25 +152,16 @@ def forward(
             i1, f1, z1, v1 = i1 + bi, f1 + bf, z1 + bz, v1 + bo
         h0_old, c0_old, n0_old, m0_old = h0, c0, n0, m0
         h1_old, c1_old, n1_old, m1_old = h1, c1, n1, m1
+        starts = None
         if reset_p is not None:
             starts = warp.load_flag(reset_p + b_read + t, all_lanes)
             m0 = tl.where(warp.load_flag(reset_p + b0 * T + t, at0) != 0, NEVER, m0)
             m1 = tl.where(warp.load_flag(reset_p + b1 * T + t, at1) != 0, NEVER, m1)
 
         h = mailbox.receive(memory, slot + read, swap, CHUNKS, True)
-        # Products of even and odd columns do not wait for each other.
-        s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-        for j in tl.static_range(CHUNKS):
-            w0, w1, w2, w3 = h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]
-            if reset_p is not None:
-                w0, w1 = tl.where(starts != 0, 0, w0), tl.where(starts != 0, 0, w1)
-                w2, w3 = tl.where(starts != 0, 0, w2), tl.where(starts != 0, 0, w3)
-            i0, i1, f0, f1 = warp.product(R, 16 * j, w0, w1, i0, i1, f0, f1, dtype, LANES)
-            z0, z1, v0, v1 = warp.product(R, 16 * j + 4, w0, w1, z0, z1, v0, v1, dtype, LANES)
-            s0, s1, s2, s3 = warp.product(R, 16 * j + 8, w2, w3, s0, s1, s2, s3, dtype, LANES)
-            s4, s5, s6, s7 = warp.product(R, 16 * j + 12, w2, w3, s4, s5, s6, s7, dtype, LANES)
-        i0, i1, f0, f1 = i0 + s0, i1 + s1, f0 + s2, f1 + s3
-        z0, z1, v0, v1 = z0 + s4, z1 + s5, v0 + s6, v1 + s7
+        i0, i1, f0, f1, z0, z1, v0, v1 = recurrent(
+            i0, i1, f0, f1, z0, z1, v0, v1, h, R, starts, dtype, CHUNKS, LANES
+        )
 
         h0, c0, n0, m0, i0, f0, z0, v0, slope0 = cell(i0, f0, z0, v0, c0, n0, m0, EXP_FORGET, True)
         h1, c1, n1, m1, i1, f1, z1, v1, slope1 = cell(i1, f1, z1, v1, c1, n1, m1, EXP_FORGET, True)
@@ -239,14 +230,7 @@ def backward(
     memory = mailbox.shared_memory(lane, memory_p, 2 * GATES + 2 * SLOT)
     _clear(memory, 2 * GATES, lane, 0, 2 * SLOT, LANES)
 
-    # a of the products: rows are 16 units, columns the gates of this program's units, as above.
-    R = ()
-    for j in tl.static_range(2 * CHUNKS):
-        for part in tl.static_range(4 * TILES):  # units g, g + 8; columns 0 to 7, 8 to 15; tiles
-            k = rank * U + j // 2 * 32 % U + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
-            to = tl.minimum(w * TILES + part // 4, D // 16 - 1) * 16 + g + part % 2 * 8
-            p = R_p + (head * D + to).to(tl.int64) * 4 * D + j // 2 * 32 // U * D + k
-            R += (warp.load_pair(p),)
+    R = load_kernel_rows(R_p, head, rank * U, w, g, q, D, U, CHUNKS, TILES)
     mailbox.meet(lane, N)
 
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
@@ -357,24 +341,9 @@ def backward(
             mailbox.meet_here(lane)
             dg = mailbox.receive(memory, gates + read, swap, CHUNKS, False)
             gates = GATES - gates
-            for tile in tl.static_range(TILES):
-                # Products of even and odd columns do not wait for each other.
-                p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
-                for j in tl.static_range(CHUNKS):
-                    p0, p1, p2, p3 = warp.product(
-                        R, (2 * j * TILES + tile) * 4, dg[4 * j], dg[4 * j + 1], p0, p1, p2, p3,
-                        dtype, LANES,
-                    )  # fmt: skip
-                    s0, s1, s2, s3 = warp.product(
-                        R, ((2 * j + 1) * TILES + tile) * 4, dg[4 * j + 2], dg[4 * j + 3],
-                        s0, s1, s2, s3, dtype, LANES,
-                    )  # fmt: skip
-                # To the lanes whose cells they are: of units g and g + 8, two warps.
-                to = w * TILES + tile
-                word = slot + 2 * GATES + rank * 64 * W + to * 2 % W * 64 + lane % 32 * 2
-                program, in_bounds = tl.minimum(to * 2 // W, N - 1), (to < D // 16).to(tl.int32)
-                mailbox.send_two(memory, word, program, p0 + s0, p1 + s1, in_bounds, N)
-                mailbox.send_two(memory, word + 64, program, p2 + s2, p3 + s3, in_bounds, N)
+            send_products(
+                memory, slot, rank, lane, w, dg, R, dtype, D, N, W, GATES, CHUNKS, TILES,
+            )  # fmt: skip
             warp.store_pair(out, di, at_out)
             warp.store_pair(out + HD, df, at_out)
             warp.store_pair(out + 2 * HD, dz, at_out)
