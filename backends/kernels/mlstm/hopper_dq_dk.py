@@ -50,7 +50,7 @@ _VECTORS = gl.constexpr(8)
 Tiles = namedtuple("Tiles", "dh v q k C dC vectors")
 # Of dh and the vectors (AHEAD slots); one slot each of v, of C and dC, of q and k.
 Rings = namedtuple("Rings", "dh v states qk")
-# Descriptors of what is copied into the tiles of these names.
+# Descriptors of what is loaded into the tiles of these names.
 Matrices = namedtuple("Matrices", "dh v q k C dC")
 
 

@@ -235,10 +235,10 @@ def hopper_fused(
     reverse, those of the forward pass. _d: descriptors, as in hopper_intra_chunk.py. T is a
     multiple of LC, LC of 2 L; DX is L or 2 L, and BZ too.
 
-    HALVES, in reverse, where BZ is 64: no `hopper_intra_chunk` before has made rho. Each program
-    makes it of h and dh for its own values, and of that its share of n's gradient, which is linear
-    in it: (programs of a head, steps) and (borders, programs of a head, keys), the first state's
-    last."""
+    HALVES, in reverse, where BZ is 64: no `hopper_intra_chunk` before has made rho. Each thread
+    block makes it of h and dh for its own values, and of that its share of n's gradient, which is
+    linear in it: (thread blocks of a head, steps) and (borders, thread blocks of a head, keys), the
+    first state's last."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], x_d.layout)
     y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, L, DX], y_d.layout)

@@ -33,7 +33,7 @@ Tiles = namedtuple("Tiles", "x y z h v")
 State = namedtuple("State", "S n rho")
 # xy: of x, y and the vectors; s: of S and n, s and rho have two slots, one for each `output_rows`.
 Rings = namedtuple("Rings", "xy z s rho")
-# Descriptors of what is copied; f: the forward pass's states.
+# Descriptors of what is loaded; f: the forward pass's states.
 Matrices = namedtuple("Matrices", "x y z f h")
 
 

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 # (column exponents, whole and rest, and rho) [3 ST, LN], and for "h" n [XS, DX].
 Tiles = namedtuple("Tiles", "x y z v n")
 Rings = namedtuple("Rings", "x y z")
-# Descriptors of what is copied into tiles, h into those of y.
+# Descriptors of what is loaded into tiles, h into those of y.
 Matrices = namedtuple("Matrices", "x y z S h")
 
 

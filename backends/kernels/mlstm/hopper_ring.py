@@ -1,4 +1,4 @@
-"""Rings of tiles in shared memory, which one warp has copied there (by TMA) while others compute.
+"""Rings of tiles in shared memory, which one warp loads by TMA while others compute.
 
 Entry k of a ring is in slot k % slots. Whoever fills it waits until the slot is free, that is until
 all readers of the entry before have released it; whoever reads it waits until it has arrived. Both

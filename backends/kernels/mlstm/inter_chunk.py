@@ -130,10 +130,10 @@ def chunk_states(
     Forward w_t is the weight of step t in the state at its chunk's end; in reverse that of the
     state that enters the chunk, at t, and S is the gradient of that state over `scale`.
 
-    SERIAL: one program takes its tile through all chunks and writes it at every border: the state
-    that enters, slot NC the last; in reverse the gradient of the state that leaves, and `inner`,
-    its product with that state. Otherwise one program a chunk writes what it adds, and
-    `scan_chunk_states` does the rest: for few heads, whose serial programs would leave the device
+    SERIAL: a thread block takes its tile through all chunks and writes it at every border: the
+    state that enters, slot NC the last; in reverse the gradient of the state that leaves, and
+    `inner`, its product with that state. Otherwise a thread block per chunk writes what it adds,
+    and `scan_chunk_states` does the rest: for few heads, whose serial thread blocks would leave SMs
     idle.
     """
     NX: tl.constexpr = (DX + BX - 1) // BX

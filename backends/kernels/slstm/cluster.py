@@ -125,8 +125,8 @@ def forward(
     h_p, saved_p, h1_p, c1_p, n1_p, m1_p, memory_p, B, T, H,
     D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EXP_FORGET: tl.constexpr,
 ):  # fmt: skip
-    """N programs of W warps, 8 N W = D. A lane's two cells are unit u in rows 2 q and 2 q + 1 of 8;
-    saved (B, T, H, D, 8): i, f, z, o as they act, c, n, the slope of f."""
+    """N thread blocks of W warps, 8 N W = D. A lane's two cells are unit u in rows 2 q and 2 q + 1
+    of 8; saved (B, T, H, D, 8): i, f, z, o as they act, c, n, the slope of f."""
     dtype: tl.constexpr = h_p.dtype.element_ty
     LANES: tl.constexpr = 32 * W
     SLOT: tl.constexpr = 4 * D
@@ -215,7 +215,7 @@ def forward(
             _save(saved_p + o0 * 8, i0, f0, z0, v0, c0, n0, slope0, zero, at0)
             _save(saved_p + o1 * 8, i1, f1, z1, v1, c1, n1, slope1, zero, at1)
         o0, o1 = o0 + HD, o1 + HD
-    mailbox.meet(lane, N)  # nobody may send to a program that is gone
+    mailbox.meet(lane, N)  # nobody may send to a thread block that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
     _store_two(h1_p, o0, o1, h0, h1, at0, at1)
     _store_two(c1_p, o0, o1, c0, c1, at0, at1)
@@ -231,10 +231,10 @@ def backward(
     D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EXP_FORGET: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """As `forward`. A warp multiplies its program's gate gradients by R for TILES by 16 units."""
+    """As `forward`. A warp multiplies its block's gate gradients by R for TILES by 16 units."""
     dtype: tl.constexpr = dx_p.dtype.element_ty
     LANES: tl.constexpr = 32 * W
-    U: tl.constexpr = 8 * W  # units of a program
+    U: tl.constexpr = 8 * W  # units of a thread block
     CHUNKS: tl.constexpr = W  # of 32 gate gradients
     TILES: tl.constexpr = (D // 16 + W - 1) // W
     GATES: tl.constexpr = 16 * U  # words: two buffers, then two slots
@@ -357,7 +357,7 @@ def backward(
         c_in0, n_in0, slope_in0, c_in1, n_in1, slope_in1 = (
             last_c0, last_n0, last_slope0, last_c1, last_n1, last_slope1,
         )  # fmt: skip
-    mailbox.meet(lane, N)  # nobody may send to a program that is gone
+    mailbox.meet(lane, N)  # nobody may send to a thread block that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
     _store_two(dh0_p, o0, o1, dh0, dh1, at0, at1)
     _store_two(dc0_p, o0, o1, dc0, dc1, at0, at1)

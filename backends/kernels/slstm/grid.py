@@ -67,9 +67,9 @@ def _recurrent(
 
 
 @triton.jit
-def _program_place(group, H, D: tl.constexpr):
-    """This program's first unit, head and first row, of those from `group` on; lanes, their warps,
-    g and q."""
+def _place(group, H, D: tl.constexpr):
+    """This thread block's first unit, head and first row, of those from `group` on; lanes, their
+    warps, g and q."""
     group += tl.program_id(0) // (D // 16)
     lane = tl.arange(0, LANES)
     units = tl.program_id(0) % (D // 16) * 16
@@ -159,7 +159,7 @@ def forward(
     ALL: tl.constexpr = D // 32  # chunks of h
     CHUNKS: tl.constexpr = (ALL + 7) // 8
     SUMS: tl.constexpr = 8 * 4 * 32 * 4  # words: all warps' part of every cell's four gates
-    units, head, first, lane, w, g, q = _program_place(group, H, D)
+    units, head, first, lane, w, g, q = _place(group, H, D)
     HD = H * D
     memory = mailbox.shared_memory(lane, memory_p, 2 * SUMS)
     # The last warps with work read some chunks twice, where there are too few; R is zero for those.
@@ -192,7 +192,7 @@ def forward(
     read = h_p + (b_read * T + start - 1) * HD + head * D + chunk * 32 + q * 8
     xi, xf, xz, xo = warp.load_gates(x, HD, at)
     # A lane of the first warp asks for gate q of 16 units in row g; one of the second for where
-    # h will be, which was filled too long ago to be in the cache that all programs read.
+    # h will be, which was filled too long ago to be in the cache that all thread blocks read.
     asks = tl.where(w == 1, (q == 0).to(tl.int32), (w == 0).to(tl.int32))
     ahead, unit = b_read * T + start + AHEAD, head * D + units
     ahead = tl.where(w == 0, x_p + (ahead * 4 + q) * HD + unit, h_p + ahead * HD + unit)
@@ -253,7 +253,7 @@ def backward(
     ALL: tl.constexpr = D // 32  # chunks of a gate
     CHUNKS: tl.constexpr = (ALL + 1) // 2
     SUMS: tl.constexpr = 8 * 4 * 32  # words: all warps' part of every cell
-    units, head, first, lane, w, g, q = _program_place(group, H, D)
+    units, head, first, lane, w, g, q = _place(group, H, D)
     HD = H * D
     memory = mailbox.shared_memory(lane, memory_p, 2 * SUMS)
     chunk = tl.minimum(w % 2 * CHUNKS, ALL - CHUNKS)
