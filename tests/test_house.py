@@ -17,12 +17,12 @@ LIMITS = {
     "wing": 9500,
     "tests": 12_000,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
-    "longest kernel": 185,
+    "longest kernel": 136,
     "longest other function": 116,
-    "kernels over 100 lines": 8,
+    "kernels over 100 lines": 1,
     "other functions over 60 lines": 11,
-    "longest signature": 44,
-    "signatures over 25": 19,
+    "longest signature": 43,
+    "signatures over 25": 12,
     # Kernel files may have 400 lines, all others 300.
     "files over their limit": 1,
     # What crosses borders.

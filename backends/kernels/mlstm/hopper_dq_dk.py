@@ -1,28 +1,37 @@
-"""The mLSTM's gradients of q and k in one on NVIDIA's Hopper, in Gluon: for small heads, a chunk of
-which is on chip whole.
+"""The mLSTM's gradients of q and k in one kernel on NVIDIA's Hopper, in Gluon: for small heads, a
+chunk of which fits into shared memory.
 
-`hopper_intra_chunk` reads q, k, v and dh for dq, and all of them again for dk. Here a program has a
-chunk's tiles once, and dh . v for all of its pairs: dP, which with the pairs' weights and with
-`rho`, what the normaliser's gradient adds, is multiplied with k for dq and, turned, with q for dk.
-One warp has tiles copied, those of the next chunk as soon as this chunk has no more use for the
-memory. The products that multiply dh and v all come first, so that these go early. Names as in
-intra_chunk.py.
+`hopper_intra_chunk` reads q, k, v and dh for dq, and all of them again for dk. Here a thread block
+reads a chunk's tiles once and computes dh . v for all pairs of steps: dP. With the pairs' weights
+and with `rho`, which the normaliser's gradient adds, dP is multiplied by k for dq and, transposed,
+by q for dk. One warp loads tiles, those of the next chunk as soon as this chunk has released the
+memory. The products of dh and v all come first, so that their memory is released early. Names as
+in intra_chunk.py.
 """
+
+from collections import namedtuple
 
 from keras_xlstm.backends.kernels.mlstm.hopper_intra_chunk import LOG2_E, exp2, rounded
 from keras_xlstm.backends.kernels.mlstm.hopper_ring import (
     copy_vector,
+    fill,
+    fill_slot,
+    init_slot,
+    new_ring,
+    release,
+    release_slot,
     thread_barrier,
     tma_load,
     tma_store,
     transposed,
+    wait,
+    wait_slot,
 )
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -37,17 +46,25 @@ _DN = gl.constexpr(7)
 _VECTORS = gl.constexpr(8)
 
 
+# dh [AHEAD, L, V]; v [L, V]; q, k [L, K]; C, dC [K, V]; the ring's vectors [AHEAD _VECTORS, L].
+Tiles = namedtuple("Tiles", "dh v q k C dC vectors")
+# Of dh and the vectors (AHEAD slots); one slot each of v, of C and dC, of q and k.
+Rings = namedtuple("Rings", "dh v states qk")
+# Descriptors of what is loaded into the tiles of these names.
+Matrices = namedtuple("Matrices", "dh v q k C dC")
+
+
 @gluon.jit
 def _chunk_and_head(i, items, NC):
-    """Chunk, batch and head of item i: from where the kernel before ended, as part of what that
-    read is still in the L2 cache."""
+    """Chunk, batch and head of item i. The order starts where the kernel before ended: part of
+    what that kernel read is still in the L2 cache."""
     BH = items // NC
     return i // BH, i % BH
 
 
 @gluon.jit
 def _pairs(p, vectors_s, at_v, rho_row, row, row_rest, FIRST: gl.constexpr, L: gl.constexpr):
-    """dS of all rows and 64 columns, from what dh . v is of them (after it has come)."""
+    """dS of all rows and 64 columns [L, 64], from their dh . v."""
     by_row: gl.constexpr = gl.SliceLayout(1, p.type.layout)
     by_col: gl.constexpr = gl.SliceLayout(0, p.type.layout)
     rows = gl.arange(0, L, by_row)
@@ -62,17 +79,37 @@ def _pairs(p, vectors_s, at_v, rho_row, row, row_rest, FIRST: gl.constexpr, L: g
 
 
 @gluon.jit
+def _products_of_dh_and_v(dh, tiles, rings, phase):
+    """dh v^T in halves of 64 columns [L, K], dh C^T [L, K] and v dC^T [L, K], on their way."""
+    L: gl.constexpr = tiles.q.shape[0]
+    K: gl.constexpr = tiles.q.shape[1]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [L // 16, 1], [16, K, 16])
+    zero = gl.zeros([L, K], gl.float32, mma)
+    wait_slot(rings.v, 0, phase)
+    vt = tiles.v.slice(0, 64).permute([1, 0])
+    p_0 = warpgroup_mma(dh, vt, zero, use_acc=False, is_async=True)
+    vt = tiles.v.slice(64, 64).permute([1, 0])
+    p_1 = warpgroup_mma(dh, vt, zero, use_acc=False, is_async=True)
+    wait_slot(rings.states, 0, phase)
+    dq = warpgroup_mma(dh, tiles.C.permute([1, 0]), zero, use_acc=False, is_async=True)
+    dk = warpgroup_mma(tiles.v, tiles.dC.permute([1, 0]), zero, use_acc=False, is_async=True)
+    return p_0, p_1, dq, dk
+
+
+@gluon.jit
 def compute(
-    dh_s, v_s, q_s, k_s, C_s, dC_s, p_s, vectors_s, dh_full, dh_empty, v_full, v_empty, s_full,
-    s_empty, qk_full, qk_empty, dq_d, dk_d, q_dot_p, k_dot_p, dn_p, dn_first_p, m_p, chunk_p, T, H,
-    NC, scale, items, K: gl.constexpr, V: gl.constexpr, L: gl.constexpr, AHEAD: gl.constexpr,
+    tiles, p_s, rings, dq_d, dk_d, q_dot_p, k_dot_p, dn_p, dn_first_p, m_p, chunk_p, T, H, NC,
+    scale, items,
 ):  # fmt: skip
+    L: gl.constexpr = tiles.q.shape[0]
+    K: gl.constexpr = tiles.q.shape[1]
+    AHEAD: gl.constexpr = tiles.dh.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [L // 16, 1], [16, K, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
     by_col: gl.constexpr = gl.SliceLayout(0, mma)
     rows = gl.arange(0, L, by_row)
     cols = gl.arange(0, K, by_col)
-    zero = gl.zeros([L, K], gl.float32, mma)
+    vectors_s = tiles.vectors
     turn = 0
     for i in range(gl.program_id(0), items, gl.num_programs(0)):
         c, bh = _chunk_and_head(i, items, NC)
@@ -87,21 +124,10 @@ def compute(
                 at = dn_p + (long * (NC + 1) + NC) * (2 * K) + cols
                 gl.store(dn_first_p + long * K + cols, gl.load(at) + gl.load(at + K))
 
-        slot = turn % AHEAD
-        phase = turn & 1
-        dh = dh_s.index(slot)
-        at_v = slot * _VECTORS
-        mbarrier.wait(dh_full.index(slot), (turn // AHEAD) & 1)
-        mbarrier.wait(v_full.index(0), phase)
-        p_0 = warpgroup_mma(
-            dh, v_s.slice(0, 64).permute([1, 0]), zero, use_acc=False, is_async=True
-        )  # fmt: skip
-        p_1 = warpgroup_mma(
-            dh, v_s.slice(64, 64).permute([1, 0]), zero, use_acc=False, is_async=True
-        )  # fmt: skip
-        mbarrier.wait(s_full.index(0), phase)
-        dq = warpgroup_mma(dh, C_s.permute([1, 0]), zero, use_acc=False, is_async=True)
-        dk = warpgroup_mma(v_s, dC_s.permute([1, 0]), zero, use_acc=False, is_async=True)
+        slot, phase = turn % AHEAD, turn & 1  # of dh; of the rings of one slot
+        dh, at_v = tiles.dh.index(slot), slot * _VECTORS
+        wait(rings.dh, turn)
+        p_0, p_1, dq, dk = _products_of_dh_and_v(dh, tiles, rings, phase)
         row = vectors_s.index(at_v + _ROW).load(by_row)
         row_rest = vectors_s.index(at_v + _ROW + 1).load(by_row)
         col = vectors_s.index(at_v + _COL).load(by_row)
@@ -120,26 +146,26 @@ def compute(
         p_1 = _pairs(p_1, vectors_s, at_v, rho_row, row, row_2, 64, L)
         p_s.index(1).store(p_1.to(gl.bfloat16))
         dq, dk = warpgroup_mma_wait(0, deps=[dq, dk])
-        mbarrier.arrive(v_empty.index(0), count=1)
-        mbarrier.arrive(s_empty.index(0), count=1)
+        release_slot(rings.v, 0)
+        release_slot(rings.states, 0)
         # Over the borders.
         n = vectors_s.index(at_v + _N).slice(0, K).load(by_col)
         dq = dq * w_row[:, None] + (w_row * rho_row)[:, None] * n[None, :]
         dn = vectors_s.index(at_v + _DN)
         dn = dn.slice(0, K).load(by_col) + dn.slice(K, K).load(by_col)
         dk = dk * w_col[:, None] + w_col[:, None] * dn[None, :]
-        mbarrier.arrive(dh_empty.index(slot), count=1)
+        release(rings.dh, turn)
         # Within the chunk.
         fence_async_shared()
         thread_barrier()
-        mbarrier.wait(qk_full.index(0), phase)
+        wait_slot(rings.qk, 0, phase)
         whole = transposed(p_s, L, L)
-        dq = warpgroup_mma(whole, k_s, dq, is_async=True)
-        dk = warpgroup_mma(whole.permute([1, 0]), q_s, dk, is_async=True)
-        q = q_s.load(mma)
-        k = k_s.load(mma)
+        dq = warpgroup_mma(whole, tiles.k, dq, is_async=True)
+        dk = warpgroup_mma(whole.permute([1, 0]), tiles.q, dk, is_async=True)
+        q = tiles.q.load(mma)
+        k = tiles.k.load(mma)
         dq, dk = warpgroup_mma_wait(0, deps=[dq, dk])
-        mbarrier.arrive(qk_empty.index(0), count=1)
+        release_slot(rings.qk, 0)
         dq *= scale
         dk *= scale
         gl.store(q_dot_p + o_vec + rows, gl.sum(q.to(gl.float32) * dq, 1))
@@ -157,23 +183,23 @@ def compute(
 
 @gluon.jit
 def load_tiles(
-    dh_s, v_s, q_s, k_s, C_s, dC_s, vectors_s, dh_full, dh_empty, v_full, v_empty, s_full, s_empty,
-    qk_full, qk_empty, dh_d, v_d, q_d, k_d, C_d, dC_d, row_p, row_rest_p, col_p, col_rest_p, rho_p,
-    n_p, dn_p, T, H, NC, items,
-    K: gl.constexpr, V: gl.constexpr, L: gl.constexpr, AHEAD: gl.constexpr,
+    tiles, rings, matrices, row_p, row_rest_p, col_p, col_rest_p, rho_p, n_p, dn_p, T, H, NC, items,
 ):  # fmt: skip
+    L: gl.constexpr = tiles.v.shape[0]
+    V: gl.constexpr = tiles.v.shape[1]
+    K: gl.constexpr = tiles.q.shape[1]
+    AHEAD: gl.constexpr = tiles.dh.shape[0]
+    vectors_s = tiles.vectors
     turn = 0
     for i in range(gl.program_id(0), items, gl.num_programs(0)):
         c, bh = _chunk_and_head(i, items, NC)
         long = bh.to(gl.int64)
         row = bh // H * T + c * L
         o_vec = (long * NC + c) * L
-        slot = turn % AHEAD
+        slot, free = turn % AHEAD, (turn & 1) ^ 1
+        _, full = fill(rings.dh, turn, L * V * 2)
         at_v = slot * _VECTORS
-        free = (turn & 1) ^ 1
-        mbarrier.wait(dh_empty.index(slot), ((turn // AHEAD) & 1) ^ 1)
-        mbarrier.expect(dh_full.index(slot), L * V * 2)
-        tma_load(dh_d, [row, bh % H * V], dh_full.index(slot), dh_s.index(slot))
+        tma_load(matrices.dh, [row, bh % H * V], full, tiles.dh.index(slot))
         copy_vector(vectors_s.index(at_v + _ROW), row_p + o_vec, L)
         copy_vector(vectors_s.index(at_v + _ROW + 1), row_rest_p + o_vec, L)
         copy_vector(vectors_s.index(at_v + _COL), col_p + o_vec, L)
@@ -183,18 +209,15 @@ def load_tiles(
         copy_vector(vectors_s.index(at_v + _RHO + 1), rho_p + o_half + NC * L, L)
         copy_vector(vectors_s.index(at_v + _N).slice(0, K), n_p + (long * (NC + 1) + c) * K, K)
         copy_vector(vectors_s.index(at_v + _DN), dn_p + (long * (NC + 1) + c) * (2 * K), 2 * K)
-        async_copy.mbarrier_arrive(dh_full.index(slot), increment_count=False)
-        mbarrier.wait(v_empty.index(0), free)
-        mbarrier.expect(v_full.index(0), L * V * 2)
-        tma_load(v_d, [row, bh % H * V], v_full.index(0), v_s)
-        mbarrier.wait(s_empty.index(0), free)
-        mbarrier.expect(s_full.index(0), K * V * 4)
-        tma_load(C_d, [(bh * (NC + 1) + c) * K, 0], s_full.index(0), C_s)
-        tma_load(dC_d, [(bh * NC + c) * K, 0], s_full.index(0), dC_s)
-        mbarrier.wait(qk_empty.index(0), free)
-        mbarrier.expect(qk_full.index(0), L * K * 4)
-        tma_load(k_d, [row, bh % H * K], qk_full.index(0), k_s)
-        tma_load(q_d, [row, bh % H * K], qk_full.index(0), q_s)
+        async_copy.mbarrier_arrive(full, increment_count=False)
+        full = fill_slot(rings.v, 0, free, L * V * 2)
+        tma_load(matrices.v, [row, bh % H * V], full, tiles.v)
+        full = fill_slot(rings.states, 0, free, K * V * 4)
+        tma_load(matrices.C, [(bh * (NC + 1) + c) * K, 0], full, tiles.C)
+        tma_load(matrices.dC, [(bh * NC + c) * K, 0], full, tiles.dC)
+        full = fill_slot(rings.qk, 0, free, L * K * 4)
+        tma_load(matrices.k, [row, bh % H * K], full, tiles.k)
+        tma_load(matrices.q, [row, bh % H * K], full, tiles.q)
         turn += 1
     async_copy.wait_group(0)
 
@@ -211,44 +234,32 @@ def hopper_dq_dk(
     last, behind those of the chunks, is the first state's. L, a chunk, is 2 K. AHEAD: so many
     chunks' dh are here."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    dh_s = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, L, V], dh_d.layout)
-    v_s = gl.allocate_shared_memory(gl.bfloat16, [L, V], v_d.layout)
-    q_s = gl.allocate_shared_memory(gl.bfloat16, [L, K], q_d.layout)
-    k_s = gl.allocate_shared_memory(gl.bfloat16, [L, K], k_d.layout)
-    C_s = gl.allocate_shared_memory(gl.bfloat16, [K, V], C_d.layout)
-    dC_s = gl.allocate_shared_memory(gl.bfloat16, [K, V], dC_d.layout)
+    tiles = Tiles(
+        gl.allocate_shared_memory(gl.bfloat16, [AHEAD, L, V], dh_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [L, V], v_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [L, K], q_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [L, K], k_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [K, V], C_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [K, V], dC_d.layout),
+        gl.allocate_shared_memory(gl.float32, [AHEAD * _VECTORS, L], flat),
+    )
     p_s = gl.allocate_shared_memory(gl.bfloat16, [2, L, K], dq_d.layout)
-    vectors_s = gl.allocate_shared_memory(gl.float32, [AHEAD * _VECTORS, L], flat)
-    layout: gl.constexpr = mbarrier.MBarrierLayout()
-    dh_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], layout)
-    dh_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], layout)
-    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [1, 1], layout)
-    s_full = gl.allocate_shared_memory(gl.int64, [1, 1], layout)
-    s_empty = gl.allocate_shared_memory(gl.int64, [1, 1], layout)
-    qk_full = gl.allocate_shared_memory(gl.int64, [1, 1], layout)
-    qk_empty = gl.allocate_shared_memory(gl.int64, [1, 1], layout)
+    rings = Rings(new_ring(AHEAD), new_ring(1), new_ring(1), new_ring(1))
     for s in gl.static_range(AHEAD):
-        mbarrier.init(dh_full.index(s), count=33)  # the tile, and each thread's parts of vectors
-        mbarrier.init(dh_empty.index(s), count=1)
-    mbarrier.init(v_full.index(0), count=1)
-    mbarrier.init(v_empty.index(0), count=1)
-    mbarrier.init(s_full.index(0), count=1)
-    mbarrier.init(s_empty.index(0), count=1)
-    mbarrier.init(qk_full.index(0), count=1)
-    mbarrier.init(qk_empty.index(0), count=1)
+        init_slot(rings.dh, s, 33, 1)
+    init_slot(rings.v, 0, 1, 1)
+    init_slot(rings.states, 0, 1, 1)
+    init_slot(rings.qk, 0, 1, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (compute, (
-                dh_s, v_s, q_s, k_s, C_s, dC_s, p_s, vectors_s, dh_full, dh_empty, v_full, v_empty,
-                s_full, s_empty, qk_full, qk_empty, dq_d, dk_d, q_dot_p, k_dot_p, dn_p, dn_first_p,
-                m_p, chunk_p, T, H, NC, scale, items, K, V, L, AHEAD,
+                tiles, p_s, rings, dq_d, dk_d, q_dot_p, k_dot_p, dn_p, dn_first_p, m_p, chunk_p,
+                T, H, NC, scale, items,
             )),
             (load_tiles, (
-                dh_s, v_s, q_s, k_s, C_s, dC_s, vectors_s, dh_full, dh_empty, v_full, v_empty,
-                s_full, s_empty, qk_full, qk_empty, dh_d, v_d, q_d, k_d, C_d, dC_d, row_p,
-                row_rest_p, col_p, col_rest_p, rho_p, n_p, dn_p, T, H, NC, items, K, V, L, AHEAD,
+                tiles, rings, Matrices(dh_d, v_d, q_d, k_d, C_d, dC_d), row_p, row_rest_p,
+                col_p, col_rest_p, rho_p, n_p, dn_p, T, H, NC, items,
             )),
         ],
         [1],

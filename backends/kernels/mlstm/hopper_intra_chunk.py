@@ -1,23 +1,33 @@
 """The mLSTM within a chunk on NVIDIA's Hopper: what intra_chunk.py computes, in Gluon.
 
-There the L2 cache's traffic binds, as programs of 64 rows each read the tiles that they share. Here
-a program has 128 rows and the processor to itself (in small heads two of 64 share it): one warp has
-tiles copied (by TMA) ahead of those that multiply them, through all the program's blocks of rows.
-The weights of a block of pairs are made while the products before them run. Names as in
-intra_chunk.py.
+That kernel is bound by L2 traffic, as each thread block of 64 rows reads the tiles that it shares
+with others. Here a thread block has 128 rows and an SM to itself (in small heads two of 64 rows
+share an SM). One warp loads tiles by TMA (hopper_intra_chunk_load.py) ahead of the warps that
+multiply them, through all blocks of rows that the thread block takes. The weights of a tile of
+pairs are computed while the products before them run. Names as in intra_chunk.py.
 """
 
-from keras_xlstm.backends.kernels.mlstm.hopper_ring import (
+from collections import namedtuple
+
+from keras_xlstm.backends.kernels.mlstm.hopper_intra_chunk_load import (
+    Matrices,
+    Rings,
+    Tiles,
     load_tiles,
+    work_item,
+)
+from keras_xlstm.backends.kernels.mlstm.hopper_ring import (
+    init_slot,
+    new_ring,
+    release,
     store_rows,
     transposed,
-    work_item,
+    wait,
 )
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
@@ -41,34 +51,208 @@ def exp2(x):
     )
 
 
+# What `compute` reads and writes itself.
+Pointers = namedtuple("Pointers", "n own dot sign rho seg m chunk row row_rest b br peak")
+# Of a block of rows [L]: exponents (in "h" b, br and peak), sign, segments; of its chunk: where its
+# batch's segments are, those before it and at its end, m at its start, what leaves it.
+Rows = namedtuple(
+    "Rows", "row rest peak sign seg_b seg before last border out_whole out_rest leaving"
+)
+
+
 @gluon.jit
-def _dots(x, y_s, y_full, y_empty, ky, ST: gl.constexpr):
-    """Row by row x . y, y being the next tile of its ring."""
+def _load_rows(
+    p, m_b, batch, long, c, rows, o_vec, T, NC, ROLE: gl.constexpr, LC: gl.constexpr,
+    SEG: gl.constexpr,
+):  # fmt: skip
+    # What a role has no use for is 0: Triton 3.6 returns no None.
+    seg_b, seg, before, last, peak, sign = 0, 0, 0, 0, 0, 0
+    out_whole, out_rest, leaving = 0, 0, 0
+    border = gl.load(m_b)
+    if SEG:
+        seg_b = p.seg + batch.to(gl.int64) * T
+        seg = gl.load(seg_b + c * LC + rows)
+        before = gl.load(seg_b + gl.maximum(c * LC - 1, 0))
+        before = gl.where(c == 0, 0, before)
+        last = gl.load(seg_b + c * LC + LC - 1)
+    if ROLE == "h":
+        row = gl.load(p.b + o_vec + rows)
+        rest = gl.load(p.br + o_vec + rows)
+        peak = gl.load(p.peak + o_vec + rows)
+    else:
+        row = gl.load(p.row + o_vec + rows)
+        rest = gl.load(p.row_rest + o_vec + rows)
+    if ROLE == "dq":
+        sign = gl.load(p.sign + o_vec + rows)
+    if ROLE == "dk" or ROLE == "dv":
+        p_chunk = p.chunk + (long * NC + c) * 4
+        out_whole, out_rest = gl.load(p_chunk), gl.load(p_chunk + 1)
+        leaving = gl.load(m_b + 1)
+    return Rows(
+        row, rest, peak, sign, seg_b, seg, before, last, border, out_whole, out_rest, leaving
+    )  # fmt: skip
+
+
+@gluon.jit
+def _over_border(x, z_s, z_ring, kz, mma: gl.constexpr, TURNED: gl.constexpr):
+    """x . S [L, BZ], the last product of it on its way, and the count of z's ring."""
+    L: gl.constexpr = x.shape[0]
+    DX: gl.constexpr = x.shape[1]
+    LN: gl.constexpr = z_s.shape[1]
+    BZ: gl.constexpr = z_s.shape[2]
+    acc = gl.zeros([L, BZ], gl.float32, mma)
+    for s in gl.static_range(DX // LN):
+        slot = wait(z_ring, kz)
+        if TURNED:
+            S = transposed(z_s.index(slot), BZ, LN).permute([1, 0])
+        else:
+            S = z_s.index(slot)
+        xs = x.slice(s * LN, LN, dim=1)
+        acc = warpgroup_mma(xs, S, acc, use_acc=s > 0, is_async=True)
+        if s > 0:
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            release(z_ring, kz - 1)
+        kz += 1
+    return acc, kz
+
+
+@gluon.jit
+def _row_weights(a, ROLE: gl.constexpr, SEG: gl.constexpr):
+    """The rows' whole exponents and the weight of what comes over the border; in "h" also the
+    exponents as they were and what was taken off."""
+    REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
+    row, row_m, whole = a.row, 0, 0
+    if ROLE == "h":
+        if SEG:
+            entering = gl.where(a.seg == a.before, a.border, NEVER)
+            row_m = (a.row + a.rest) + gl.maximum(a.peak, entering)
+        else:
+            row_m = (a.row + a.rest) + gl.maximum(a.peak, a.border)
+        whole = rounded(row_m)
+        row = a.row - whole
+    if REVERSE:
+        w = gl.exp((row + (a.out_whole - rounded(a.leaving))) + (a.rest + a.out_rest))
+    else:
+        w = gl.exp((row + rounded(a.border)) + a.rest)
+    if SEG:
+        w = gl.where(a.seg == (a.last if REVERSE else a.before), w, 0.0)
+    return row, w, row_m, whole
+
+
+@gluon.jit
+def _dots(x, y_s, y_ring, ky):
+    """Row by row x . y, y being entry ky."""
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
-    slot = ky % ST
-    mbarrier.wait(y_full.index(slot), (ky // ST) & 1)
+    slot = wait(y_ring, ky)
     y = y_s.index(slot).load(wide)
     dots = gl.sum(x.load(wide).to(gl.float32) * y.to(gl.float32), 1)
-    mbarrier.arrive(y_empty.index(slot), count=1)
+    release(y_ring, ky)
     return dots
 
 
 @gluon.jit
-def compute(
-    x_s, y_s, z_s, v_s, n_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty, out_d,
-    n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p, row_rest_p, b_p, br_p,
-    peak_p, T, H, NC, scale, eps, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, BO: gl.constexpr,
-    L: gl.constexpr, LN: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, XS: gl.constexpr,
-    ST: gl.constexpr, SMALL: gl.constexpr,
+def _row_dots(tiles, rings, x, kx, ky, w, mma_p: gl.constexpr, ROLE: gl.constexpr):
+    """ "h": w x . n; "dq": x . h, whose tiles come before those of y."""
+    L: gl.constexpr = tiles.x.shape[1]
+    DX: gl.constexpr = tiles.x.shape[2]
+    LN: gl.constexpr = tiles.y.shape[1]
+    if ROLE == "h":
+        dots = gl.zeros([L, LN], gl.float32, mma_p)
+        for s in gl.static_range(DX // LN):
+            n_s = tiles.n.index(kx % tiles.n.shape[0])
+            n = n_s.slice(s * LN, LN).load(gl.SliceLayout(0, mma_p))
+            dots += x.slice(s * LN, LN, dim=1).load(mma_p).to(gl.float32) * n[None, :]
+        r = gl.sum(dots, 1) * w
+    else:
+        r = _dots(x.slice(0, LN), tiles.y, rings.y, ky)
+        if L > LN:
+            lower = _dots(x.slice(LN, LN), tiles.y, rings.y, ky + 1)
+            r = gl.reshape(gl.permute(gl.join(r, lower), [1, 0]), [L])
+    return r
+
+
+@gluon.jit
+def _within_chunk(
+    ky, kz, acc, r, tiles, rings, x, row, a, rho_row, c, first, rows, mma: gl.constexpr,
+    mma_p: gl.constexpr, ROLE: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr,
 ):  # fmt: skip
+    REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
+    L: gl.constexpr = tiles.x.shape[1]
+    LN: gl.constexpr = tiles.y.shape[1]
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    by_col: gl.constexpr = gl.SliceLayout(0, mma_p)
+    row_2 = (a.rest * LOG2_E)[:, None]
+    acc = warpgroup_mma_init(acc)
+    for j in range(first if REVERSE else 0, LC if REVERSE else first + L, LN):
+        slot = wait(rings.y, ky)
+        p = warpgroup_mma(
+            x, tiles.y.index(slot).permute([1, 0]), gl.zeros([L, LN], gl.float32, mma_p),
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        cols = j + gl.arange(0, LN, by_col)
+        # Whole numbers are added before anything rounds.
+        log_w = row[:, None] + tiles.v.index(slot * 3).load(by_col)[None, :]
+        log_rest = row_2 + (tiles.v.index(slot * 3 + 1).load(by_col) * LOG2_E)[None, :]
+        weight = exp2(log_w * LOG2_E + log_rest)
+        if ROLE == "dk":
+            rho_col = tiles.v.index(slot * 3 + 2).load(by_col)
+        # The weights as well, lest the compiler move them behind the wait.
+        p, acc, weight = warpgroup_mma_wait(0, deps=[p, acc, weight])
+        release(rings.y, ky)
+        release(rings.z, kz - 1)
+        ky += 1
+        if ROLE == "dq":
+            p += rho_row[:, None]
+        if ROLE == "dk":
+            p += rho_col[None, :]
+        p *= weight
+        if REVERSE:
+            keep = rows[:, None] <= cols[None, :]
+        else:
+            keep = rows[:, None] >= cols[None, :]
+        if SEG:
+            seg_col = gl.load(a.seg_b + c * LC + cols)
+            p = gl.where(keep & (a.seg[:, None] == seg_col[None, :]), p, 0.0)
+        elif (j < first + L) if REVERSE else (j + LN > first):
+            p = gl.where(keep, p, 0.0)
+        if ROLE == "h":
+            r += gl.sum(p, 1)
+        p = gl.convert_layout(p.to(gl.bfloat16), operand)
+        slot = wait(rings.z, kz)
+        acc = warpgroup_mma(p, tiles.z.index(slot), acc, is_async=True)
+        kz += 1
+    return ky, kz, acc, r
+
+
+@gluon.jit
+def _normalized(p, acc, r, row, rest, row_m, whole, o_vec, rows, scale, eps, jz):
+    """h of "h"; writes what the other roles read of its rows."""
+    r *= scale
+    floor = gl.exp(gl.where(whole > -80.0, -whole, 80.0))
+    d = gl.maximum(gl.abs(r), floor) + eps * gl.exp(row_m - whole)
+    acc *= gl.convert_layout(scale / d, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if jz == 0:
+        gl.store(p.row + o_vec + rows, row)
+        gl.store(p.row_rest + o_vec + rows, rest - gl.log(d))
+        of_r = gl.where(r > 0, 1.0, -1.0)
+        gl.store(p.sign + o_vec + rows, gl.where(gl.abs(r) > floor, of_r, 0.0))
+    return acc
+
+
+@gluon.jit
+def compute(
+    tiles, rings, out_s, out_d, p, T, H, NC, scale, eps, items,
+    ROLE: gl.constexpr, DZ: gl.constexpr, LC: gl.constexpr, SEG: gl.constexpr, SMALL: gl.constexpr,
+):  # fmt: skip
+    L: gl.constexpr = tiles.x.shape[1]
+    LN: gl.constexpr = tiles.y.shape[1]
+    BZ: gl.constexpr = tiles.z.shape[2]
+    BO: gl.constexpr = out_s.shape[1]
     REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
     TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [L // 16, 1], [16, BZ, 16])
     mma_p: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [L // 16, 1], [16, LN, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, mma_p)
-    by_col: gl.constexpr = gl.SliceLayout(0, mma_p)
     by_acc: gl.constexpr = gl.SliceLayout(1, mma)
     by_z: gl.constexpr = gl.SliceLayout(0, mma)
     o_own = gl.arange(0, L, by_acc)[:, None] * (H * DZ) + gl.arange(0, BZ, by_z)[None, :]
@@ -83,78 +267,24 @@ def compute(
         o_row = (batch.to(gl.int64) * T + c * LC + first) * H + head
         o_vec = (long * NC + c) * LC
         slot_n = long * (NC if REVERSE else NC + 1) + c
-        m_b = m_p + long * (NC + 1) + c
+        m_b = p.m + long * (NC + 1) + c
         rows = first + gl.arange(0, L, by_row)
         # All that is read from here, before anything waits.
-        border = gl.load(m_b)
-        if SEG:
-            seg_b = seg_p + batch.to(gl.int64) * T
-            seg = gl.load(seg_b + c * LC + rows)
-            before = gl.load(seg_b + gl.maximum(c * LC - 1, 0))
-            before = gl.where(c == 0, 0, before)
-            last = gl.load(seg_b + c * LC + LC - 1)
-        if ROLE == "h":
-            b = gl.load(b_p + o_vec + rows)
-            row_rest = gl.load(br_p + o_vec + rows)
-            peak = gl.load(peak_p + o_vec + rows)
-        else:
-            row = gl.load(row_p + o_vec + rows)
-            row_rest = gl.load(row_rest_p + o_vec + rows)
-        if ROLE == "dq":
-            sign = gl.load(sign_p + o_vec + rows)
-        if REVERSE:
-            p_chunk = chunk_p + (long * NC + c) * 4
-            out_whole, out_rest = gl.load(p_chunk), gl.load(p_chunk + 1)
-            leaving = gl.load(m_b + 1)
+        a = _load_rows(p, m_b, batch, long, c, rows, o_vec, T, NC, ROLE, LC, SEG)
         if TURNED:
-            n = gl.load(n_p + slot_n * DZ + gl.arange(0, DZ, by_z))
+            n = gl.load(p.n + slot_n * DZ + gl.arange(0, DZ, by_z))
 
         # Over the border.
-        acc = gl.zeros([L, BZ], gl.float32, mma)
-        mbarrier.wait(x_full.index(kx % XS), (kx // XS) & 1)
-        x = x_s.index(kx % XS)
-        for s in gl.static_range(DX // LN):
-            slot = kz % ST
-            mbarrier.wait(z_full.index(slot), (kz // ST) & 1)
-            if TURNED:
-                S = transposed(z_s.index(slot), DZ, LN).permute([1, 0])
-            else:
-                S = z_s.index(slot)
-            xs = x.slice(s * LN, LN, dim=1)
-            acc = warpgroup_mma(xs, S, acc, use_acc=s > 0, is_async=True)
-            if s > 0:
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
-            kz += 1
-        # The row's exponents, and the weight of what comes over the border.
-        if ROLE == "h":
-            if SEG:
-                entering = gl.where(seg == before, border, NEVER)
-                row_m = (b + row_rest) + gl.maximum(peak, entering)
-            else:
-                row_m = (b + row_rest) + gl.maximum(peak, border)
-            whole = rounded(row_m)
-            row = b - whole
-        if REVERSE:
-            w = gl.exp((row + (out_whole - rounded(leaving))) + (row_rest + out_rest))
-        else:
-            w = gl.exp((row + rounded(border)) + row_rest)
-        if SEG:
-            w = gl.where(seg == (last if REVERSE else before), w, 0.0)
-        if ROLE == "h":
-            dots = gl.zeros([L, LN], gl.float32, mma_p)
-            for s in gl.static_range(DX // LN):
-                n = n_s.index(kx % XS).slice(s * LN, LN).load(by_col)
-                dots += x.slice(s * LN, LN, dim=1).load(mma_p).to(gl.float32) * n[None, :]
-            r = gl.sum(dots, 1) * w
+        x = tiles.x.index(wait(rings.x, kx))
+        acc, kz = _over_border(x, tiles.z, rings.z, kz, mma, TURNED)
+        row, w, row_m, whole = _row_weights(a, ROLE, SEG)
+        r, rho_row = 0.0, 0.0  # where the role has none
+        if ROLE == "h" or ROLE == "dq":
+            r = _row_dots(tiles, rings, x, kx, ky, w, mma_p, ROLE)
         if ROLE == "dq":
-            r = _dots(x.slice(0, LN), y_s, y_full, y_empty, ky, ST)
-            if L > LN:
-                lower = _dots(x.slice(LN, LN), y_s, y_full, y_empty, ky + 1, ST)
-                r = gl.reshape(gl.permute(gl.join(r, lower), [1, 0]), [L])
             ky += L // LN
-            rho_row = -sign * gl.convert_layout(r, by_row)
-            gl.store(rho_p + o_vec + rows, rho_row)
+            rho_row = -a.sign * gl.convert_layout(r, by_row)
+            gl.store(p.rho + o_vec + rows, rho_row)
         acc = warpgroup_mma_wait(0, deps=[acc])
         acc *= gl.convert_layout(w, by_acc)[:, None]
         if ROLE == "dq":
@@ -163,73 +293,29 @@ def compute(
             acc += gl.convert_layout(w, by_acc)[:, None] * n[None, :]
 
         if TURNED and SMALL:
-            own = gl.load(own_p + o_row * DZ + o_own)
+            own = gl.load(p.own + o_row * DZ + o_own)
 
         # Within the chunk.
-        row_2 = (row_rest * LOG2_E)[:, None]
-        acc = warpgroup_mma_init(acc)
-        for j in range(first if REVERSE else 0, LC if REVERSE else first + L, LN):
-            slot = ky % ST
-            mbarrier.wait(y_full.index(slot), (ky // ST) & 1)
-            p = warpgroup_mma(
-                x, y_s.index(slot).permute([1, 0]), gl.zeros([L, LN], gl.float32, mma_p),
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-            cols = j + gl.arange(0, LN, by_col)
-            # Whole numbers are added before anything rounds.
-            log_w = row[:, None] + v_s.index(slot * 3).load(by_col)[None, :]
-            rest = row_2 + (v_s.index(slot * 3 + 1).load(by_col) * LOG2_E)[None, :]
-            weight = exp2(log_w * LOG2_E + rest)
-            if ROLE == "dk":
-                rho_col = v_s.index(slot * 3 + 2).load(by_col)
-            # The weights as well, lest the compiler move them behind the wait.
-            p, acc, weight = warpgroup_mma_wait(0, deps=[p, acc, weight])
-            mbarrier.arrive(y_empty.index(slot), count=1)
-            mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
-            ky += 1
-            if ROLE == "dq":
-                p += rho_row[:, None]
-            if ROLE == "dk":
-                p += rho_col[None, :]
-            p *= weight
-            if REVERSE:
-                keep = rows[:, None] <= cols[None, :]
-            else:
-                keep = rows[:, None] >= cols[None, :]
-            if SEG:
-                seg_col = gl.load(seg_b + c * LC + cols)
-                p = gl.where(keep & (seg[:, None] == seg_col[None, :]), p, 0.0)
-            elif (j < first + L) if REVERSE else (j + LN > first):
-                p = gl.where(keep, p, 0.0)
-            if ROLE == "h":
-                r += gl.sum(p, 1)
-            p = gl.convert_layout(p.to(gl.bfloat16), operand)
-            slot = kz % ST
-            mbarrier.wait(z_full.index(slot), (kz // ST) & 1)
-            acc = warpgroup_mma(p, z_s.index(slot), acc, is_async=True)
-            kz += 1
-        mbarrier.arrive(x_empty.index(kx % XS), count=1)
+        ky, kz, acc, r = _within_chunk(
+            ky, kz, acc, r, tiles, rings, x, row, a, rho_row, c, first, rows, mma, mma_p,
+            ROLE, LC, SEG,
+        )  # fmt: skip
+        release(rings.x, kx)
         kx += 1
         if TURNED and not SMALL:
-            own = gl.load(own_p + o_row * DZ + o_own)
+            own = gl.load(p.own + o_row * DZ + o_own)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(z_empty.index((kz - 1) % ST), count=1)
+        release(rings.z, kz - 1)
 
         if ROLE == "h":
-            r *= scale
-            floor = gl.exp(gl.where(whole > -80.0, -whole, 80.0))
-            d = gl.maximum(gl.abs(r), floor) + eps * gl.exp(row_m - whole)
-            acc *= gl.convert_layout(scale / d, by_acc)[:, None]
-            if jz == 0:
-                gl.store(row_p + o_vec + rows, row)
-                gl.store(row_rest_p + o_vec + rows, row_rest - gl.log(d))
-                of_r = gl.where(r > 0, 1.0, -1.0)
-                gl.store(sign_p + o_vec + rows, gl.where(gl.abs(r) > floor, of_r, 0.0))
+            acc = _normalized(
+                p, acc, r, row, a.rest, row_m, whole, o_vec, rows, scale, eps, jz
+            )  # fmt: skip
         else:
             acc *= scale
         if TURNED:
             dot = gl.sum(own.to(gl.float32) * acc, 1)
-            gl.store(dot_p + o_vec + first + gl.arange(0, L, by_acc), dot)
+            gl.store(p.dot + o_vec + first + gl.arange(0, L, by_acc), dot)
         to = batch * T + c * LC + first
         at = head * DZ + jz * BZ
         if BO < BZ:
@@ -255,41 +341,35 @@ def hopper_intra_chunk(
     q or k for the gates is read before the columns, and chunks come in another order. _d:
     descriptors of matrices (steps, heads * features) and (borders * rows, columns)."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    x_s = gl.allocate_shared_memory(gl.bfloat16, [XS, L, DX], x_d.layout)
-    y_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DX], y_d.layout)
-    z_s = gl.allocate_shared_memory(gl.bfloat16, [ST, LN, BZ], z_d.layout)
-    v_s = gl.allocate_shared_memory(gl.float32, [3 * ST, LN], flat)
-    # Of "h" alone, whose sum over n is by the tile of x.
-    n_s = gl.allocate_shared_memory(gl.float32, [XS, DX if ROLE == "h" else 32], flat)
+    tiles = Tiles(
+        gl.allocate_shared_memory(gl.bfloat16, [XS, L, DX], x_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [ST, LN, DX], y_d.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [ST, LN, BZ], z_d.layout),
+        gl.allocate_shared_memory(gl.float32, [3 * ST, LN], flat),
+        # Of "h" alone, whose sum over n is by the tile of x.
+        gl.allocate_shared_memory(gl.float32, [XS, DX if ROLE == "h" else 32], flat),
+    )
     out_s = gl.allocate_shared_memory(gl.bfloat16, [L, BO], out_d.layout)
-    layout: gl.constexpr = mbarrier.MBarrierLayout()
-    x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
-    x_empty = gl.allocate_shared_memory(gl.int64, [XS, 1], layout)
-    y_full = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
-    y_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
-    z_full = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
-    z_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], layout)
+    rings = Rings(new_ring(XS), new_ring(ST), new_ring(ST))
     for s in gl.static_range(XS):
-        mbarrier.init(x_full.index(s), count=33 if ROLE == "h" else 1)
-        mbarrier.init(x_empty.index(s), count=1)
+        init_slot(rings.x, s, 33 if ROLE == "h" else 1, 1)
     for s in gl.static_range(ST):
-        mbarrier.init(y_full.index(s), count=33)  # the tile, and each thread's parts of vectors
-        mbarrier.init(y_empty.index(s), count=1)
-        mbarrier.init(z_full.index(s), count=1)
-        mbarrier.init(z_empty.index(s), count=1)
+        init_slot(rings.y, s, 33, 1)
+        init_slot(rings.z, s, 1, 1)
     fence_async_shared()
+    pointers = Pointers(
+        n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p, row_rest_p, b_p, br_p,
+        peak_p,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (compute, (
-                x_s, y_s, z_s, v_s, n_s, out_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
-                out_d, n_p, own_p, dot_p, sign_p, rho_p, seg_p, m_p, chunk_p, row_p,
-                row_rest_p, b_p, br_p, peak_p, T, H, NC, scale, eps, items,
-                ROLE, DX, DZ, BZ, BO, L, LN, LC, SEG, XS, ST, SMALL,
+                tiles, rings, out_s, out_d, pointers, T, H, NC, scale, eps, items,
+                ROLE, DZ, LC, SEG, SMALL,
             )),
             (load_tiles, (
-                x_s, y_s, z_s, v_s, n_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
-                x_d, y_d, z_d, s_d, h_d, n_p, col_p, col_rest_p, rho_p, T, H, NC, items,
-                ROLE, DX, DZ, BZ, L, LN, LC, XS, ST, SMALL,
+                tiles, rings, Matrices(x_d, y_d, z_d, s_d, h_d), n_p, col_p, col_rest_p, rho_p,
+                T, H, NC, items, ROLE, DZ, LC, SMALL,
             )),
         ],
         [1],

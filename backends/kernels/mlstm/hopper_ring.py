@@ -1,4 +1,11 @@
-"""Of hopper_intra_chunk.py: who does what where, and the warp that has tiles copied."""
+"""Rings of tiles in shared memory, which one warp loads by TMA while others compute.
+
+Entry k of a ring is in slot k % slots. Whoever fills it waits until the slot is free, that is until
+all readers of the entry before have released it; whoever reads it waits until it has arrived. Both
+count the entries for themselves.
+"""
+
+from collections import namedtuple
 
 from keras_xlstm.backends.kernels import load_triton  # noqa: F401  Triton is imported there first
 from triton.experimental import gluon
@@ -18,28 +25,82 @@ thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 _NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
+# Barriers, a pair [slots, 1] for each slot. The tiles are elsewhere: several may share a ring.
+Ring = namedtuple("Ring", "full empty")
+
+
 @gluon.jit
-def work_item(
-    i, turn, items, H, NC, L: gl.constexpr, LC: gl.constexpr, NZ: gl.constexpr,
-    ROLE: gl.constexpr, SMALL: gl.constexpr,
-):  # fmt: skip
-    """Chunk, batch and head, first row, columns of item i. Rows alternate between turns, as some
-    blocks of them take longer; a grid is a multiple of their number, and of NZ."""
-    NR: gl.constexpr = LC // L
-    jz = i % NZ
-    i = i // NZ
-    block, rest = (i + turn) % NR, i // NR
-    if SMALL:
-        # From where the kernel before ended: part of what that read is still in the L2 cache.
-        BH = items // (NR * NZ * NC)
-        c, bh = rest // BH, rest % BH
-        if ROLE == "dq":
-            c = NC - 1 - c
-    elif ROLE == "h" or ROLE == "dv":
-        c, bh = rest // H % NC, rest // (H * NC) * H + rest % H
-    else:
-        c, bh = rest % NC, rest // NC
-    return c, bh, block * L if ROLE == "dk" or ROLE == "dv" else (NR - 1 - block) * L, jz
+def new_ring(SLOTS: gl.constexpr):
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], layout)
+    return Ring(full, gl.allocate_shared_memory(gl.int64, [SLOTS, 1], layout))
+
+
+@gluon.jit
+def init_slot(ring, slot, FILLERS: gl.constexpr, READERS: gl.constexpr):
+    """FILLERS: the arrivals that make a slot full; with `copy_vector` each lane's, and TMA's."""
+    mbarrier.init(ring.full.index(slot), count=FILLERS)
+    mbarrier.init(ring.empty.index(slot), count=READERS)
+
+
+@gluon.jit
+def wait_slot(ring, slot, phase):
+    """Waits until what fills the slot has arrived; phase: 0 the first time, 1 the second, 0 …"""
+    mbarrier.wait(ring.full.index(slot), phase)
+
+
+@gluon.jit
+def wait(ring, k):
+    """Waits until entry k has arrived, and returns its slot."""
+    SLOTS: gl.constexpr = ring.full.shape[0]
+    slot = k % SLOTS
+    mbarrier.wait(ring.full.index(slot), (k // SLOTS) & 1)
+    return slot
+
+
+@gluon.jit
+def release_slot(ring, slot):
+    """This reader is done with what is in the slot."""
+    mbarrier.arrive(ring.empty.index(slot), count=1)
+
+
+@gluon.jit
+def release(ring, k):
+    """This reader is done with entry k."""
+    SLOTS: gl.constexpr = ring.full.shape[0]
+    release_slot(ring, k % SLOTS)
+
+
+@gluon.jit
+def fill_slot(ring, slot, free, BYTES: gl.constexpr):
+    """Waits until the slot is free; returns the barrier that BYTES arrive at. `free`: phase ^ 1."""
+    mbarrier.wait(ring.empty.index(slot), free)
+    full = ring.full.index(slot)
+    mbarrier.expect(full, BYTES)
+    return full
+
+
+@gluon.jit
+def fill(ring, k, BYTES: gl.constexpr):
+    """Waits until the slot of entry k is free; returns it and the barrier that BYTES arrive at."""
+    SLOTS: gl.constexpr = ring.full.shape[0]
+    slot = k % SLOTS
+    mbarrier.wait(ring.empty.index(slot), ((k // SLOTS) & 1) ^ 1)
+    full = ring.full.index(slot)
+    mbarrier.expect(full, BYTES)
+    return slot, full
+
+
+@gluon.jit
+def wait_free_slot(ring, slot, free):
+    """For threads that fill a slot themselves."""
+    mbarrier.wait(ring.empty.index(slot), free)
+
+
+@gluon.jit
+def post_slot(ring, slot):
+    """What these threads wrote to the slot is there."""
+    mbarrier.arrive(ring.full.index(slot), count=1)
 
 
 @gluon.jit
@@ -57,72 +118,6 @@ def transposed(tile, ROWS: gl.constexpr, COLS: gl.constexpr):
 def copy_vector(to, p, N: gl.constexpr):
     o = gl.arange(0, N, gl.BlockedLayout([N // 32], [32], [1], [0]))
     _copy_async(to, p + o)
-
-
-@gluon.jit
-def load_tiles(
-    x_s, y_s, z_s, v_s, n_s, x_full, x_empty, y_full, y_empty, z_full, z_empty,
-    x_d, y_d, z_d, s_d, h_d, n_p, col_p, col_rest_p, rho_p, T, H, NC, items,
-    ROLE: gl.constexpr, DX: gl.constexpr, DZ: gl.constexpr, BZ: gl.constexpr, L: gl.constexpr,
-    LN: gl.constexpr, LC: gl.constexpr, XS: gl.constexpr, ST: gl.constexpr,
-    SMALL: gl.constexpr,
-):  # fmt: skip
-    REVERSE: gl.constexpr = ROLE == "dk" or ROLE == "dv"
-    TURNED: gl.constexpr = ROLE == "dq" or ROLE == "dk"
-    kx = 0
-    ky = 0
-    kz = 0
-    turn = 0
-    for i in range(gl.program_id(0), items, gl.num_programs(0)):
-        c, bh, first, jz = work_item(i, turn, items, H, NC, L, LC, DZ // BZ, ROLE, SMALL)
-        turn += 1
-        row = (bh // H) * T + c * LC
-        at_x, at_z = bh % H * DX, bh % H * DZ + jz * BZ
-        slot = kx % XS
-        mbarrier.wait(x_empty.index(slot), ((kx // XS) & 1) ^ 1)
-        mbarrier.expect(x_full.index(slot), L * DX * 2)
-        if ROLE == "h":
-            copy_vector(n_s.index(slot), n_p + (bh.to(gl.int64) * (NC + 1) + c) * DX, DX)
-            async_copy.mbarrier_arrive(x_full.index(slot), increment_count=False)
-        tma_load(x_d, [row + first, at_x], x_full.index(slot), x_s.index(slot))
-        kx += 1
-        state = (bh * (NC if REVERSE else NC + 1) + c) * (DZ if TURNED else DX)
-        for s in gl.static_range(DX // LN):
-            slot = kz % ST
-            mbarrier.wait(z_empty.index(slot), ((kz // ST) & 1) ^ 1)
-            mbarrier.expect(z_full.index(slot), LN * BZ * 2)
-            if TURNED:
-                to = transposed(z_s.index(slot), DZ, LN)
-                tma_load(s_d, [state, s * LN], z_full.index(slot), to)
-            else:
-                tma_load(s_d, [state + s * LN, jz * BZ], z_full.index(slot), z_s.index(slot))
-            kz += 1
-        if ROLE == "dq":
-            for s in gl.static_range(L // LN):
-                slot = ky % ST
-                mbarrier.wait(y_empty.index(slot), ((ky // ST) & 1) ^ 1)
-                mbarrier.expect(y_full.index(slot), LN * DX * 2)
-                async_copy.mbarrier_arrive(y_full.index(slot), increment_count=False)
-                tma_load(h_d, [row + first + s * LN, at_x], y_full.index(slot), y_s.index(slot))
-                ky += 1
-        o_vec = (bh.to(gl.int64) * NC + c) * LC
-        for j in range(first if REVERSE else 0, LC if REVERSE else first + L, LN):
-            slot = ky % ST
-            mbarrier.wait(y_empty.index(slot), ((ky // ST) & 1) ^ 1)
-            mbarrier.expect(y_full.index(slot), LN * DX * 2)
-            copy_vector(v_s.index(slot * 3), col_p + o_vec + j, LN)
-            copy_vector(v_s.index(slot * 3 + 1), col_rest_p + o_vec + j, LN)
-            if ROLE == "dk":
-                copy_vector(v_s.index(slot * 3 + 2), rho_p + o_vec + j, LN)
-            async_copy.mbarrier_arrive(y_full.index(slot), increment_count=False)
-            tma_load(y_d, [row + j, at_x], y_full.index(slot), y_s.index(slot))
-            ky += 1
-            slot = kz % ST
-            mbarrier.wait(z_empty.index(slot), ((kz // ST) & 1) ^ 1)
-            mbarrier.expect(z_full.index(slot), LN * BZ * 2)
-            tma_load(z_d, [row + j, at_z], z_full.index(slot), z_s.index(slot))
-            kz += 1
-    async_copy.wait_group(0)
 
 
 @gluon.jit

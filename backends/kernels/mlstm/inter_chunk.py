@@ -87,6 +87,35 @@ def _decay_and_reference(chunk_p, m_p, through_p, bh, c, NC, REVERSE: tl.constex
     return tl.load(through_p + bh * NC + c), ref, rest
 
 
+@triton.jit
+def _rests(m_p, NC):
+    """exp(m - its whole part) of the first state, exp(its whole part - m) of the last."""
+    rest_in = tl.load(m_p)
+    rest_in = tl.exp(rest_in - rounded(rest_in))
+    rest_out = tl.load(m_p + NC)
+    return rest_in, tl.exp(rounded(rest_out) - rest_out)
+
+
+@triton.jit
+def _store_state(s_p, n_p, slot, S, n, o_s, cx, jz, inside, DX, DZ):
+    """Tile S [BZ, BX], and n [N, BX] summed, as the state of this slot."""
+    tl.store(s_p + slot * DX * DZ + o_s, S.to(s_p.dtype.element_ty), mask=inside)
+    if jz == 0:
+        tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
+
+
+@triton.jit
+def _product_with_state(fs_p, fn_p, slot, S, n, o_s, cx, jz, inside, DX, DZ):
+    """The product of the tile and n with the forward pass's state of this slot."""
+    F = tl.load(fs_p + slot * DX * DZ + o_s, mask=inside, other=0.0)
+    # Axis by axis, Triton 3.6 would not compile it for Blackwell.
+    product = tl.sum(F.to(tl.float32) * S)
+    if jz == 0:
+        F_n = tl.load(fn_p + slot * DX + cx, mask=cx < DX, other=0.0)
+        product += tl.sum(tl.sum(F_n[None, :] * n, 1), 0)
+    return product
+
+
 @jit_kernel
 def chunk_states(
     x_p, z_p, w_p, wr_p, rho_p, seg_p, chunk_p, m_p, through_p, s_p, n_p,
@@ -101,10 +130,10 @@ def chunk_states(
     Forward w_t is the weight of step t in the state at its chunk's end; in reverse that of the
     state that enters the chunk, at t, and S is the gradient of that state over `scale`.
 
-    SERIAL: one program takes its tile through all chunks and writes it at every border: the state
-    that enters, slot NC the last; in reverse the gradient of the state that leaves, and `inner`,
-    its product with that state. Otherwise one program a chunk writes what it adds, and
-    `scan_chunk_states` does the rest: for few heads, whose serial programs would leave the device
+    SERIAL: a thread block takes its tile through all chunks and writes it at every border: the
+    state that enters, slot NC the last; in reverse the gradient of the state that leaves, and
+    `inner`, its product with that state. Otherwise a thread block per chunk writes what it adds,
+    and `scan_chunk_states` does the rest: for few heads, whose serial thread blocks would leave SMs
     idle.
     """
     NX: tl.constexpr = (DX + BX - 1) // BX
@@ -127,10 +156,7 @@ def chunk_states(
     inside = (cx[None, :] < DX) & (cz[:, None] < DZ)
     dtype = s_p.dtype.element_ty
     m_p += bh * (NC + 1)
-    rest_in = tl.load(m_p)
-    rest_in = tl.exp(rest_in - rounded(rest_in))
-    rest_out = tl.load(m_p + NC)
-    rest_out = tl.exp(rounded(rest_out) - rest_out)
+    rest_in, rest_out = _rests(m_p, NC)
     # S is turned, so that what is computed (x with its weights) is the second operand of the tensor
     # cores: the first would pass through registers once more. n is kept as N rows, summed where it
     # is needed: at every step that would be an exchange between warps.
@@ -155,16 +181,11 @@ def chunk_states(
                 slot = slots + c
                 if REVERSE:
                     leaving = bh * (NC + 1) + c + 1
-                    F = tl.load(fs_p + leaving * DX * DZ + o_s, mask=inside, other=0.0)
-                    # Axis by axis, Triton 3.6 would not compile it for Blackwell.
-                    product = tl.sum(F.to(tl.float32) * S)
-                    if jz == 0:
-                        F_n = tl.load(fn_p + leaving * DX + cx, mask=cx < DX, other=0.0)
-                        product += tl.sum(tl.sum(F_n[None, :] * n, 1), 0)
+                    product = _product_with_state(
+                        fs_p, fn_p, leaving, S, n, o_s, cx, jz, inside, DX, DZ
+                    )
                     tl.store(inner_p + (bh * NC + c) * NX * NZ + tile, product * scale)
-                tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
-                if jz == 0:
-                    tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
+                _store_state(s_p, n_p, slot, S, n, o_s, cx, jz, inside, DX, DZ)
                 S *= through
                 n *= through
                 own_ref, own_rest = ref, ref_rest
@@ -200,14 +221,10 @@ def chunk_states(
             tl.store(n_last_p + bh * DX + cx, tl.sum(n, 0) * after, mask=cx < DX)
         if not REVERSE:
             slot = slots + NC
-            tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
-            if jz == 0:
-                tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
+            _store_state(s_p, n_p, slot, S, n, o_s, cx, jz, inside, DX, DZ)
     else:
         slot = slots + c
-        tl.store(s_p + slot * DX * DZ + o_s, S.to(dtype), mask=inside)
-        if jz == 0:
-            tl.store(n_p + slot * DX + cx, tl.sum(n, 0), mask=cx < DX)
+        _store_state(s_p, n_p, slot, S, n, o_s, cx, jz, inside, DX, DZ)
 
 
 @jit_kernel

@@ -36,6 +36,148 @@ def _slice(
     return tl.dot(x, yt, p, input_precision=PREC)
 
 
+@triton.jit
+def _products(
+    x, x_p, y_p, rows, cols, cx, stride, here, D: tl.constexpr, EVEN: tl.constexpr,
+    FULL: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """x y^T [L, LN]; x is a tile where it has one block of columns, otherwise None."""
+    BX: tl.constexpr = cx.shape[0]
+    NX: tl.constexpr = (D + BX - 1) // BX
+    if NX == 1:
+        yt = load_transposed_tile(y_p, cols, cx, stride, here, D, EVEN, FULL)  # [BX, LN]
+        p = tl.dot(x, yt, input_precision=PREC)
+    else:
+        p = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+        if NX == 2:
+            p = _slice(p, x_p, y_p, rows, cols, cx, stride, here, D, EVEN, FULL, PREC)
+            c1 = BX + cx
+            p = _slice(p, x_p, y_p, rows, cols, c1, stride, here, D, EVEN, FULL, PREC)
+        else:
+            for kx in range(NX):
+                c2 = kx * BX + cx
+                p = _slice(p, x_p, y_p, rows, cols, c2, stride, here, D, EVEN, FULL, PREC)
+    return p
+
+
+@triton.jit
+def _row_dots(
+    r, x, x_p, n_p, h_p, slot, o_row, rows, here, H, ROLE: tl.constexpr, DX: tl.constexpr,
+    BX: tl.constexpr, BS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """r [L] + x . n in "h", + x . h in "dq".
+
+    Not in the loop over S: Triton (3.6, 3.9) keeps a buffer too few of what both a product on
+    Hopper and something else read, and overwrites it while the product still reads it.
+    """
+    NX: tl.constexpr = (DX + BX - 1) // BX
+    STEP: tl.constexpr = BX if NX == 1 else BS
+    for start in tl.range(0, DX, STEP, num_stages=1):
+        cs = start + tl.arange(0, STEP)
+        if NX == 1:
+            xs = x
+        else:
+            xs = load_tile(x_p, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
+        if ROLE == "h":
+            n = tl.load(n_p + slot * DX + cs, mask=cs < DX, other=0.0)
+            r += tl.sum(xs.to(tl.float32) * n[None, :], 1)
+        else:
+            h = load_tile(h_p + o_row * DX, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
+            r += tl.sum(xs.to(tl.float32) * h.to(tl.float32), 1)
+    return r
+
+
+@triton.jit
+def _exponents(b_p, br_p, peak_p, o_vec, rows, entering):
+    """Of rows [L] in "h": the exponents (whole, rest), and as they were, and what was taken off."""
+    b = tl.load(b_p + o_vec + rows)
+    row_rest = tl.load(br_p + o_vec + rows)
+    row_m = (b + row_rest) + tl.maximum(tl.load(peak_p + o_vec + rows), entering)
+    whole = rounded(row_m)
+    return b - whole, row_rest, row_m, whole
+
+
+@triton.jit
+def _denominator(r, row_m, whole, eps):
+    """d [L] over exp(whole), and its least."""
+    floor = tl.exp(tl.where(whole > -80.0, -whole, 80.0))
+    d = tl.maximum(tl.abs(r), floor) + eps * tl.exp(row_m - whole)
+    return d, floor
+
+
+@triton.jit
+def _place(
+    H, NC, ROLE: tl.constexpr, NZ: tl.constexpr, NR: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """Block of columns, chunk, batch and head, first row of this thread block."""
+    pid = tl.program_id(0)
+    jz, block, rest = pid % NZ, (pid // NZ) % NR, pid // (NZ * NR)
+    if ROLE == "h" or ROLE == "dv":
+        # All heads of a chunk, which lie side by side: 1 % faster here, slower in other roles.
+        c, bh = rest // H % NC, (rest // (H * NC) * H + rest % H).to(tl.int64)
+    else:
+        c, bh = rest % NC, (rest // NC).to(tl.int64)
+    # Long rows first: they take longest.
+    return jz, c, bh, (block if ROLE == "dk" or ROLE == "dv" else NR - 1 - block) * L
+
+
+@triton.jit
+def _load_state(
+    s_p, cs, cz, DX, DZ, TURNED: tl.constexpr, FULL_S: tl.constexpr, FULL_Z: tl.constexpr
+):
+    """Rows cs and columns cz of S."""
+    if TURNED:
+        S = load_transposed_tile(s_p, cz, cs, DX, DZ, DX, FULL_Z, FULL_S)
+    else:
+        S = load_tile(s_p, cs, cz, DZ, DX, DZ, FULL_S, FULL_Z)
+    return S
+
+
+@triton.jit
+def _border_weight(
+    row, row_rest, border, chunk_p, m_p, bh, c, NC, rows, here, seg, of_state,
+    REVERSE: tl.constexpr, SEG: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The weight [L] of what comes over the border; `of_state` is that state's segment."""
+    if REVERSE:
+        p_chunk = chunk_p + (bh * NC + c) * 4
+        leaving = rounded(tl.load(m_p + bh * (NC + 1) + c + 1))
+        w = tl.exp((row + (tl.load(p_chunk) - leaving)) + (row_rest + tl.load(p_chunk + 1)))
+    else:
+        w = tl.exp((row + rounded(border)) + row_rest)
+    if SEG:
+        w = tl.where(seg == of_state, w, 0.0)
+    if not EVEN:
+        w = tl.where(rows < here, w, 0.0)
+    return w
+
+
+@triton.jit
+def _weighted(
+    p, row, row_rest, col_p, col_rest_p, o_vec, rows, cols, seg, seg_p, c, T, here,
+    REVERSE: tl.constexpr, LC: tl.constexpr, SEG: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """p [L, LN] with the weights of its pairs of steps."""
+    log_w = row[:, None] + tl.load(col_p + o_vec + cols)[None, :]
+    log_w += row_rest[:, None] + tl.load(col_rest_p + o_vec + cols)[None, :]
+    keep = rows[:, None] <= cols[None, :] if REVERSE else rows[:, None] >= cols[None, :]
+    if SEG:
+        seg_col = tl.load(seg_p + tl.minimum(c * LC + cols, T - 1))
+        keep &= seg[:, None] == seg_col[None, :]
+    if not EVEN:
+        keep &= cols[None, :] < here
+    return tl.where(keep, p * tl.exp(log_w), 0.0)
+
+
+@triton.jit
+def _store_row_terms(row_p, row_rest_p, sign_p, o_vec, rows, row, row_rest, r, d, floor):
+    """What the other roles read of rows."""
+    tl.store(row_p + o_vec + rows, row)
+    tl.store(row_rest_p + o_vec + rows, row_rest - tl.log(d))
+    sign = tl.where(r > 0, 1.0, -1.0)
+    tl.store(sign_p + o_vec + rows, tl.where(tl.abs(r) > floor, sign, 0.0))
+
+
 @jit_kernel
 def intra_chunk(
     x_p, y_p, z_p, s_p, n_p, out_p, own_p, dot_p, h_p, sign_p, rho_p, seg_p, m_p, chunk_p,
@@ -49,30 +191,20 @@ def intra_chunk(
     read, "dq" rho; "dq" and "dk" write dot = own . out for the gates, own being q or k."""
     NX: tl.constexpr = (DX + BX - 1) // BX
     NZ: tl.constexpr = (DZ + BZ - 1) // BZ
-    NR: tl.constexpr = LC // L
     REVERSE: tl.constexpr = ROLE == "dk" or ROLE == "dv"
     TURNED: tl.constexpr = ROLE == "dq" or ROLE == "dk"  # S is stored (DZ, DX)
     FULL_X: tl.constexpr = DX % BX == 0
     FULL_Z: tl.constexpr = DZ % BZ == 0
-    pid = tl.program_id(0)
-    jz, block, rest = pid % NZ, (pid // NZ) % NR, pid // (NZ * NR)
-    if ROLE == "h" or ROLE == "dv":
-        # All heads of a chunk, which lie side by side: 1 % faster here, slower in other roles.
-        c, bh = rest // H % NC, (rest // (H * NC) * H + rest % H).to(tl.int64)
-    else:
-        c, bh = rest % NC, (rest // NC).to(tl.int64)
-    # Long rows first: they take longest.
-    first = (block if REVERSE else NR - 1 - block) * L
+    jz, c, bh, first = _place(H, NC, ROLE, NZ, LC // L, L)
     here = tl.minimum(LC, T - c * LC)
     if first >= here:
         return
     o_row = ((bh // H) * T + c * LC) * H + bh % H
-    x_p += o_row * DX
-    y_p += o_row * DX
-    z_p += o_row * DZ
+    x_p, y_p, z_p = x_p + o_row * DX, y_p + o_row * DX, z_p + o_row * DZ
     rows = first + tl.arange(0, L)
     cx, cz = tl.arange(0, BX), jz * BZ + tl.arange(0, BZ)
     o_vec = (bh * NC + c) * LC
+    seg, before, last = None, None, None
     if SEG:
         seg_p += (bh // H) * T
         seg, before, last = load_segments(seg_p, T, c, rows, LC)
@@ -83,57 +215,29 @@ def intra_chunk(
         entering = border
         if SEG:
             entering = tl.where(seg == before, border, NEVER)
-        b = tl.load(b_p + o_vec + rows)
-        row_rest = tl.load(br_p + o_vec + rows)
-        row_m = (b + row_rest) + tl.maximum(tl.load(peak_p + o_vec + rows), entering)
-        whole = rounded(row_m)
-        row = b - whole
-        w = tl.exp((row + rounded(border)) + row_rest)  # [L]
+        row, row_rest, row_m, whole = _exponents(b_p, br_p, peak_p, o_vec, rows, entering)
     else:
         row = tl.load(row_p + o_vec + rows)
         row_rest = tl.load(row_rest_p + o_vec + rows)
-        if REVERSE:
-            p_chunk = chunk_p + (bh * NC + c) * 4
-            leaving = rounded(tl.load(m_p + bh * (NC + 1) + c + 1))
-            w = tl.exp((row + (tl.load(p_chunk) - leaving)) + (row_rest + tl.load(p_chunk + 1)))
-        else:
-            w = tl.exp((row + rounded(border)) + row_rest)
-    if SEG:
-        w = tl.where(seg == (last if REVERSE else before), w, 0.0)
-    if not EVEN:
-        w = tl.where(rows < here, w, 0.0)
+    w = _border_weight(
+        row, row_rest, border, chunk_p, m_p, bh, c, NC, rows, here, seg,
+        last if REVERSE else before, REVERSE, SEG, EVEN,
+    )  # fmt: skip
     # Over the border.
     slot = bh * (NC if REVERSE else NC + 1) + c
     s_p += slot * DX * DZ
-    acc = tl.zeros((L, BZ), tl.float32)
-    r = tl.zeros((L,), tl.float32)
+    acc, r = tl.zeros((L, BZ), tl.float32), tl.zeros((L,), tl.float32)
     dtype = s_p.dtype.element_ty
     for start in tl.range(0, DX, BS, num_stages=ST):
         cs = start + tl.arange(0, BS)
         xs = load_tile(x_p, rows, cs, H * DX, here, DX, EVEN, DX % BS == 0)  # [L, BS]
-        if TURNED:
-            S = load_transposed_tile(s_p, cz, cs, DX, DZ, DX, FULL_Z, DX % BS == 0)  # [BS, BZ]
-        else:
-            S = load_tile(s_p, cs, cz, DZ, DX, DZ, DX % BS == 0, FULL_Z)
+        S = _load_state(s_p, cs, cz, DX, DZ, TURNED, DX % BS == 0, FULL_Z)  # [BS, BZ]
         acc = tl.dot(xs.to(dtype), S, acc, input_precision=PREC)
+    x = None
     if NX == 1:
         x = load_tile(x_p, rows, cx, H * DX, here, DX, EVEN, FULL_X)  # [L, BX]
     if ROLE == "h" or ROLE == "dq":
-        # Not in the loop above: Triton (3.6, 3.9) keeps a buffer too few of what both a product
-        # on Hopper and something else read, and overwrites xs while the product still reads it.
-        STEP: tl.constexpr = BX if NX == 1 else BS
-        for start in tl.range(0, DX, STEP, num_stages=1):
-            cs = start + tl.arange(0, STEP)
-            if NX == 1:
-                xs = x
-            else:
-                xs = load_tile(x_p, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
-            if ROLE == "h":
-                n = tl.load(n_p + slot * DX + cs, mask=cs < DX, other=0.0)
-                r += tl.sum(xs.to(tl.float32) * n[None, :], 1)
-            else:
-                h = load_tile(h_p + o_row * DX, rows, cs, H * DX, here, DX, EVEN, DX % STEP == 0)
-                r += tl.sum(xs.to(tl.float32) * h.to(tl.float32), 1)
+        r = _row_dots(r, x, x_p, n_p, h_p, slot, o_row, rows, here, H, ROLE, DX, BX, BS, EVEN)
     if ROLE == "dq":
         rho_row = -tl.load(sign_p + o_vec + rows) * r
         tl.store(rho_p + o_vec + rows, rho_row)
@@ -148,32 +252,15 @@ def intra_chunk(
     end = here if REVERSE else tl.minimum(first + L, here)
     for j in tl.range(start, end, LN, num_stages=ST):
         cols = j + tl.arange(0, LN)
-        if NX == 1:
-            yt = load_transposed_tile(y_p, cols, cx, H * DX, here, DX, EVEN, FULL_X)  # [BX, LN]
-            p = tl.dot(x, yt, input_precision=PREC)
-        else:
-            p = tl.zeros((L, LN), tl.float32)
-            if NX == 2:
-                p = _slice(p, x_p, y_p, rows, cols, cx, H * DX, here, DX, EVEN, FULL_X, PREC)
-                c1 = BX + cx
-                p = _slice(p, x_p, y_p, rows, cols, c1, H * DX, here, DX, EVEN, FULL_X, PREC)
-            else:
-                for kx in range(NX):
-                    c2 = kx * BX + cx
-                    p = _slice(p, x_p, y_p, rows, cols, c2, H * DX, here, DX, EVEN, FULL_X, PREC)
+        p = _products(x, x_p, y_p, rows, cols, cx, H * DX, here, DX, EVEN, FULL_X, PREC)
         if ROLE == "dq":
             p += rho_row[:, None]
         elif ROLE == "dk":
             p += tl.load(rho_p + o_vec + cols)[None, :]
-        log_w = row[:, None] + tl.load(col_p + o_vec + cols)[None, :]
-        log_w += row_rest[:, None] + tl.load(col_rest_p + o_vec + cols)[None, :]
-        keep = rows[:, None] <= cols[None, :] if REVERSE else rows[:, None] >= cols[None, :]
-        if SEG:
-            seg_col = tl.load(seg_p + tl.minimum(c * LC + cols, T - 1))
-            keep &= seg[:, None] == seg_col[None, :]
-        if not EVEN:
-            keep &= cols[None, :] < here
-        p = tl.where(keep, p * tl.exp(log_w), 0.0)  # [L, LN]
+        p = _weighted(
+            p, row, row_rest, col_p, col_rest_p, o_vec, rows, cols, seg, seg_p, c, T, here,
+            REVERSE, LC, SEG, EVEN,
+        )  # fmt: skip
         if ROLE == "h":
             r += tl.sum(p, 1)
         z = load_tile(z_p, cols, cz, H * DZ, here, DZ, EVEN, FULL_Z)  # [LN, BZ]
@@ -181,14 +268,10 @@ def intra_chunk(
 
     if ROLE == "h":
         r *= scale
-        floor = tl.exp(tl.where(whole > -80.0, -whole, 80.0))
-        d = tl.maximum(tl.abs(r), floor) + eps * tl.exp(row_m - whole)
+        d, floor = _denominator(r, row_m, whole, eps)
         acc *= (scale / d)[:, None]
         if jz == 0:
-            tl.store(row_p + o_vec + rows, row)
-            tl.store(row_rest_p + o_vec + rows, row_rest - tl.log(d))
-            sign = tl.where(r > 0, 1.0, -1.0)
-            tl.store(sign_p + o_vec + rows, tl.where(tl.abs(r) > floor, sign, 0.0))
+            _store_row_terms(row_p, row_rest_p, sign_p, o_vec, rows, row, row_rest, r, d, floor)
     else:
         acc *= scale
     if TURNED:

@@ -1,13 +1,14 @@
-"""The sLSTM in Triton for 16-bit numbers, a head's programs one cluster: they exchange h, and
-backwards its gradients, through each other's shared memory.
+"""The sLSTM in Triton for 16-bit numbers, the thread blocks of a head one cluster: they exchange h,
+and backwards its gradients, through each other's shared memory.
 
 A warp's cells are 8 units by 8 rows, two to a lane, with its part of the recurrent kernel in
-registers (warp.py). Forwards every warp needs the whole h: what a step sends has a slot of
-three in turn in every program, of words that are MISSING until they come. Who has read all of a
-slot knows that all have read the slot before: it is cleared for the step after next. (Who stores
-there next has heard from this program again, so after the clearing.) Backwards programs have the
-gate gradients of their own units, and send each other what these add to the gradients of h: half
-the bytes of the gate gradients. A word has one reader, who clears it.
+registers (cluster_products.py). Forwards every warp needs the whole h. What a step sends goes to
+one of three slots in turn in every thread block; a slot's words are MISSING until they come. A
+thread block that has read all of a slot knows that all others have read the slot before, and clears
+that one for the step after next. (Whoever stores there next has heard from this thread block again,
+so after the clearing.) Backwards a thread block has the gate gradients of its own units, and sends
+the others what these add to the gradients of h: half the bytes of the gate gradients. A word has
+one reader, who clears it.
 
 Rows of h are chunks of 16 words (32 units), in odd rows swapped in pairs: lanes that read two rows
 at once then read different banks of the memory.
@@ -16,6 +17,12 @@ at once then read different banks of the memory.
 from keras_xlstm.backends.kernels.load_triton import tl, triton
 from keras_xlstm.backends.kernels.slstm import mailbox, warp
 from keras_xlstm.backends.kernels.slstm.cell import NEVER, cell, cell_gradient, jit_kernel
+from keras_xlstm.backends.kernels.slstm.cluster_products import (
+    load_kernel_columns,
+    load_kernel_rows,
+    recurrent,
+    send_products,
+)
 from keras_xlstm.backends.kernels.slstm.mailbox import MISSING
 
 AHEAD = tl.constexpr(6)  # steps
@@ -67,21 +74,63 @@ def _next(slot, SLOT: tl.constexpr):
     return tl.where(slot == 2 * SLOT, 0, slot + SLOT)
 
 
+@triton.jit
+def _place(H, N: tl.constexpr, LANES: tl.constexpr):
+    """This thread block's rank in its cluster, head and first row; its lanes."""
+    rank, group = tl.program_id(0) % N, tl.program_id(0) // N
+    head, first = group % H, group // H * 8
+    return rank, head, first, tl.arange(0, LANES)
+
+
+@triton.jit
+def _load_bias(p, step, at):
+    i, f = warp.load(p, at), warp.load(p + step, at)
+    return i, f, warp.load(p + 2 * step, at), warp.load(p + 3 * step, at)
+
+
+@triton.jit
+def _store_two(p, o0, o1, x0, x1, at0, at1):
+    """Of both cells of a lane."""
+    warp.store(p + o0, x0, at0)
+    warp.store(p + o1, x1, at1)
+
+
+@triton.jit
+def _save(p, i, f, z, o, c, n, slope, zero, at):
+    warp.store_four(p, i, f, z, o, at)
+    warp.store_four(p + 4, c, n, slope, zero, at)
+
+
+@triton.jit
+def _clipped(x, clip):
+    return tl.minimum(tl.maximum(x, -clip), clip)
+
+
+@triton.jit
+def _unless(p, at, x):
+    """x, or 0 where flag p is set."""
+    return tl.where(warp.load_flag(p, at) != 0, 0.0, x)
+
+
+@triton.jit
+def _held_gradients(p, at, gradients, dc, dn, dh):
+    """Of i, f, z, o, c, n; and what of the gradient of h a held step passes on."""
+    di, df, dz, do, dc, dn, held = hold_gradients(p, at, *gradients, dc, dn)
+    return (di, df, dz, do, dc, dn), tl.where(held, dh, 0.0)
+
+
 @jit_kernel
 def forward(
     x_p, R_p, bias_p, hold_p, reset_p, scale_p, h0_p, c0_p, n0_p, m0_p,
     h_p, saved_p, h1_p, c1_p, n1_p, m1_p, memory_p, B, T, H,
     D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EXP_FORGET: tl.constexpr,
 ):  # fmt: skip
-    """N programs of W warps, 8 N W = D. A lane's two cells are unit u in rows 2 q and 2 q + 1 of 8;
-    saved (B, T, H, D, 8): i, f, z, o as they act, c, n, the slope of f."""
+    """N thread blocks of W warps, 8 N W = D. A lane's two cells are unit u in rows 2 q and 2 q + 1
+    of 8; saved (B, T, H, D, 8): i, f, z, o as they act, c, n, the slope of f."""
     dtype: tl.constexpr = h_p.dtype.element_ty
     LANES: tl.constexpr = 32 * W
-    CHUNKS: tl.constexpr = D // 32
     SLOT: tl.constexpr = 4 * D
-    rank, group = tl.program_id(0) % N, tl.program_id(0) // N
-    head, first = group % H, group // H * 8
-    lane = tl.arange(0, LANES)
+    rank, head, first, lane = _place(H, N, LANES)
     g, q = lane // 4 % 8, lane % 4
     u = (rank * W + lane // 32) * 8 + g
     HD = H * D
@@ -91,15 +140,8 @@ def forward(
     memory = mailbox.shared_memory(lane, memory_p, 3 * SLOT)
     _clear(memory, 0, lane, 0, 3 * SLOT, LANES)
 
-    # a of the products: rows are gates by units, columns the units before. Column 8 h + 2 q + l of
-    # the product s of a chunk is unit 8 q + 4 s + 2 h + l of it: what a lane reads at once.
-    R, all_lanes = (), tl.full((LANES,), 1, tl.int32)
-    for j in tl.static_range(2 * CHUNKS):
-        for part in tl.static_range(8):  # gates i, f; columns 0 to 7, 8 to 15; gates z, o
-            k = j // 2 * 32 + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
-            p = R_p + (head * D + k).to(tl.int64) * 4 * D + (part // 4 * 2 + part % 2) * D + u
-            low, high = warp.load_half(p, all_lanes), warp.load_half(p + 4 * D, all_lanes)
-            R += (low | (high << 16),)
+    all_lanes = tl.full((LANES,), 1, tl.int32)
+    R = load_kernel_columns(R_p, head, u, q, all_lanes, D)
     mailbox.meet(lane, N)
 
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
@@ -108,9 +150,7 @@ def forward(
     if scale_p is not None:
         scale0, scale1 = warp.load(scale_p + o0, at0), warp.load(scale_p + o1, at1)
     if bias_p is not None:
-        p = bias_p + head * D + u
-        bi, bf = warp.load(p, all_lanes), warp.load(p + HD, all_lanes)
-        bz, bo = warp.load(p + 2 * HD, all_lanes), warp.load(p + 3 * HD, all_lanes)
+        bi, bf, bz, bo = _load_bias(bias_p + head * D + u, HD, all_lanes)
     if h0_p is not None:
         h0, h1 = warp.load(h0_p + o0, at0), warp.load(h0_p + o1, at1)
         c0, n0, m0 = first_state(c0_p, n0_p, m0_p, o0, at0)
@@ -125,89 +165,61 @@ def forward(
     out = (first + row).to(tl.int64)
     at_out = (out < B).to(tl.int32)
     out = h_p + out * T * HD + head * D + u - g % 2
-    read, swap = g * (D // 2) + q * 4, (g % 2) * 16 if D % 64 == 0 else g * 0
-    slot = 0
+    slot, read, swap = 0, g * (D // 2) + q * 4, (g % 2) * 16 if D % 64 == 0 else g * 0
     mailbox.send(memory, sent, warp.two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N)
-
     b_read = tl.minimum(first + g, B - 1).to(tl.int64) * T
     o0, o1 = (b0 * T) * HD + head * D + u, (b1 * T) * HD + head * D + u  # of steps
     x0, x1 = x_p + (b0 * T) * 4 * HD + head * D + u, x_p + (b1 * T) * 4 * HD + head * D + u
     # Inputs arrive while a step is computed; a lane asks for those of row g, gate q, 8 units ahead.
-    xi0, xf0, xz0, xo0 = warp.load_gates(x0, HD, at0)
-    xi1, xf1, xz1, xo1 = warp.load_gates(x1, HD, at1)
+    bits0, bits1 = warp.load_gates(x0, HD, at0), warp.load_gates(x1, HD, at1)
     ahead = x_p + (b_read + AHEAD) * 4 * HD + q * HD + head * D + u - g
     for step in range(0, T):
         t = tl.cast(step, tl.int32)  # the interpreter has a Python number
-        i0, f0, z0, v0 = warp.numbers(xi0, xf0, xz0, xo0, dtype)
-        i1, f1, z1, v1 = warp.numbers(xi1, xf1, xz1, xo1, dtype)
-        x0 += 4 * HD
-        x1 += 4 * HD
+        i0, f0, z0, v0 = warp.numbers(*bits0, dtype)
+        i1, f1, z1, v1 = warp.numbers(*bits1, dtype)
+        x0, x1 = x0 + 4 * HD, x1 + 4 * HD
         later = (t + 1 < T).to(tl.int32)
-        xi0, xf0, xz0, xo0 = warp.load_gates(x0, HD, at0 * later)
-        xi1, xf1, xz1, xo1 = warp.load_gates(x1, HD, at1 * later)
+        bits0, bits1 = warp.load_gates(x0, HD, at0 * later), warp.load_gates(x1, HD, at1 * later)
         warp.soon(ahead, (t + AHEAD < T).to(tl.int32) + all_lanes * 0)
         ahead += 4 * HD
         if bias_p is not None:
             i0, f0, z0, v0 = i0 + bi, f0 + bf, z0 + bz, v0 + bo
             i1, f1, z1, v1 = i1 + bi, f1 + bf, z1 + bz, v1 + bo
-        h0_old, c0_old, n0_old, m0_old = h0, c0, n0, m0
-        h1_old, c1_old, n1_old, m1_old = h1, c1, n1, m1
+        old0 = h0, c0, n0, m0
+        old1 = h1, c1, n1, m1
+        starts = None
         if reset_p is not None:
             starts = warp.load_flag(reset_p + b_read + t, all_lanes)
             m0 = tl.where(warp.load_flag(reset_p + b0 * T + t, at0) != 0, NEVER, m0)
             m1 = tl.where(warp.load_flag(reset_p + b1 * T + t, at1) != 0, NEVER, m1)
 
-        h = mailbox.receive(memory, slot + read, swap, CHUNKS, True)
-        # Products of even and odd columns do not wait for each other.
-        s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-        for j in tl.static_range(CHUNKS):
-            w0, w1, w2, w3 = h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]
-            if reset_p is not None:
-                w0, w1 = tl.where(starts != 0, 0, w0), tl.where(starts != 0, 0, w1)
-                w2, w3 = tl.where(starts != 0, 0, w2), tl.where(starts != 0, 0, w3)
-            i0, i1, f0, f1 = warp.product(R, 16 * j, w0, w1, i0, i1, f0, f1, dtype, LANES)
-            z0, z1, v0, v1 = warp.product(R, 16 * j + 4, w0, w1, z0, z1, v0, v1, dtype, LANES)
-            s0, s1, s2, s3 = warp.product(R, 16 * j + 8, w2, w3, s0, s1, s2, s3, dtype, LANES)
-            s4, s5, s6, s7 = warp.product(R, 16 * j + 12, w2, w3, s4, s5, s6, s7, dtype, LANES)
-        i0, i1, f0, f1 = i0 + s0, i1 + s1, f0 + s2, f1 + s3
-        z0, z1, v0, v1 = z0 + s4, z1 + s5, v0 + s6, v1 + s7
-
+        h = mailbox.receive(memory, slot + read, swap, D // 32, True)
+        i0, i1, f0, f1, z0, z1, v0, v1 = recurrent(
+            i0, i1, f0, f1, z0, z1, v0, v1, h, R, starts, dtype, D // 32, LANES
+        )
         h0, c0, n0, m0, i0, f0, z0, v0, slope0 = cell(i0, f0, z0, v0, c0, n0, m0, EXP_FORGET, True)
         h1, c1, n1, m1, i1, f1, z1, v1, slope1 = cell(i1, f1, z1, v1, c1, n1, m1, EXP_FORGET, True)
         if hold_p is not None:
-            h0, c0, n0, m0 = hold_cell(
-                hold_p + b0 * T + t, at0, h0, c0, n0, m0, h0_old, c0_old, n0_old, m0_old
-            )
-            h1, c1, n1, m1 = hold_cell(
-                hold_p + b1 * T + t, at1, h1, c1, n1, m1, h1_old, c1_old, n1_old, m1_old
-            )
-        free = _next(_next(slot, SLOT), SLOT)
-        _clear(memory, free, lane, 0, SLOT, LANES)
+            h0, c0, n0, m0 = hold_cell(hold_p + b0 * T + t, at0, h0, c0, n0, m0, *old0)
+            h1, c1, n1, m1 = hold_cell(hold_p + b1 * T + t, at1, h1, c1, n1, m1, *old1)
+        _clear(memory, _next(_next(slot, SLOT), SLOT), lane, 0, SLOT, LANES)
         slot = _next(slot, SLOT)
         word = warp.two_units(h0, h1, odd, dtype, LANES)
-        if scale_p is None:
-            mailbox.send(memory, slot + sent, word, N)
-        else:
-            mailbox.send(
-                memory, slot + sent, warp.two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES), N
-            )
+        to, scaled = slot + sent, word
+        if scale_p is not None:
+            scaled = warp.two_units(h0 * scale0, h1 * scale1, odd, dtype, LANES)
+        mailbox.send(memory, to, scaled, N)
         warp.store_pair(out, word, at_out)
         out += HD
         if saved_p is not None:
-            warp.store_four(saved_p + o0 * 8, i0, f0, z0, v0, at0)
-            warp.store_four(saved_p + o0 * 8 + 4, c0, n0, slope0, zero, at0)
-            warp.store_four(saved_p + o1 * 8, i1, f1, z1, v1, at1)
-            warp.store_four(saved_p + o1 * 8 + 4, c1, n1, slope1, zero, at1)
-        o0 += HD
-        o1 += HD
-    mailbox.meet(lane, N)  # nobody may send to a program that is gone
+            _save(saved_p + o0 * 8, i0, f0, z0, v0, c0, n0, slope0, zero, at0)
+            _save(saved_p + o1 * 8, i1, f1, z1, v1, c1, n1, slope1, zero, at1)
+        o0, o1 = o0 + HD, o1 + HD
+    mailbox.meet(lane, N)  # nobody may send to a thread block that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
-    warp.store(h1_p + o0, h0, at0)
-    warp.store(h1_p + o1, h1, at1)
-    warp.store(c1_p + o0, c0, at0)
-    warp.store(c1_p + o1, c1, at1)
-    warp.store(n1_p + o0, n0, at0)
-    warp.store(n1_p + o1, n1, at1)
+    _store_two(h1_p, o0, o1, h0, h1, at0, at1)
+    _store_two(c1_p, o0, o1, c0, c1, at0, at1)
+    _store_two(n1_p, o0, o1, n0, n1, at0, at1)
     warp.store(m1_p + o0, tl.where(m0 <= NEVER / 2, 0.0, m0), at0)
     warp.store(m1_p + o1, tl.where(m1 <= NEVER / 2, 0.0, m1), at1)
 
@@ -219,17 +231,15 @@ def backward(
     D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EXP_FORGET: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """As `forward`. A warp multiplies its program's gate gradients by R for TILES by 16 units."""
+    """As `forward`. A warp multiplies its block's gate gradients by R for TILES by 16 units."""
     dtype: tl.constexpr = dx_p.dtype.element_ty
     LANES: tl.constexpr = 32 * W
-    U: tl.constexpr = 8 * W  # units of a program
+    U: tl.constexpr = 8 * W  # units of a thread block
     CHUNKS: tl.constexpr = W  # of 32 gate gradients
     TILES: tl.constexpr = (D // 16 + W - 1) // W
     GATES: tl.constexpr = 16 * U  # words: two buffers, then two slots
     SLOT: tl.constexpr = N * 64 * W
-    rank, group = tl.program_id(0) % N, tl.program_id(0) // N
-    head, first = group % H, group // H * 8
-    lane = tl.arange(0, LANES)
+    rank, head, first, lane = _place(H, N, LANES)
     w, g, q = lane // 32, lane // 4 % 8, lane % 4
     u = rank * U + w * 8 + g
     HD = H * D
@@ -239,14 +249,7 @@ def backward(
     memory = mailbox.shared_memory(lane, memory_p, 2 * GATES + 2 * SLOT)
     _clear(memory, 2 * GATES, lane, 0, 2 * SLOT, LANES)
 
-    # a of the products: rows are 16 units, columns the gates of this program's units, as above.
-    R = ()
-    for j in tl.static_range(2 * CHUNKS):
-        for part in tl.static_range(4 * TILES):  # units g, g + 8; columns 0 to 7, 8 to 15; tiles
-            k = rank * U + j // 2 * 32 % U + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
-            to = tl.minimum(w * TILES + part // 4, D // 16 - 1) * 16 + g + part % 2 * 8
-            p = R_p + (head * D + to).to(tl.int64) * 4 * D + j // 2 * 32 // U * D + k
-            R += (warp.load_pair(p),)
+    R = load_kernel_rows(R_p, head, rank * U, w, g, q, D, U, CHUNKS, TILES)
     mailbox.meet(lane, N)
 
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u  # of states
@@ -264,10 +267,9 @@ def backward(
     odd = g % 2 == 1
     row = 2 * q + g % 2
     even = w * 8 + g - g % 2
-    put_i = row * (2 * U) + _within(row, even, 4 * U)
-    put_f = row * (2 * U) + _within(row, even + U, 4 * U)
-    put_z = row * (2 * U) + _within(row, even + 2 * U, 4 * U)
-    put_o = row * (2 * U) + _within(row, even + 3 * U, 4 * U)
+    put = ()
+    for gate in tl.static_range(4):
+        put += (row * (2 * U) + _within(row, even + gate * U, 4 * U),)
     out = (first + row).to(tl.int64)
     at_out = (out < B).to(tl.int32)
     out = dx_p + (out * T + T - 1) * 4 * HD + head * D + u - g % 2
@@ -276,8 +278,8 @@ def backward(
     b_read = tl.minimum(first + g, B - 1).to(tl.int64) * T + T - 1
 
     o0, o1 = (b0 * T + T - 1) * HD + head * D + u, (b1 * T + T - 1) * HD + head * D + u  # of steps
-    i0, f0, z0, v0 = warp.load_four(saved_p + o0 * 8, at0)
-    i1, f1, z1, v1 = warp.load_four(saved_p + o1 * 8, at1)
+    acts0 = warp.load_four(saved_p + o0 * 8, at0)
+    acts1 = warp.load_four(saved_p + o1 * 8, at1)
     c0, n0, slope0, _ = warp.load_four(saved_p + o0 * 8 + 4, at0)
     c1, n1, slope1, _ = warp.load_four(saved_p + o1 * 8 + 4, at1)
     up0, up1 = warp.load_half(dh_p + o0, at0), warp.load_half(dh_p + o1, at1)
@@ -292,11 +294,10 @@ def backward(
     for step in range(0, T + 1):
         t = T - 1 - tl.cast(step, tl.int32)
         # What the next step needs arrives while this one is computed.
-        o0 -= HD
-        o1 -= HD
+        o0, o1 = o0 - HD, o1 - HD
         later0, later1 = at0 * (t > 0).to(tl.int32), at1 * (t > 0).to(tl.int32)
-        next_i0, next_f0, next_z0, next_v0 = warp.load_four(saved_p + o0 * 8, later0)
-        next_i1, next_f1, next_z1, next_v1 = warp.load_four(saved_p + o1 * 8, later1)
+        next_acts0 = warp.load_four(saved_p + o0 * 8, later0)
+        next_acts1 = warp.load_four(saved_p + o1 * 8, later1)
         next_up0 = warp.load_half(dh_p + o0, later0)
         next_up1 = warp.load_half(dh_p + o1, later1)
         later0, later1 = at0 * (t > 1).to(tl.int32), at1 * (t > 1).to(tl.int32)
@@ -317,80 +318,47 @@ def backward(
             if scale_p is not None:
                 back0, back1 = back0 * scale0, back1 * scale1
             if CLIP:
-                back0 = tl.minimum(tl.maximum(back0, -clip), clip)
-                back1 = tl.minimum(tl.maximum(back1, -clip), clip)
+                back0, back1 = _clipped(back0, clip), _clipped(back1, clip)
             if reset_p is not None:
-                starts = warp.load_flag(reset_p + b0 * T + t + 1, at0)
-                back0 = tl.where(starts != 0, 0.0, back0)
-                starts = warp.load_flag(reset_p + b1 * T + t + 1, at1)
-                back1 = tl.where(starts != 0, 0.0, back1)
+                back0 = _unless(reset_p + b0 * T + t + 1, at0, back0)
+                back1 = _unless(reset_p + b1 * T + t + 1, at1, back1)
             dh0, dh1 = kept0 + back0, kept1 + back1
         if t >= 0:
             dh0, dh1 = dh0 + warp.number(up0, dtype), dh1 + warp.number(up1, dtype)
             if t == 0:
                 c_in0, n_in0, c_in1, n_in1 = first_c0, first_n0, first_c1, first_n1
-            di0, df0, dz0, do0, new_dc0, new_dn0 = cell_gradient(
-                dh0, dc0, dn0, c0, n0, c_in0, n_in0, i0, f0, z0, v0, slope0, EXP_FORGET, True
+            g0 = cell_gradient(
+                dh0, dc0, dn0, c0, n0, c_in0, n_in0, *acts0, slope0, EXP_FORGET, True
             )
-            di1, df1, dz1, do1, new_dc1, new_dn1 = cell_gradient(
-                dh1, dc1, dn1, c1, n1, c_in1, n_in1, i1, f1, z1, v1, slope1, EXP_FORGET, True
+            g1 = cell_gradient(
+                dh1, dc1, dn1, c1, n1, c_in1, n_in1, *acts1, slope1, EXP_FORGET, True
             )
             kept0, kept1 = zero, zero
             if hold_p is not None:
-                di0, df0, dz0, do0, new_dc0, new_dn0, held = hold_gradients(
-                    hold_p + b0 * T + t, at0, di0, df0, dz0, do0, new_dc0, new_dn0, dc0, dn0
-                )
-                kept0 = tl.where(held, dh0, 0.0)
-                di1, df1, dz1, do1, new_dc1, new_dn1, held = hold_gradients(
-                    hold_p + b1 * T + t, at1, di1, df1, dz1, do1, new_dc1, new_dn1, dc1, dn1
-                )
-                kept1 = tl.where(held, dh1, 0.0)
-            dc0, dn0, dc1, dn1 = new_dc0, new_dn0, new_dc1, new_dn1
-            di = warp.two_units(di0, di1, odd, dtype, LANES)
-            df = warp.two_units(df0, df1, odd, dtype, LANES)
-            dz = warp.two_units(dz0, dz1, odd, dtype, LANES)
-            do = warp.two_units(do0, do1, odd, dtype, LANES)
-            mailbox.put(memory, gates + put_i, di)
-            mailbox.put(memory, gates + put_f, df)
-            mailbox.put(memory, gates + put_z, dz)
-            mailbox.put(memory, gates + put_o, do)
+                g0, kept0 = _held_gradients(hold_p + b0 * T + t, at0, g0, dc0, dn0, dh0)
+                g1, kept1 = _held_gradients(hold_p + b1 * T + t, at1, g1, dc1, dn1, dh1)
+            dc0, dn0, dc1, dn1 = g0[4], g0[5], g1[4], g1[5]
+            words = ()
+            for gate in tl.static_range(4):
+                words += (warp.two_units(g0[gate], g1[gate], odd, dtype, LANES),)
+            for gate in tl.static_range(4):
+                mailbox.put(memory, gates + put[gate], words[gate])
             mailbox.meet_here(lane)
             dg = mailbox.receive(memory, gates + read, swap, CHUNKS, False)
             gates = GATES - gates
-            for tile in tl.static_range(TILES):
-                # Products of even and odd columns do not wait for each other.
-                p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
-                for j in tl.static_range(CHUNKS):
-                    p0, p1, p2, p3 = warp.product(
-                        R, (2 * j * TILES + tile) * 4, dg[4 * j], dg[4 * j + 1], p0, p1, p2, p3,
-                        dtype, LANES,
-                    )  # fmt: skip
-                    s0, s1, s2, s3 = warp.product(
-                        R, ((2 * j + 1) * TILES + tile) * 4, dg[4 * j + 2], dg[4 * j + 3],
-                        s0, s1, s2, s3, dtype, LANES,
-                    )  # fmt: skip
-                # To the lanes whose cells they are: of units g and g + 8, two warps.
-                to = w * TILES + tile
-                word = slot + 2 * GATES + rank * 64 * W + to * 2 % W * 64 + lane % 32 * 2
-                program, in_bounds = tl.minimum(to * 2 // W, N - 1), (to < D // 16).to(tl.int32)
-                mailbox.send_two(memory, word, program, p0 + s0, p1 + s1, in_bounds, N)
-                mailbox.send_two(memory, word + 64, program, p2 + s2, p3 + s3, in_bounds, N)
-            warp.store_pair(out, di, at_out)
-            warp.store_pair(out + HD, df, at_out)
-            warp.store_pair(out + 2 * HD, dz, at_out)
-            warp.store_pair(out + 3 * HD, do, at_out)
+            send_products(
+                memory, slot, rank, lane, w, dg, R, dtype, D, N, W, GATES, CHUNKS, TILES,
+            )  # fmt: skip
+            for gate in tl.static_range(4):
+                warp.store_pair(out + gate * HD, words[gate], at_out)
             out -= 4 * HD
         c0, n0, slope0, c1, n1, slope1 = c_in0, n_in0, slope_in0, c_in1, n_in1, slope_in1
-        i0, f0, z0, v0, up0 = next_i0, next_f0, next_z0, next_v0, next_up0
-        i1, f1, z1, v1, up1 = next_i1, next_f1, next_z1, next_v1, next_up1
+        acts0, up0, acts1, up1 = next_acts0, next_up0, next_acts1, next_up1
         c_in0, n_in0, slope_in0, c_in1, n_in1, slope_in1 = (
             last_c0, last_n0, last_slope0, last_c1, last_n1, last_slope1,
         )  # fmt: skip
-    mailbox.meet(lane, N)  # nobody may send to a program that is gone
+    mailbox.meet(lane, N)  # nobody may send to a thread block that is gone
     o0, o1 = b0 * HD + head * D + u, b1 * HD + head * D + u
-    warp.store(dh0_p + o0, dh0, at0)
-    warp.store(dh0_p + o1, dh1, at1)
-    warp.store(dc0_p + o0, dc0, at0)
-    warp.store(dc0_p + o1, dc1, at1)
-    warp.store(dn0_p + o0, dn0, at0)
-    warp.store(dn0_p + o1, dn1, at1)
+    _store_two(dh0_p, o0, o1, dh0, dh1, at0, at1)
+    _store_two(dc0_p, o0, o1, dc0, dc1, at0, at1)
+    _store_two(dn0_p, o0, o1, dn0, dn1, at0, at1)

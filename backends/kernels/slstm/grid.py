@@ -1,9 +1,10 @@
-"""The sLSTM in Triton for 16-bit numbers and heads too large for a cluster: a program has 16 units
-by 8 rows, and exchanges h, and backwards the gate gradients, through the output itself.
+"""The sLSTM in Triton for 16-bit numbers and heads too large for a cluster: a thread
+block has 16 units by 8 rows, and exchanges h, and backwards the gate gradients, through the output
+itself.
 
 Outputs are filled with MISSING, words that no arithmetic makes, and a reader repeats its loads
-until none is left. All programs of a launch must be resident at once; where they cannot be, the
-host launches one step at a time.
+until none is left. All thread blocks of a launch must be resident at once; where they cannot be,
+the host launches one step at a time.
 
 Its 8 warps take a part of each sum (warp.py), with their part of the recurrent kernel in
 registers, and meet once a step. The cells are those of the first four warps' lanes: unit g, or
@@ -66,9 +67,9 @@ def _recurrent(
 
 
 @triton.jit
-def _program_place(group, H, D: tl.constexpr):
-    """This program's first unit, head and first row, of those from `group` on; lanes, their warps,
-    g and q."""
+def _place(group, H, D: tl.constexpr):
+    """This thread block's first unit, head and first row, of those from `group` on; lanes, their
+    warps, g and q."""
     group += tl.program_id(0) // (D // 16)
     lane = tl.arange(0, LANES)
     units = tl.program_id(0) % (D // 16) * 16
@@ -82,6 +83,71 @@ def _cells(units, first, w, g, q, B):
     return units + g + w // 2 % 2 * 8, b, ((b < B) & (w < 4)).to(tl.int32)
 
 
+@triton.jit
+def _load_kernel_columns(
+    R_p, head, units, chunk, w, g, q, D: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """A lane's part of R for `forward`: rows are gates by units, columns the units before."""
+    R = ()
+    for j in tl.static_range(2 * CHUNKS):
+        new = (chunk + j // 2 >= w * CHUNKS).to(tl.int32)
+        for part in tl.static_range(16):  # as in cluster.py; units g, then g + 8
+            k = (chunk + j // 2) * 32 + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
+            p = R_p + (head * D + k).to(tl.int64) * 4 * D + (part // 4 % 2 * 2 + part % 2) * D
+            p += units + part // 8 * 8 + g
+            R += (warp.load_half(p, new) | (warp.load_half(p + 4 * D, new) << 16),)
+    return R
+
+
+@triton.jit
+def _load_kernel_rows(
+    R_p, head, units, chunk, w, g, q, D: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """A lane's part of R for `backward`: rows are units, columns a gate's units."""
+    R = ()
+    for j in tl.static_range(2 * CHUNKS):
+        new = chunk + j // 2 >= w % 2 * CHUNKS
+        for part in tl.static_range(4):  # units g, g + 8; columns 0 to 7, 8 to 15
+            k = (chunk + j // 2) * 32 + q * 8 + j % 2 * 4 + part // 2 * 2
+            p = R_p + (head * D + units + g + part % 2 * 8).to(tl.int64) * 4 * D + w // 2 * D + k
+            R += (tl.where(new, warp.load_pair(p), 0),)
+    return R
+
+
+@triton.jit
+def _gradient_of_h(
+    dg, R, memory, sums, lane, w, dtype: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """What the gate gradients of the step after add to the gradient of h."""
+    zero = tl.zeros((LANES,), tl.float32)
+    p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
+    for j in tl.static_range(CHUNKS):
+        w0, w1, w2, w3 = dg[4 * j], dg[4 * j + 1], dg[4 * j + 2], dg[4 * j + 3]
+        p0, p1, p2, p3 = warp.product(R, 8 * j, w0, w1, p0, p1, p2, p3, dtype, LANES)
+        s0, s1, s2, s3 = warp.product(R, 8 * j + 4, w2, w3, s0, s1, s2, s3, dtype, LANES)
+    place = sums + w * 128 + lane % 32
+    mailbox.put(memory, place, (p0 + s0).to(tl.int32, bitcast=True))
+    mailbox.put(memory, place + 32, (p1 + s1).to(tl.int32, bitcast=True))
+    mailbox.put(memory, place + 64, (p2 + s2).to(tl.int32, bitcast=True))
+    mailbox.put(memory, place + 96, (p3 + s3).to(tl.int32, bitcast=True))
+    mailbox.meet_here(lane)
+    back = zero
+    for part in tl.static_range(8):
+        back += mailbox.get(memory, sums + part * 128 + lane % 128)
+    return back
+
+
+@triton.jit
+def _store_gates(out, step, odd, di, df, dz, do, at, dtype: tl.constexpr):
+    """Words of two units: an even lane stores those of gates i and f, an odd one of z and o."""
+    own = warp.pair(tl.where(odd, dz, di), tl.where(odd, do, df), dtype)
+    got = warp.pair(tl.where(odd, di, dz), tl.where(odd, df, do), dtype)
+    got = warp.other(got, LANES)
+    low, high = tl.where(odd, got, own), tl.where(odd, own, got)
+    warp.store_pair(out, (low & 0xFFFF) | (high << 16), at)
+    warp.store_pair(out + step, ((low >> 16) & 0xFFFF) | (high & -65536), at)
+
+
 @jit_kernel
 def forward(
     x_p, R_p, bias_p, hold_p, reset_p, scale_p, first_p, h0_p, c0_p, n0_p, m0_p,
@@ -93,20 +159,13 @@ def forward(
     ALL: tl.constexpr = D // 32  # chunks of h
     CHUNKS: tl.constexpr = (ALL + 7) // 8
     SUMS: tl.constexpr = 8 * 4 * 32 * 4  # words: all warps' part of every cell's four gates
-    units, head, first, lane, w, g, q = _program_place(group, H, D)
+    units, head, first, lane, w, g, q = _place(group, H, D)
     HD = H * D
     memory = mailbox.shared_memory(lane, memory_p, 2 * SUMS)
     # The last warps with work read some chunks twice, where there are too few; R is zero for those.
     chunk = tl.minimum(w * CHUNKS, ALL - CHUNKS)
     all_lanes = tl.full((LANES,), 1, tl.int32)
-    R = ()
-    for j in tl.static_range(2 * CHUNKS):
-        new = (chunk + j // 2 >= w * CHUNKS).to(tl.int32)
-        for part in tl.static_range(16):  # as in cluster.py; units g, then g + 8
-            k = (chunk + j // 2) * 32 + q * 8 + j % 2 * 4 + part // 2 % 2 * 2
-            p = R_p + (head * D + k).to(tl.int64) * 4 * D + (part // 4 % 2 * 2 + part % 2) * D
-            p += units + part // 8 * 8 + g
-            R += (warp.load_half(p, new) | (warp.load_half(p + 4 * D, new) << 16),)
+    R = _load_kernel_columns(R_p, head, units, chunk, w, g, q, D, CHUNKS)
     b_read = tl.minimum(first + g, B - 1).to(tl.int64)
     scale = ()
     if scale_p is not None:
@@ -133,7 +192,7 @@ def forward(
     read = h_p + (b_read * T + start - 1) * HD + head * D + chunk * 32 + q * 8
     xi, xf, xz, xo = warp.load_gates(x, HD, at)
     # A lane of the first warp asks for gate q of 16 units in row g; one of the second for where
-    # h will be, which was filled too long ago to be in the cache that all programs read.
+    # h will be, which was filled too long ago to be in the cache that all thread blocks read.
     asks = tl.where(w == 1, (q == 0).to(tl.int32), (w == 0).to(tl.int32))
     ahead, unit = b_read * T + start + AHEAD, head * D + units
     ahead = tl.where(w == 0, x_p + (ahead * 4 + q) * HD + unit, h_p + ahead * HD + unit)
@@ -194,18 +253,11 @@ def backward(
     ALL: tl.constexpr = D // 32  # chunks of a gate
     CHUNKS: tl.constexpr = (ALL + 1) // 2
     SUMS: tl.constexpr = 8 * 4 * 32  # words: all warps' part of every cell
-    units, head, first, lane, w, g, q = _program_place(group, H, D)
+    units, head, first, lane, w, g, q = _place(group, H, D)
     HD = H * D
     memory = mailbox.shared_memory(lane, memory_p, 2 * SUMS)
     chunk = tl.minimum(w % 2 * CHUNKS, ALL - CHUNKS)
-    R = ()
-    for j in tl.static_range(2 * CHUNKS):
-        new = chunk + j // 2 >= w % 2 * CHUNKS
-        for part in tl.static_range(4):  # units g, g + 8; columns 0 to 7, 8 to 15
-            k = (chunk + j // 2) * 32 + q * 8 + j % 2 * 4 + part // 2 * 2
-            p = R_p + (head * D + units + g + part % 2 * 8).to(tl.int64) * 4 * D + w // 2 * D + k
-            R += (tl.where(new, warp.load_pair(p), 0),)
-
+    R = _load_kernel_rows(R_p, head, units, chunk, w, g, q, D, CHUNKS)
     u, b, at = _cells(units, first, w, g, q, B)
     o_state = b * HD + head * D + u
     zero = tl.zeros((LANES,), tl.float32)
@@ -255,20 +307,7 @@ def backward(
         more -= next_ahead
         if t + 1 < T:
             dg = mailbox.receive_far(read, CHUNKS, WAIT)
-            p0, p1, p2, p3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
-            for j in tl.static_range(CHUNKS):
-                w0, w1, w2, w3 = dg[4 * j], dg[4 * j + 1], dg[4 * j + 2], dg[4 * j + 3]
-                p0, p1, p2, p3 = warp.product(R, 8 * j, w0, w1, p0, p1, p2, p3, dtype, LANES)
-                s0, s1, s2, s3 = warp.product(R, 8 * j + 4, w2, w3, s0, s1, s2, s3, dtype, LANES)
-            place = sums + w * 128 + lane % 32
-            mailbox.put(memory, place, (p0 + s0).to(tl.int32, bitcast=True))
-            mailbox.put(memory, place + 32, (p1 + s1).to(tl.int32, bitcast=True))
-            mailbox.put(memory, place + 64, (p2 + s2).to(tl.int32, bitcast=True))
-            mailbox.put(memory, place + 96, (p3 + s3).to(tl.int32, bitcast=True))
-            mailbox.meet_here(lane)
-            back = zero
-            for part in tl.static_range(8):
-                back += mailbox.get(memory, sums + part * 128 + lane % 128)
+            back = _gradient_of_h(dg, R, memory, sums, lane, w, dtype, CHUNKS)
             sums = SUMS - sums
             if scale_p is not None:
                 back *= scale
@@ -293,12 +332,7 @@ def backward(
                     hold_p + b * T + t, at, di, df, dz, do, new_dc, new_dn, dc, dn
                 )
             dc, dn = new_dc, new_dn
-            own = warp.pair(tl.where(odd, dz, di), tl.where(odd, do, df), dtype)
-            got = warp.pair(tl.where(odd, di, dz), tl.where(odd, df, do), dtype)
-            got = warp.other(got, LANES)
-            low, high = tl.where(odd, got, own), tl.where(odd, own, got)
-            warp.store_pair(out, (low & 0xFFFF) | (high << 16), at)
-            warp.store_pair(out + HD, ((low >> 16) & 0xFFFF) | (high & -65536), at)
+            _store_gates(out, HD, odd, di, df, dz, do, at, dtype)
             mailbox.meet_here(lane)
             out -= 4 * HD
         i, f, z, v, slope, up = next_i, next_f, next_z, next_v, slope_in, next_up

@@ -1,8 +1,8 @@
 """What the lanes of the sLSTM's kernels in PTX tell each other (warp.py): through shared
-memory, of their own program and of the others in a cluster, and through the device's memory.
+memory, of their own thread block and of the others in a cluster, and through the device's memory.
 
 Shared memory is addressed in words of 32 bits. A word that is awaited is MISSING until it comes.
-Interpreted, `memory` is an array of the caller's, and a cluster one program.
+Interpreted, `memory` is an array of the caller's, and a cluster one thread block.
 """
 
 from keras_xlstm.backends.kernels.load_triton import tl, triton
@@ -19,7 +19,7 @@ def _declared(words):
 
 @triton.jit
 def shared_memory(lane, memory_p, WORDS: tl.constexpr):
-    """Once in a program: where its words are."""
+    """Once in a thread block: where its words are."""
     if PTX:
         return tl.inline_asm_elementwise(_declared(WORDS), "=r,r", [lane], tl.int32, False, 1)
     else:
@@ -42,7 +42,7 @@ def meet(lane, N: tl.constexpr):
 
 @triton.jit
 def meet_here(lane):
-    """All lanes of this program wait for each other."""
+    """All lanes of this thread block wait for each other."""
     if PTX:
         tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, $1;", "=r,r", [lane], tl.int32, False, 1)
 
@@ -58,7 +58,7 @@ def _putting(count, masked):
 
 @triton.jit
 def put(memory, word, value, at=None, COUNT: tl.constexpr = 1):
-    """One value in COUNT words, at a multiple of COUNT, of this program's memory alone."""
+    """One value in COUNT words, at a multiple of COUNT, of this thread block's memory alone."""
     if PTX and at is None:
         tl.inline_asm_elementwise(
             _putting(COUNT, False), "=&r,r,r", [memory + 4 * word, value], tl.int32, False, 1
@@ -74,7 +74,7 @@ def put(memory, word, value, at=None, COUNT: tl.constexpr = 1):
 
 @triton.jit
 def get(memory, word):
-    """float32, of this program's memory."""
+    """float32, of this thread block's memory."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ld.volatile.shared.b32 $0, [$1];", "=f,r", [memory + 4 * word], tl.float32, False, 1
@@ -129,7 +129,7 @@ def _sending(programs):
 
 @triton.jit
 def send(memory, word, value, N: tl.constexpr):
-    """To all programs of the cluster."""
+    """To all thread blocks of the cluster."""
     if PTX:
         tl.inline_asm_elementwise(
             _sending(N), "=&r,r,r", [memory + 4 * word, value], tl.int32, False, 1
@@ -149,7 +149,7 @@ def _sending_two(programs):
 
 @triton.jit
 def send_two(memory, word, program, x, y, at, N: tl.constexpr):
-    """Two float32, at a multiple of two words, to one program of the cluster."""
+    """Two float32, at a multiple of two words, to one thread block of the cluster."""
     x, y = x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True)
     if PTX:
         tl.inline_asm_elementwise(
@@ -242,8 +242,8 @@ def _pausing(cycles):
 
 @triton.constexpr_function
 def _far(chunks, waits):
-    """All programs read all of h, through one cache, and what is read too early is in the way of
-    what it waits for: a pause first, and only what is missing is read again."""
+    """All thread blocks read all of h, through one cache, and what is read too early is in the
+    way of what it waits for: a pause first, and only what is missing is read again."""
     results = [f"${j}" for j in range(4 * chunks)]
     loads = [
         f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(results[4 * j : 4 * j + 4])}}}, "
@@ -269,8 +269,8 @@ def _far(chunks, waits):
 
 @triton.jit
 def receive_far(p, CHUNKS: tl.constexpr, WAIT: tl.constexpr):
-    """As `receive`, of chunks of 32 numbers of 16 bits in the device's memory, which all programs
-    see."""
+    """As `receive`, of chunks of 32 numbers of 16 bits in the device's memory, which all thread
+    blocks see."""
     if PTX:
         return tl.inline_asm_elementwise(
             _far(CHUNKS, WAIT), _results(4 * CHUNKS, "l"), [p], _words(4 * CHUNKS), False, 1
