@@ -133,9 +133,11 @@ class _Within:
             self.continues = ids == before  # the segment of the state that enters
             self.survives = ids == last  # to the chunk's end
 
-    def within(self, row_b, b_rest, u, u_rest, ids=None):
+    def within(self, row_b, b_rest, minus_u, u_rest, ids=None):
         """(B, H, L, L) of one chunk: the weight of step j at step i."""
-        log = row_b[..., :, None] + u[..., None, :]
+        # A difference: TensorFlow's graphs sum in an order of their own, and large numbers that
+        # cancel must meet each other first.
+        log = row_b[..., :, None] - minus_u[..., None, :]
         log += u_rest[..., None, :]
         log += b_rest[..., :, None]
         log += self.future
@@ -172,7 +174,7 @@ class _LogWeights(_Within):
         f_whole, i_whole = ops.round(log_f), ops.round(i)
         self.b = _running(ops.add, f_whole, 0.0)
         self.b_rest = _running(ops.add, log_f - f_whole, 0.0)
-        self.u = i_whole - self.b
+        self.u, self.minus_u = i_whole - self.b, self.b - i_whole
         self.u_rest = (i - i_whole) - self.b_rest
         self.total, self.total_rest = self.b[..., -1], self.b_rest[..., -1]
         self.end, self.end_rest = self.b[..., -1:] + self.u, self.b_rest[..., -1:] + self.u_rest
@@ -210,7 +212,7 @@ class _LogWeights(_Within):
     def per_chunk(self):
         """What a step of the scan over chunks takes: weights, then the arguments of `within`."""
         weights = (self.entering, self.to_end, self.through, self.floor, self.row_eps)
-        rows = (self.row_b, self.b_rest, self.u, self.u_rest)
+        rows = (self.row_b, self.b_rest, self.minus_u, self.u_rest)
         return (*weights, *rows) if self.ids is None else (*weights, *rows, self.ids)
 
 

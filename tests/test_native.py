@@ -2,6 +2,8 @@
 
 import itertools
 
+import numpy as np
+import oracle
 import pytest
 from cases import CASES, make_flags
 from contract.mlstm import mLSTM
@@ -47,6 +49,24 @@ def test_uncompiled(case, rng):
 @both
 def test_what_is_picked_by_itself(case, rng):
     case(rng).check("float32", xla=False)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow's graphs reorder sums")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("chunk_size", [8, 64])
+def test_extreme_gates_in_a_forward_pass_alone(chunk_size, seed):
+    """Large numbers that cancel must meet each other first. A backward pass would keep the sums
+    apart."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(seed)
+    inputs = CASES["mlstm"](rng, T=40).fresh().extreme(rng).tensors()[:5]
+
+    def call(*inputs):
+        return keras_xlstm.ops.mlstm(*inputs, chunk_size=chunk_size, implementation="native")
+
+    want = oracle.mlstm(*(np.asarray(array(x), np.float64) for x in inputs), None, None, None)[0]
+    assert_close(array(tf.function(call, autograph=False)(*inputs)), want, 1e-5)
 
 
 @both
