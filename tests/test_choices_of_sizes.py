@@ -210,7 +210,7 @@ def test_projections_in_blocks(rng, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
 @pytest.mark.parametrize("joined", [0, 12])
 def test_layer_of_projections_in_blocks(joined, dtype, rng, monkeypatch):
-    """Also with low-rank updates, which are EinsumDense's own."""
+    """Also with low-rank updates and in int8, which are EinsumDense's own."""
     monkeypatch.setattr(reference.framework, "joined_blocks", lambda: joined)
     layer = BlockDiagonal(3, 4, True, bias_initializer="normal", dtype=dtype)
     layer.build((None, None, 3, 4))
@@ -227,6 +227,11 @@ def test_layer_of_projections_in_blocks(joined, dtype, rng, monkeypatch):
     layer.enable_lora(2)
     layer.lora_kernel_b.assign(np.full(layer.lora_kernel_b.shape, 0.5))
     check()
+    if dtype == "float32":
+        before = layer(x)
+        layer.quantize("int8")
+        assert layer.quantization_mode == "int8"
+        assert_close(array(layer(x)), array(before), 0.05)
 
 
 def as_float32(x):

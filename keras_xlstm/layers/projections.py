@@ -57,6 +57,10 @@ class BlockDiagonal(keras.layers.EinsumDense):
             **kwargs,
         )
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        # EinsumDense quantises its own class alone, unless told otherwise.
+        return super().quantize(mode, type_check=False, config=config)
+
     def call(self, inputs, training=None):
         y, shape = None, ops.shape(inputs)
         if are_plain(self):
