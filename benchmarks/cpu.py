@@ -8,7 +8,8 @@ Keras part: one `fit` step, one `predict` step and the first step's compilation 
 Sequential([Input((T, F)), LAYER(units), Dense(1)]) at Keras's defaults, for keras.layers.LSTM,
 sLSTM and mLSTM of one head and of four, and an xLSTMStack of 2 blocks; in process time (both
 cores' work), as ratios to LSTM. Shapes are batch, steps, features, units: of public tutorials,
-and sweeps over units, steps and batch. `sequences`: with `return_sequences`. Official part: the
+and sweeps over units, steps and batch. `--sequences`: with `return_sequences`; `--unknown`: models
+that do not know their length. Official part: the
 functional ops on torch beside `xlstm` (sLSTM cell, vanilla) and `mlstm_kernels` (native), which
 `pip install "keras-xlstm[benchmark]"` brings. Repetitions of the compared things alternate, so
 that a slow moment of the machine meets all of them; the least of each.
@@ -96,7 +97,7 @@ def layers_of(units, sequences):
     return made
 
 
-def measured(shape, names, jit_compile, sequences, steps=6, repeats=5):
+def measured(shape, names, jit_compile, sequences, unknown, steps=6, repeats=5):
     """{(layer, what): process time in ms}; `what` is fit, predict or first (step)."""
     import keras
     import numpy as np
@@ -109,7 +110,8 @@ def measured(shape, names, jit_compile, sequences, steps=6, repeats=5):
     for name, make in layers_of(units, sequences).items():
         if name not in names:
             continue
-        model = keras.Sequential([keras.Input((T, F)), *make(), keras.layers.Dense(1)])
+        inputs = keras.Input((None if unknown else T, F))
+        model = keras.Sequential([inputs, *make(), keras.layers.Dense(1)])
         model.compile("adam", "mse", jit_compile=jit_compile)
         runs[name, "fit"] = lambda m=model: m.fit(x, y, batch_size=B, verbose=0)
         runs[name, "predict"] = lambda m=model: m.predict(x, batch_size=B, verbose=0)
@@ -120,17 +122,17 @@ def measured(shape, names, jit_compile, sequences, steps=6, repeats=5):
     return {key: ms / steps for key, ms in times.items()} | first
 
 
-def keras_part(jit_compile, shapes, names, sequences):
+def keras_part(jit_compile, shapes, names, sequences, unknown):
     import keras
 
-    kind = ", return_sequences" if sequences else ""
+    kind = ", return_sequences" * sequences + ", length unknown to the model" * unknown
     print(f"## {keras.backend.backend()}, jit_compile={jit_compile}{kind}: {environment()}\n")
     print("LSTM's time in ms; the others as ratios to it: fit, predict, first step.\n")
     others = [name for name in names if name != "LSTM"]
     print(f"| | B T F units | LSTM | {' | '.join(others)} |")
     print(f"|{'---|' * (3 + len(others))}", flush=True)
     for label, shape in shapes.items():
-        ms = measured(shape, names, jit_compile, sequences)
+        ms = measured(shape, names, jit_compile, sequences, unknown)
         kinds = ("fit", "predict", "first")
         cells = [", ".join(f"{ms['LSTM', what]:.1f}" for what in kinds)]
         for name in others:
@@ -211,6 +213,7 @@ def main():
     )
     parser.add_argument("--layers", nargs="+", help="of those compared, beside LSTM")
     parser.add_argument("--sequences", action="store_true", help="with return_sequences")
+    parser.add_argument("--unknown", action="store_true", help="models of any length")
     args = parser.parse_args()
     if args.here == "official":
         return official_part()
@@ -221,7 +224,7 @@ def main():
         names = list(layers_of(1, False))
         names = ["LSTM", *(n for n in names if n in args.layers)] if args.layers else names
         jit_compile = {"tensorflow": False, "tensorflow-jit": True}.get(args.here, "auto")
-        return keras_part(jit_compile, shapes, names, args.sequences)
+        return keras_part(jit_compile, shapes, names, args.sequences, args.unknown)
     for part in args.only or parts:
         backend = {"official": "torch", "tensorflow-jit": "tensorflow"}.get(part, part)
         env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}

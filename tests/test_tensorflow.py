@@ -238,7 +238,7 @@ def test_export(T, rng, tmp_path):
     assert_close(loaded.serve(x), array(model(x)), 1e-5)
 
 
-def densify(optimizer):
+def densify(optimizer, captured):
     """Else Keras's Adam on TensorFlow squares the gradients of a token that occurs twice apart."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     step = optimizer._backend_update_step
@@ -275,7 +275,7 @@ def test_adam_by_one_operator_is_kerass(options, rng, monkeypatch):
             if fused:
                 patch.delattr(keras.optimizers.Adam, "update_step")  # Keras's own would need it
             else:
-                patch.setattr(backends, "fuse", densify)
+                patch.setattr(backends, "fuse_optimizer", densify)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(optimizer, loss, **how)
             model.fit(x, x, batch_size=2, epochs=2, verbose=0, shuffle=False)
