@@ -12,7 +12,7 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
-MEMORY = 4.0  # GiB that a process may take
+MEMORY = 4.0  # GiB that a process should not exceed; one that does is named
 # Parts of a few minutes at most: what XLA compiled on TensorFlow stays in a process's memory.
 FILES = {
     "ops": ["native", "fuzz", "choices_of_sizes", "poison", "products", "oracle", "backends"],
@@ -96,8 +96,8 @@ def run(waiting, everything, shared):
             # 5: nothing to run, as for the kernels where triton is not installed.
             if process.returncode not in (0, 5):
                 failed.append(name)
-            elif memory > MEMORY and not everything:
-                failed.append(f"{name} (more than {MEMORY:.0f} GiB)")
+            if memory > MEMORY and not everything:
+                lines.append(f"{name}: more than {MEMORY:.0f} GiB")
         time.sleep(0.2)
     print("\n".join(lines))
     if failed:
