@@ -114,7 +114,7 @@ def _unless(p, at, x):
 
 @triton.jit
 def _held_gradients(p, at, gradients, dc, dn, dh):
-    """Of i, f, z, o, c, n; and what of the gradient of h a held step passes on."""
+    """Gradients of i, f, z, o, c and n, and the part of h's gradient that a held step passes on."""
     di, df, dz, do, dc, dn, held = hold_gradients(p, at, *gradients, dc, dn)
     return (di, df, dz, do, dc, dn), tl.where(held, dh, 0.0)
 
