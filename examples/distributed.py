@@ -120,7 +120,9 @@ def on_torch(rank, store):
         module.gather()
     if rank == 0:
         model.save(args.out)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # the file is whole before a process ends
+    sys.stdout.flush()
+    os._exit(0)  # threads of PyTorch's have ended Python with SIGABRT while it was finishing
 
 
 def loop(module, optimizer, *data):
