@@ -56,9 +56,10 @@ def of_docstrings(tree):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             for block in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                if not block.startswith("    "):  # an example
-                    block = re.sub(r"\n\s+(\*{0,2}\w+): ", r". \1: ", block)  # a parameter
-                    yield " ".join(line.strip() for line in block.splitlines())
+                if not block.startswith(("    ", ">>>")):  # an example
+                    block = re.sub(r"\n\s*(\*{0,2}\w+)(:|  ) ", r". \1: ", block)  # a parameter
+                    lines = [line.strip() for line in block.splitlines()]
+                    yield " ".join(line for line in lines if "   " not in line)  # no tables
 
 
 def of_comments(text):
