@@ -66,7 +66,8 @@ def of_comments(text):
     lines, last = [], None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            if last is not None and token.start[0] != last + 1:
+            alone = token.line.lstrip().startswith("#")
+            if last is not None and not (alone and token.start[0] == last + 1):
                 yield " ".join(lines)
                 lines = []
             lines.append(token.string.lstrip("# "))
