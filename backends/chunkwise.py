@@ -159,8 +159,8 @@ class _Within:
 class _LogWeights(_Within):
     """The log weights of all chunks, as sums of whole numbers and small rests.
 
-    Gates of 1e4 leave a float32 sum no digits for its small terms, so i and log f are split into
-    a whole part, whose sums and differences are exact, and a rest of at most one half; every
+    Gates of 1e4 leave a float32 sum no digits for its small terms. So i and log f are split into a
+    whole part, whose sums and differences are exact, and a rest of at most one half. Every
     reference m is rounded too. b is the running sum of log f in a chunk, u = i - b: step j weighs
     exp(b_i + u_j) at step i.
     """

@@ -5,9 +5,9 @@ does. Shapes are written as comments: B batch, T time, H heads, D units of a hea
 value dimensions of a head, N chunks, L steps of a chunk. Everything is computed in float32
 (float64 for float64 inputs).
 
-The stabiliser m is any number close to the largest log weight: outputs do not depend on it, so it
-is a constant in every gradient, and each exponent is formed as (log weight - m) before small terms
-are added, which keeps it exact where gates are extreme.
+The stabiliser m is any number close to the largest log weight. Outputs do not depend on it, so it
+is a constant in every gradient. Each exponent is formed as (log weight - m) before small terms are
+added, which keeps it exact where gates are extreme.
 
 Gradients are written by hand: one pass back in time per forward pass, storing the states alone.
 Equation numbers are those of "xLSTM: Extended Long Short-Term Memory" (arXiv 2405.04517).

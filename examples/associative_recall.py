@@ -65,7 +65,7 @@ def generate(count, pairs, rng):
 
 
 class Strings(keras.utils.PyDataset):
-    """Fresh strings for every step: nothing can be learnt by heart."""
+    """Fresh strings for every step: a model cannot memorise them."""
 
     def __init__(self, pairs, seed):
         super().__init__()

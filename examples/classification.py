@@ -1,4 +1,4 @@
-"""Which of nine speakers said it? Japanese vowels, as series of 12 channels and 7 to 29 steps.
+"""Which of nine speakers is it? Japanese vowels, as series of 12 channels and 7 to 29 steps.
 
 The data, JapaneseVowels, come with `pip install --no-deps aeon==1.6.0`.
 """

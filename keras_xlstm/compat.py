@@ -1,7 +1,7 @@
 """What files of other backends, and of older versions, need.
 
 A model that was compiled and saved under torch loads on JAX and TensorFlow: there Keras saves its
-optimizers as classes of `keras.src.backend.torch`. Elsewhere, loading such a file imports torch,
+optimizers as classes of `keras.src.backend.torch`. Elsewhere, loading that file imports torch,
 which fails in `fit` on JAX and can abort the process on TensorFlow. Keras looks names up among its
 custom objects first; these entries send them to the classes that the names mean on any backend.
 """

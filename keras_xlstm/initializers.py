@@ -107,8 +107,8 @@ class SpreadForgetBias(LinspaceForgetBias):
     """Evenly spaced values over the last axis, a single one in the middle: the forget biases that
     `sLSTM` and `mLSTM` start with.
 
-    The units of a head of `sLSTM` get -2 to 4, memories of 1 to 50 steps (`"spread"`), the heads of
-    `mLSTM` 1 to 6, memories of 4 to 400 steps (`"spread_heads"`).
+    With `"spread"` the units of a head of `sLSTM` get -2 to 4: memories of 1 to 50 steps. With
+    `"spread_heads"` the heads of `mLSTM` get 1 to 6: memories of 4 to 400 steps.
 
     Args:
         start, stop: first and last value.

@@ -187,8 +187,8 @@ def slstm(
 ) -> Any:
     """sLSTM: an LSTM with exponential gates, a normaliser and memory mixing within each head.
 
-    Per unit, with pre-activations g = x_t + h_{t-1} R + b for g in i, f, z, o, and
-    l = log sigmoid(f) (or f itself) and a stabiliser m that cancels:
+    Each unit has pre-activations g = x_t + h_{t-1} R + b for g in i, f, z, o. l = log sigmoid(f),
+    or f itself. The stabiliser m cancels:
 
         m_t = max(l_t + m_{t-1}, i_t)
         c_t = exp(l_t + m_{t-1} - m_t) c_{t-1} + exp(i_t - m_t) tanh(z_t)

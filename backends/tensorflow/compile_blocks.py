@@ -1,7 +1,7 @@
-"""XLA for models of many alike blocks: one of each kind is compiled, the others run it with their
+"""XLA for models of many equal blocks: one of each kind is compiled, the others run it with their
 own weights.
 
-Keras has XLA compile the whole step, and every block in it is traced, lowered and compiled anew.
+Keras has XLA compile the whole step, and traces, lowers and compiles every block in it.
 Here the step is a graph that calls two compiled functions for each kind of block. The backward one
 TensorFlow makes from the forward one: the recurrences bring gradients of their own, so no loop is
 left that it could not differentiate.
@@ -22,7 +22,7 @@ def block_runners(blocks):
 def _runner():
     """A function of a block and the arguments of its `_run`; without `states`, which nobody reads
     then: their gradients are zeros, and XLA would add them up."""
-    last = {}  # of those alike: any of them may be the one that is traced
+    last = {}  # of equal blocks: any of them may be the one that is traced
 
     def compute(kind, trained, states, weights, arguments):
         # Else the backward pass would hold the gradients of frozen weights.

@@ -64,7 +64,7 @@ def check_export(x):
     if format in ("litert", "openvino") and looped:
         raise ValueError(
             f"A {format} file cannot hold the loop of keras.layers.RNN on TensorFlow. Received: a "
-            "cell of keras_xlstm in such a loop. Build it with unroll=True and an input of fixed "
+            "cell of keras_xlstm in this loop. Build it with unroll=True and an input of fixed "
             "length, use keras_xlstm.layers.sLSTM, or take keras_xlstm.export.export_model(model, "
             f"folder, {format!r}, parts=('streaming',)), one step with its states."
         )

@@ -1,4 +1,4 @@
-"""torch.compile for models of many alike blocks: one is compiled, the others run it with their own
+"""torch.compile for models of many equal blocks: one is compiled, the others run it with their own
 weights.
 
 Compiling Keras's whole training step traces every layer of every block: minutes for a model of 24

@@ -1,7 +1,7 @@
 """Launches of Triton's compiled kernels by the CUDA driver itself.
 
 Triton's own launcher takes longer in Python than a small sequence's kernel runs, above all where
-it makes TMA descriptors, anew at every launch.
+it makes TMA descriptors, which it does at every launch.
 """
 
 import ctypes

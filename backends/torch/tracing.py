@@ -25,7 +25,7 @@ def size(number):
 
 def transforms():
     """Which of PyTorch's transforms ("Grad", "Vmap", "Jvp") are at work. They see through PyTorch's
-    own operators; others may drop a tangent without a word.
+    own operators; others may drop a tangent silently.
 
     Forward mode is one wherever a level of it is open: any argument may carry a tangent, the
     weights as well as the inputs.

@@ -24,11 +24,11 @@ _log = logging.getLogger("keras_xlstm")
 class CapturedTrainStep:
     """`self(step, data) -> logs`, with `step(data)` a whole training step of a model.
 
-    Steps on batches of some shapes run as they are twice, then are recorded, and from then on the
-    recording runs, for as long as all variables stay where they are in memory. What cannot be
-    recorded runs as it is, after a line in the log: dropout with a seed, whose masks Keras draws
-    from numbers that the host must know (without one PyTorch draws anew in every replay), and
-    optimizers that decide on the host.
+    The first two steps of a batch's shapes run kernel by kernel. The third is recorded. From then
+    on the recording runs, as long as all variables keep their place in memory. A step that cannot
+    be recorded runs kernel by kernel, and the log says why. Those are dropout with a seed, whose
+    masks Keras draws from numbers that the host must know, and optimizers that decide on the host.
+    (Without a seed PyTorch draws new masks in every replay.)
     """
 
     def __init__(self, model):
@@ -71,7 +71,7 @@ class CapturedTrainStep:
 
     @contextlib.contextmanager
     def not_feeding(self):
-        """Inside, nothing of that: what is compiled is compiled anew under another mode."""
+        """Ends `feeding` inside: torch.compile would compile again under another mode."""
         if self._feeding is None:
             yield
             return
@@ -134,7 +134,7 @@ class CapturedTrainStep:
         return self._graphs.get(key)
 
     def _where(self):
-        """What a recording holds fast besides shapes."""
+        """What a recording depends on besides shapes."""
         stream = torch.cuda.current_stream().cuda_stream
         places = [v._value.data_ptr() for v in self._variables]
         return stream, places, [v.trainable for v in self._variables]

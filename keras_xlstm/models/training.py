@@ -1,4 +1,4 @@
-"""How models of blocks compile: a block of each kind for all that are alike."""
+"""How models of blocks compile: one block of each kind for all equal blocks."""
 
 import contextlib
 import functools

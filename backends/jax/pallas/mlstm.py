@@ -167,7 +167,7 @@ def _gates(s, i, f, m, segments, eps):
 
 
 def _running(operation, x, segment_ids=None, reverse=False):
-    """The running sum or maximum along the last axis, anew in every segment."""
+    """The running sum or maximum along the last axis, from zero in every segment."""
     if segment_ids is None:
         return lax.associative_scan(operation, x, axis=2, reverse=reverse)
 

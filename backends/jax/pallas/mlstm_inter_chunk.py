@@ -28,8 +28,8 @@ def chunk_states(s, x, z, w, through, rho, first, forward, tiles, serial):
 
     Forward (`rho` None) w_t is the weight of step t in the state at its chunk's end: slot c of the
     result is the state that enters chunk c, slot NC the last. In reverse w_t is that of the state
-    that enters the chunk, at t, and S the gradient of the state that leaves it, over `scale`, with
-    `inner`, its product with that state (in parts). `first`: {} or S0, n0; `forward`: None or F,
+    that enters the chunk, at t. S is then the gradient of the state that leaves it, over `scale`.
+    `inner` is its product with that state, in parts. `first`: {} or S0, n0; `forward`: None or F,
     F_n, all states and normalisers of the forward pass.
 
     Returns a dict: S, n, S_last, n_last (float32); in reverse inner.
@@ -71,7 +71,7 @@ def _serial(s, x, z, w, through, rho, first, forward, tiles):
 
         def put(slot, state, sums):
             S[bh, slot, cx, cz] = state.T.astype(dtype)
-            n[bh, slot, cx] = jnp.sum(sums, 0)  # of all jz alike
+            n[bh, slot, cx] = jnp.sum(sums, 0)  # the same for all jz
 
         def border(c, state, sums):
             if reverse:

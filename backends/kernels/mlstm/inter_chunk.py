@@ -22,7 +22,7 @@ from keras_xlstm.backends.kernels.load_triton import tl, triton
 NEVER = tl.constexpr(-(2.0**100))
 
 
-# Lengths and counts would otherwise compile anew where they are 1 or a multiple of 16.
+# Triton would otherwise compile again for lengths and counts of 1 or a multiple of 16.
 jit_kernel = triton.jit(do_not_specialize=["T", "H", "NC"])
 
 
