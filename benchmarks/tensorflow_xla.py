@@ -25,6 +25,7 @@ import tempfile
 import time
 from importlib.metadata import version
 
+import record
 from cpu import medians
 
 B, U, H = 16, 256, 4
@@ -77,10 +78,17 @@ def passes(*shape, only=None):
     return {name: lambda f=f: f()[-1].numpy() for name, f in ways.items() if only in (None, name)}
 
 
+def case_of(shape):
+    batch, T, K, V = shape
+    return f"mLSTM {batch} {H} {T} {K}/{V}"
+
+
 def ops_part():
     for shape in SHAPES:
-        for name, ms in medians(passes(*shape), 5, of=min).items():
+        result = medians(passes(*shape), 5, of=min)
+        for name, ms in result.items():
             print(f"mLSTM B T d_qk d_v {shape}, {H} heads, {name:14} {ms:8.1f} ms", flush=True)
+        record.add(__file__, case_of(shape), "both passes", "ms", result)
 
 
 def turn():
@@ -113,6 +121,8 @@ def turns_part(rounds=6):
             f"({jax[1]:.1f}), ratio {ours[0] / jax[0]:.2f} ({ours[1] / jax[1]:.2f})",
             flush=True,
         )
+        own, peer = {"all compiled": ours[0]}, {"jax": jax[0]}
+        record.add(__file__, case_of(shape), "in turn", "ms", own, peer, "tensorflow")
 
 
 def fit_part():
@@ -140,6 +150,10 @@ def fit_part():
             ratio = ms / result["keras LSTM"]
             step = f"{ms / steps:7.1f} ms a fit step, {ratio:5.2f} of keras LSTM"
             print(f"jit_compile={jit_compile!s:5} {name:12} {step}", flush=True)
+        own = {name: ms / steps for name, ms in result.items()}
+        peer = {"LSTM": own.pop("keras LSTM")}
+        case = f"{B} {T} {U} {U}, jit_compile={jit_compile}"
+        record.add(__file__, case, "fit step", "ms", own, peer)
 
 
 def language_model(how, units=128, num_blocks=12, pattern="7:1"):
@@ -187,6 +201,11 @@ def compile_part(way, only_first):
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB",
             flush=True,
         )
+        if not only_first:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            case = f"12 blocks of 128, {what}"
+            record.add(__file__, case, "compiling", "s of processor time", {how: processor})
+            record.add(__file__, case, "peak memory", "MiB", {how: peak})
         if only_first:
             break
 
@@ -213,6 +232,9 @@ def steps_part():
                     f"{ratios[1]:.2f} ({ratios[0]:.2f}) of whole",
                     flush=True,
                 )
+            own = {how: median for how, (_, median) in result.items()}
+            case = f"{'2 blocks of 256' if sizes else '12 blocks of 128'}, {batch} {T}"
+            record.add(__file__, case, f"{what} step", "ms", own)
 
 
 def cache_part():
@@ -255,6 +277,10 @@ def lengths_part(plot):
         for T in LENGTHS:
             point = json.loads(child("point", backend, str(T), way))
             points.append(point)
+            case = f"mLSTM 1 {H} {T} 64/64"
+            for metric in ("ms", "MiB"):
+                figures = {way: point[metric]}
+                record.add(__file__, case, f"length, {metric}", metric, figures, None, backend)
             per_step = point["ms"] * 1e3 / T
             print(
                 f"mLSTM B 1, {H} heads 64/64, T {T:6}, {way}: {point['ms']:8.1f} ms "
@@ -300,6 +326,7 @@ def main():
     parts = ("ops", "turns", "fit", "compile", "steps", "cache", "lengths")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--plot", help="where to draw the part `lengths`, a .png")
+    record.option(parser)
     parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
