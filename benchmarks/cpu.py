@@ -230,7 +230,12 @@ def main():
     if args.here:
         shapes = {}
         for name in args.shapes:
-            shapes |= SHAPES[name] if name in SHAPES else {name: tuple(map(int, name.split("x")))}
+            if name in SHAPES:
+                shapes |= SHAPES[name]
+                continue
+            shape = tuple(map(int, name.split("x")))
+            labels = (label for of in SHAPES.values() for label, s in of.items() if s == shape)
+            shapes[next(labels, name)] = shape
         names = list(layers_of(1, False))
         names = ["LSTM", *(n for n in names if n in args.layers)] if args.layers else names
         jit_compile = {"tensorflow": False, "tensorflow-jit": True}.get(args.here, "auto")
