@@ -54,11 +54,12 @@ def main(devices, tiny):
             continue
         tokens, peak, first = lines[0]
         one = one or tokens / count
-        found[count] = tokens, peak
+        found[count] = tokens, peak, 100 * tokens / count / one
         cells = f"{tokens:,.0f} | {tokens / count / one:.1%} | {peak:.1f} | {first:.0f}"
         print(f"| {count} | {cells} |", flush=True)
     case = "a small model" if tiny else f"{gpu_model.CASE} for each GPU"
-    for n, (metric, unit) in enumerate((("training", "tokens/s"), ("peak memory", "GiB"))):
+    parts = [("training", "tokens/s"), ("peak memory", "GiB"), ("efficiency", "%")]
+    for n, (metric, unit) in enumerate(parts):
         ours = {str(count): figures[n] for count, figures in found.items()}
         record.add(__file__, case, metric, unit, ours, backend="jax")
 

@@ -354,10 +354,14 @@ def table(runs, tasks, rate):
 
 
 def keep(task, rate, figures):
-    """What a row of the table says, for `--record`."""
+    """What a row of the table says, for `--record`; 0 epochs: not reached."""
     for n, (metric, unit) in enumerate((("loss at the end", ""), ("LSTM's loss", "epochs"))):
         peer, ours = (
-            {name: cell[n] for name, cell in figures.items() if (name in ("LSTM", "GRU")) == other}
+            {
+                name: cell[n] or 0
+                for name, cell in figures.items()
+                if (name in ("LSTM", "GRU")) == other
+            }
             for other in (True, False)
         )
         case = f"{task.replace('_', ' ')}, Adam({rate:g})"
