@@ -134,6 +134,19 @@ def test_citation_has_the_version():
 
 
 @once
+def test_changelog_has_the_version():
+    """The newest version of the changelog is this one; kinds of changes are in one order."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest, *_ = re.findall(r"^## (\d\S*) \((\d{4}-\d\d-\d\d)\)$", text, re.MULTILINE)
+    released = re.search(r"^date-released: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M).group(
+        1
+    )
+    assert newest == (keras_xlstm.__version__, released)
+    kinds = re.findall(r"^### (.*)$", text.partition(f"## {newest[0]}")[2], re.MULTILINE)
+    assert kinds[:3] == ["Fixed", "Added", "Changed"]
+
+
+@once
 def test_a_bare_checkout_imports(tmp_path):
     code = "import keras_xlstm; print(keras_xlstm.backends.available()['slstm']['native'])"
     assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "True"
