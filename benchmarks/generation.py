@@ -12,7 +12,6 @@ token by token, and are compared in what they say.
 import argparse
 import os
 import platform
-import resource
 import statistics
 import time
 
@@ -21,21 +20,11 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 import numpy as np
 import record
+from memory import peak, resident
 
 from keras_xlstm.models import xLSTMLanguageModel
 
 COMPILED = {"auto": "auto", "true": True, "false": False}
-
-
-def peak():
-    """MiB that this process held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def resident():
-    """MiB that it holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
 def timed(function):

@@ -13,9 +13,9 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import time
 
+import memory
 import numpy as np
 import record
 
@@ -92,7 +92,7 @@ def write(folder, blocks):
 
 def peak():
     """GB that this process held at most, files mapped into memory included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return memory.peak() * 2**20 / 1e9
 
 
 def chosen(model, blocks):

@@ -11,7 +11,6 @@ a chunk, milliseconds, resident memory.
 import argparse
 import os
 import platform
-import resource
 import sys
 import time
 
@@ -19,6 +18,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 import numpy as np
 import record
+from memory import resident
 
 from keras_xlstm import ops
 
@@ -95,13 +95,6 @@ def reference(op, x, state):
 def zeros(op, dtype):
     shapes = [(H, D, D), (H, D), (H,)] if op == "mlstm" else [(H, D)] * 4
     return [np.zeros(s, dtype) for s in shapes]
-
-
-def resident():
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # the most so far
 
 
 def relative(h, want):

@@ -2,7 +2,7 @@
 
     python benchmarks/render.py [--check]    # --check: only name the pages that differ, and fail
 
-A page holds a figure or a table between `<!-- results: NAME -->` and `<!-- end -->`; tables.py says
+A page holds a figure or a table between `<!-- results: NAME -->` and `<!-- end -->`; pages.py says
 what NAME shows. Of a case the newest row counts, and a ratio is of one row, so of one run. Bold:
 short of the goal.
 """
@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 
-import tables
+import pages
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -154,7 +154,7 @@ def swapped(table):
 
 
 def shown(name):
-    table = tables.TABLES[name]
+    table = pages.TABLES[name]
     if "not counted" in table:
         return swapped(table)
     return grid(table) if "columns" in table else figure(table, [])

@@ -27,6 +27,7 @@ from importlib.metadata import version
 
 import record
 from cpu import medians
+from memory import peak
 
 B, U, H = 16, 256, 4
 SHAPES = [(8, 512, 64, 64), (8, 2048, 64, 128), (1, 8192, 64, 64)]  # batch, T, key, value
@@ -175,8 +176,6 @@ def language_model(how, units=128, num_blocks=12, pattern="7:1"):
 
 def compile_part(way, only_first):
     """A step's first call minus its second, in wall and in processor seconds."""
-    import resource
-
     import keras
     import numpy as np
 
@@ -198,14 +197,13 @@ def compile_part(way, only_first):
         print(
             f"{keras.backend.backend()}, 12 blocks, {implementation or 'auto'}, "
             f"{how}, {what}: {wall:.1f} s ({processor:.1f} s of processor time), peak "
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB",
+            f"{peak():.0f} MiB",
             flush=True,
         )
         if not only_first:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             case = f"12 blocks of 128, {what}"
             record.add(__file__, case, "compiling", "s of processor time", {how: processor})
-            record.add(__file__, case, "peak memory", "MiB", {how: peak})
+            record.add(__file__, case, "peak memory", "MiB", {how: peak()})
         if only_first:
             break
 
@@ -251,12 +249,7 @@ def cache_part():
 
 def length_point(T, way):
     """Prints one point of the curve: ms and the peak of resident memory above the start."""
-    import resource
-
     import keras  # noqa: F401  its memory is not the op's
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     ((_, small),) = passes(1, 128, 64, 64, only=way).items()
     small()  # the compiler's own memory
@@ -339,7 +332,8 @@ def main():
             way = (rest[0] if rest[0] != "auto" else None, rest[1])
             compile_part(way, only_first="first" in rest)
         return
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""  # not on Windows
+    print(f"{os.cpu_count()} cores{load}, Python {sys.version.split()[0]}")
     names = ("keras", "tensorflow-cpu", "jax", "numpy")
     print(", ".join(f"{name} {version(name)}" for name in names), flush=True)
     for part in args.only or parts:

@@ -78,7 +78,7 @@ def test_results_are_short():
 
 
 def test_every_table_is_shown():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import tables; print(*tables.TABLES)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import pages; print(*pages.TABLES)"
     names = set(run("-c", code, BENCHMARKS).stdout.split())
     assert names == {name for page in PAGES for name in MARKED.findall(page.read_text())}
 
@@ -96,7 +96,7 @@ def test_no_figure_is_written_by_hand(page):
 
 
 def test_every_benchmark_records():
-    helpers = {"record", "render", "tables", "tune_torch"}  # a tuner keeps no figure
+    helpers = {"memory", "record", "render", "pages", "tune_torch"}  # a tuner keeps no figure
     for path in BENCHMARKS.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         both = "record.option(" in text and "record.add(" in text
