@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import sys
+import textwrap
 
 import pages
 
@@ -160,12 +161,25 @@ def shown(name):
     return grid(table) if "columns" in table else figure(table, [])
 
 
+def wrapped(line):
+    """Prose in lines of a page; a table's line, and an empty one, as they are."""
+    return (
+        [line]
+        if not line or line.startswith("|")
+        else textwrap.wrap(line, 100 - len("<!-- end -->"))
+    )
+
+
 def rendered(page):
     """The text of a page with its figures as the data have them."""
 
     def filled(match):
         text = shown(match[2])
         if match[3].startswith("\n"):  # else: within a sentence
+            lines = text.splitlines()
+            if page.name != "RESULTS.md":  # which counts its lines
+                lines = [part for line in lines for part in wrapped(line)]
+            text = "\n".join(lines)
             text = f"\n{text}" + "\n" * text.endswith("|")
         return match[1] + text + match[4]
 
