@@ -61,10 +61,19 @@ def device():
 
 
 def commit():
-    """The checkout's, with + where files differ from it."""
-    command = ["git", "-C", RESULTS.parent, "describe", "--always", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """The checkout's, with + where its files differ, but for the rows themselves."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None  # no checkout
+    paths = [":/", ":(top,exclude)benchmarks/results"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths]).returncode
+    return head.stdout.strip() + "+" * bool(changed)
+
+
+def keras_backend():
+    keras = sys.modules.get("keras")
+    return keras.backend.backend() if keras else os.environ.get("KERAS_BACKEND", "none")
 
 
 def numbers(figures):
@@ -80,7 +89,7 @@ def add(script, case, metric, unit, ours, peer=None, backend=None):
         return
     row = {
         "date": datetime.date.today().isoformat(), "commit": commit(), "device": device(),
-        "versions": versions(), "backend": backend or os.environ["KERAS_BACKEND"], "case": case,
+        "versions": versions(), "backend": backend or keras_backend(), "case": case,
         "metric": metric, "unit": unit, "ours": ours, "peer": numbers(peer or {}),
     }  # fmt: skip
     with open(RESULTS / f"{pathlib.Path(script).stem}.jsonl", "a", encoding="utf-8") as file:

@@ -365,7 +365,7 @@ def keep(task, rate, figures):
             for other in (True, False)
         )
         case = f"{task.replace('_', ' ')}, Adam({rate:g})"
-        record.add(__file__, case, metric, unit, ours, peer, os.environ.get("KERAS_BACKEND"))
+        record.add(__file__, case, metric, unit, ours, peer)
 
 
 def saved(paths):
