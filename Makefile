@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu>=2.20
 BACKENDS ?= jax torch tensorflow
 
-.PHONY: demo test test-all test-% fuzz lint docs links release benchmark clean
+.PHONY: demo test test-all test-% fuzz lint docs links release results benchmark clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=jax $(BIN)/python examples/language_model.py
@@ -63,6 +63,10 @@ release: test-all
 	    print(keras_xlstm.__file__, keras_xlstm.layers.mLSTM(8)(x).shape)"); \
 	  rm -rf $$bare; \
 	done
+
+# Figures of benchmarks/results/ into RESULTS.md, README and docs.
+results:
+	$(PYTHON) benchmarks/render.py
 
 benchmark: $(VENV)/.benchmark
 	$(BIN)/python benchmarks/cpu.py

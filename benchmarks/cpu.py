@@ -24,6 +24,8 @@ import subprocess
 import sys
 import time
 
+import record
+
 H = 4
 SHAPES = {
     "tutorials": {
@@ -125,6 +127,7 @@ def measured(shape, names, jit_compile, sequences, unknown, steps=6, repeats=5):
 def keras_part(jit_compile, shapes, names, sequences, unknown):
     import keras
 
+    engine = keras.backend.backend() + ", jit_compile=True" * (jit_compile is True)
     kind = ", return_sequences" * sequences + ", length unknown to the model" * unknown
     print(f"## {keras.backend.backend()}, jit_compile={jit_compile}{kind}: {environment()}\n")
     print("LSTM's time in ms; the others as ratios to it: fit, predict, first step.\n")
@@ -139,6 +142,11 @@ def keras_part(jit_compile, shapes, names, sequences, unknown):
             ratios = (ms[name, what] / ms["LSTM", what] for what in kinds)
             cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
         print(f"| {label} | {' '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
+        for what in kinds:
+            ours = {name: ms[name, what] for name in others}
+            case = f"{label}: {' '.join(map(str, shape))}{kind}"
+            kept = {"LSTM": ms["LSTM", what]}
+            record.add(__file__, case, f"{what} step", "ms", ours, kept, engine)
 
 
 def official_part():
@@ -169,6 +177,7 @@ def official_part():
             ours = result.pop("ours")
             peers = ", ".join(f"{n} {ms:.1f} ms = {ms / ours:.2f}x" for n, ms in result.items())
             print(f"{title}, {kind}: ours {ours:.1f} ms; {peers}", flush=True)
+            record.add(__file__, title, kind, "ms", {"ops": ours}, result)
 
     for batch, time_steps in ((16, 256), (8, 512)):
         D = 64
@@ -214,13 +223,19 @@ def main():
     parser.add_argument("--layers", nargs="+", help="of those compared, beside LSTM")
     parser.add_argument("--sequences", action="store_true", help="with return_sequences")
     parser.add_argument("--unknown", action="store_true", help="models of any length")
+    record.option(parser)
     args = parser.parse_args()
     if args.here == "official":
         return official_part()
     if args.here:
         shapes = {}
         for name in args.shapes:
-            shapes |= SHAPES[name] if name in SHAPES else {name: tuple(map(int, name.split("x")))}
+            if name in SHAPES:
+                shapes |= SHAPES[name]
+                continue
+            shape = tuple(map(int, name.split("x")))
+            labels = (label for of in SHAPES.values() for label, s in of.items() if s == shape)
+            shapes[next(labels, name)] = shape
         names = list(layers_of(1, False))
         names = ["LSTM", *(n for n in names if n in args.layers)] if args.layers else names
         jit_compile = {"tensorflow": False, "tensorflow-jit": True}.get(args.here, "auto")

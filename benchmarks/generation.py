@@ -12,7 +12,6 @@ token by token, and are compared in what they say.
 import argparse
 import os
 import platform
-import resource
 import statistics
 import time
 
@@ -20,27 +19,22 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
+import record
+from memory import peak, resident
 
 from keras_xlstm.models import xLSTMLanguageModel
 
 COMPILED = {"auto": "auto", "true": True, "false": False}
 
 
-def peak():
-    """MiB that this process held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def resident():
-    """MiB that it holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-
-
 def timed(function):
     start = time.perf_counter()
     result = function()
     return result, time.perf_counter() - start
+
+
+def size(model):
+    return f"{len(model.blocks)} blocks of {model.get_layer('embedding').embeddings.shape[-1]}"
 
 
 def one_more_token(model, context, steps, ways):
@@ -62,6 +56,10 @@ def one_more_token(model, context, steps, ways):
             texts[way].append(token)
             times[way].append(seconds * 1e3)
     grown = peak() - before
+    case = f"{size(model)}, after {context:,} tokens"
+    medians = {way: statistics.median(ms) for way, ms in times.items()}
+    record.add(__file__, case, "one more token", "ms", medians)
+    record.add(__file__, case, "memory grown", "MiB", {way: grown for way in ways[:1]})
     for way in ways:
         same = np.array_equal(texts[way], texts[ways[0]])
         print(
@@ -89,6 +87,8 @@ def long_text(model, count, to_stream):
             f"{peak():.1f}; the first {common:,} as streamed: {same}",
             flush=True,
         )
+        case = f"{size(model)}, a text of {part:,} tokens"
+        record.add(__file__, case, "resident memory", "MiB", {"generate": resident()})
 
 
 def main():
@@ -102,6 +102,7 @@ def main():
     parser.add_argument("--jit-compile", choices=COMPILED, nargs="+", default=["auto"])
     parser.add_argument("--tokens", type=int, default=0, help="length of one long text")
     parser.add_argument("--streamed", type=int, help="of it, by stream too; all if left out")
+    record.option(parser)
     args = parser.parse_args()
     backend = keras.backend.backend()
     print(

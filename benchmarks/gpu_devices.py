@@ -17,10 +17,12 @@ import sys
 import gpu_jax
 import gpu_model
 import gpu_torch
+import record
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--devices", type=int, default=2, help="how many, beside one (default 2)")
 parser.add_argument("--tiny", action="store_true", help="a small model, for a dry run")
+record.option(parser)
 parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
 
 
@@ -42,7 +44,7 @@ def main(devices, tiny):
         gpu_torch.environment()
     print("\n| devices | tokens/s | efficiency | peak GiB | first epoch s |")
     print("|---|---|---|---|---|")
-    one = None
+    one, found = None, {}
     for count in (1, devices):
         arguments = ["--only", str(count), *["--tiny"] * tiny]
         out, _ = gpu_torch.run(__file__, *arguments, errors=None).communicate()
@@ -52,8 +54,14 @@ def main(devices, tiny):
             continue
         tokens, peak, first = lines[0]
         one = one or tokens / count
+        found[count] = tokens, peak, 100 * tokens / count / one
         cells = f"{tokens:,.0f} | {tokens / count / one:.1%} | {peak:.1f} | {first:.0f}"
         print(f"| {count} | {cells} |", flush=True)
+    case = "a small model" if tiny else f"{gpu_model.CASE} for each GPU"
+    parts = [("training", "tokens/s"), ("peak memory", "GiB"), ("efficiency", "%")]
+    for n, (metric, unit) in enumerate(parts):
+        ours = {str(count): figures[n] for count, figures in found.items()}
+        record.add(__file__, case, metric, unit, ours, backend="jax")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import types
 
 import gpu_slstm
 import gpu_torch
+import record
 from gpu_torch import SHAPES, STEPS, cell, figures, run
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -170,12 +171,17 @@ def model_speed(devices=1):
 
 
 def measure_model():
+    import gpu_model
+
     tokens, peak, first = model_speed()
     print(
         f"407M, B8 T2048, model.fit on jax: {tokens:,.0f} tokens/s, peak {peak:.1f} GiB, "
         f"first epoch of 20 steps {first:.0f} s",
         flush=True,
     )
+    figures = {"training": (tokens, "tokens/s"), "peak memory": (peak, "GiB")}
+    for metric, (figure, unit) in figures.items():
+        record.add(__file__, gpu_model.CASE, metric, unit, {"ours-compiled": figure})
 
 
 def table():
@@ -185,7 +191,7 @@ def table():
     print("| B heads T d_qk/d_v | | triton | pallas | plain XLA | native | triton on torch |")
     print("|---|---|---|---|---|---|---|")
     for n, (B, H, T, K, V) in enumerate(SHAPES):
-        rows(n, f"{B} {H} {T} {K}/{V}", results, FAMILIES[0], ("pallas", "xla", "native", "torch"))
+        rows(n, f"mLSTM {B} {H} {T} {K}/{V}", results, ("pallas", "xla", "native", "torch"))
 
 
 def slstm_table():
@@ -195,14 +201,16 @@ def slstm_table():
     print("\n| sLSTM, B T heads x units | | triton | pallas | native | triton on torch |")
     print("|---|---|---|---|---|---|")
     for n, (B, T, H, D) in enumerate(gpu_slstm.SHAPES):
-        rows(n, f"{B} {T} {H}x{D}", results, "triton", ("pallas", "native", "torch"))
+        rows(n, f"sLSTM {B} {T} {H}x{D}", results, ("pallas", "native", "torch"))
 
 
-def rows(n, shape, results, own, peers):
+def rows(n, shape, results, peers):
     for name, words in (("forward", "fw"), ("both", "fw+bw")):
-        ours = results[own].get((n, name))
+        ours = results["triton"].get((n, name))
         others = [cell(results[p].get((n, name)), ours) for p in peers]
         print(f"| {shape} | {words} | {cell(ours, None)} | {' | '.join(others)} |", flush=True)
+        peer = {p: results[p].get((n, name)) for p in peers}
+        record.add(__file__, shape, words, "ms", {"triton": ours}, peer, "jax")
 
 
 def step_table(bandwidth):
@@ -211,14 +219,17 @@ def step_table(bandwidth):
     print("|---|---|---|---|")
     for B in STEPS:
         ms = ours.get((B, "step"))
-        bytes_moved = 2 * 4 * B * 8 * 256 * 512
-        share = f"{bytes_moved / ms / 1e9 / bandwidth:.0%}" if isinstance(ms, float) else "-"
+        copy = gpu_torch.copying(B, bandwidth)
+        share = f"{copy / ms:.0%}" if isinstance(ms, float) else "-"
         print(f"| B {B} | {cell(ms, None)} | {share} | {cell(native.get((B, 'step')), ms)} |")
+        peer = {"native": native.get((B, "step")), "copy": copy}
+        record.add(__file__, f"mLSTM step, B {B}", "step", "ms", {"pallas": ms}, peer, "jax")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="mlstm,slstm,step,model", help="parts, with commas")
+    record.option(parser)
     parser.add_argument("--family", help=argparse.SUPPRESS)
     parser.add_argument("--shapes", help=argparse.SUPPRESS)
     parser.add_argument("--steps", help=argparse.SUPPRESS)

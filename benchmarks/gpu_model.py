@@ -1,13 +1,14 @@
 """Training xLSTM-Large (24 blocks, 1024 wide, 407M parameters) on one NVIDIA GPU, in bfloat16:
 `model.fit` on PyTorch beside the official model under torch.compile.
 
-    python benchmarks/gpu_model.py [ours-compiled ours official-compiled ...]
+    python benchmarks/gpu_model.py [ours-compiled ours official-compiled ...] [--record]
 
 8 sequences of 2048 tokens a step, AdamW. The official model (`xlstm`, `mlstm_kernels`) trains in
 PyTorch's own loop, under autocast, with a fused AdamW. Each family runs in a process of its own;
 the time is that of whole epochs of 20 steps, the best of three, after one that compiles.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -16,10 +17,13 @@ import time
 os.environ["KERAS_BACKEND"] = "torch"
 
 import numpy as np
+import record
 from gpu_torch import environment, run
 
 B, T, VOCABULARY, STEPS = 8, 2048, 50304, 20
 UNITS, BLOCKS = 1024, 24
+CASE = "407M parameters, B 8, T 2048"
+METRICS = {"tokens": "training", "peak": "peak memory", "first": "first epoch"}
 FAMILIES = ("ours-compiled", "ours", "official-compiled", "official")
 
 
@@ -116,20 +120,32 @@ def measure(family):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--family"]:
-        measure(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help=f"of {FAMILIES}; all if left out")
+    parser.add_argument("--family", help=argparse.SUPPRESS)
+    record.option(parser)
+    arguments = parser.parse_args()
+    if arguments.family:
+        measure(arguments.family)
         sys.exit()
     environment()
     print("\n| | tokens/s | ours is faster | peak GiB | first epoch s | parameters |")
     print("|---|---|---|---|---|---|")
-    best = None
-    for family in sys.argv[1:] or FAMILIES:
+    best, found = None, {}
+    for family in arguments.families or FAMILIES:
         out, _ = run(__file__, "--family", family, errors=None).communicate()
         lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         if not lines:
             print(f"| {family} | died | | | | |", flush=True)
             continue
-        r = lines[0]
+        r = found[family] = lines[0]
         best = best or r["tokens"]
         cells = f"{r['tokens']:,.0f} | {best / r['tokens']:.2f}x | {r['peak']:.1f}"
         print(f"| {family} | {cells} | {r['first']:.0f} | {r['parameters']:,} |", flush=True)
+    units = {"tokens": "tokens/s", "peak": "GiB", "first": "s"}
+    for key, unit in units.items():
+        own, peer = (
+            {f: r[key] for f, r in found.items() if f.startswith(kind)}
+            for kind in ("ours", "official")
+        )
+        record.add(__file__, CASE, METRICS[key], unit, own, peer)

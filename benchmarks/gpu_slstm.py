@@ -1,6 +1,6 @@
 """The sLSTM's Triton kernels on one NVIDIA GPU beside their peers, in bfloat16.
 
-    python benchmarks/gpu_slstm.py
+    python benchmarks/gpu_slstm.py [--record]
 
 Peers: `flashrnn` (pip install flashrnn; its Triton kernel where that runs, elsewhere its CUDA one,
 which calls cuBLAS at every step), and cuDNN's LSTM of the same width, `torch.nn.LSTM`, which has
@@ -8,12 +8,14 @@ its input product in its time. Each family runs in a process of its own. Times a
 triton.testing.do_bench.
 """
 
+import argparse
 import json
 import os
 import sys
 
 os.environ["KERAS_BACKEND"] = "torch"
 
+import record
 from gpu_torch import bench, cell, environment, figures, run
 
 # B, T, heads, units of a head.
@@ -83,8 +85,12 @@ def measure(family, shapes, warm):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        family, shapes, *warm = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    record.option(parser)
+    parser.add_argument("family", nargs="*", help=argparse.SUPPRESS)  # one, its shapes, "warm"
+    one = parser.parse_args().family
+    if one:
+        family, shapes, *warm = one
         measure(family, [int(n) for n in shapes.split(",")], bool(warm))
         sys.exit()
     # First everything is compiled, side by side; flashrnn's CUDA takes a minute a head size.
@@ -104,3 +110,5 @@ if __name__ == "__main__":
             step = f"{ours:.3f} ({ours / T * 1e3:.2f} us)" if isinstance(ours, float) else ours
             peers = [cell(results[p].get((n, name)), ours) for p in FAMILIES[1:]]
             print("| " + " | ".join([f"{B} {T} {H}x{D}", words, str(step), *peers]) + " |")
+            peer = {p: results[p].get((n, name)) for p in FAMILIES[1:]}
+            record.add(__file__, f"sLSTM {B} {T} {H}x{D}", words, "ms", {"triton": ours}, peer)

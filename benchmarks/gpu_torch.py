@@ -1,5 +1,5 @@
 """The mLSTM's Triton kernels on one NVIDIA GPU beside their peers, in bfloat16; and, with
-gpu_slstm.py and gpu_model.py, all of PyTorch's figures in RESULTS.md.
+gpu_slstm.py and gpu_model.py, all of PyTorch's figures.
 
     python benchmarks/gpu_torch.py [--only errors,mlstm,step,slstm,model] [--peers limit_chunk]
 
@@ -16,6 +16,8 @@ import json
 import os
 import subprocess
 import sys
+
+import record
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -169,6 +171,7 @@ def measure_errors():
             implementation = "native" if name == "exact" else name
             h = mlstm(*leaves, eps=0.0, implementation=implementation)
             results[name] = [h, *torch.autograd.grad(h, leaves, gradient.to(h.dtype))]
+        found = {}
         for name in ("triton", "native"):
             errors = [
                 ((a.double() - b).norm() / b.norm()).item()
@@ -178,6 +181,11 @@ def measure_errors():
                 f"{n} {e:.1e}" for n, e in zip("h dq dk dv di df".split(), errors, strict=True)
             )
             print(f"{H} heads of {K}/{V} {name}: {said}", flush=True)
+            found[name] = errors
+        for n, result in enumerate("h dq dk dv di df".split()):
+            figures = {name: errors[n] for name, errors in found.items()}
+            case = f"{H} heads of {K}/{V}, 1,024 steps"
+            record.add(__file__, case, f"error of {result}", "relative RMS", figures)
 
 
 def environment():
@@ -249,6 +257,15 @@ def table(bandwidth, families):
             share = f"{floor:.2f}" + (f" ({floor / ours:.0%})" if isinstance(ours, float) else "")
             row = [f"{B} {H} {T} {K}/{V}", words, cell(ours, None), share, *peers]
             print("| " + " | ".join(row) + " |", flush=True)
+            peer = {p: results[p].get((n, name)) for p in families[1:]} | {"floor": floor}
+            metric, *way = words.split(", ")
+            case = ", ".join([f"mLSTM {B} {H} {T} {K}/{V}", *way])
+            record.add(__file__, case, metric, "ms", {"triton": ours}, peer)
+
+
+def copying(B, bandwidth):
+    """ms to read and write the step's state once."""
+    return 2 * 4 * B * 8 * 256 * 512 / 1e9 / bandwidth
 
 
 def step_table(bandwidth):
@@ -259,9 +276,11 @@ def step_table(bandwidth):
         ms = ours.get((B, "step"))
         share = "-"
         if isinstance(ms, float):
-            share = f"{2 * 4 * B * 8 * 256 * 512 / ms / 1e9 / bandwidth:.0%}"
+            share = f"{copying(B, bandwidth) / ms:.0%}"
         row = cell(ms, None), share, cell(theirs.get((B, "step")), ms)
         print(f"| B {B} | {' | '.join(row)} |", flush=True)
+        peer = {"mlstm_kernels": theirs.get((B, "step")), "copy": copying(B, bandwidth)}
+        record.add(__file__, f"mLSTM step, B {B}", "step", "ms", {"triton": ms}, peer)
 
 
 if __name__ == "__main__":
@@ -270,6 +289,7 @@ if __name__ == "__main__":
         "--only", default="errors,mlstm,step,slstm,model", help="parts, with commas"
     )
     parser.add_argument("--peers", default=",".join(FAMILIES[1:]), help="of the mLSTM, with commas")
+    record.option(parser)
     parser.add_argument("--family", help=argparse.SUPPRESS)
     parser.add_argument("--shapes", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """What PyTorch's host takes for a call of the Triton kernels, one by one: with launches that do
 nothing, on CPU tensors, so without a GPU.
 
-    python benchmarks/host_time.py
+    python benchmarks/host_time.py [--record]
 
 "new memory": every call has addresses that no call had before, which a CPU's allocator gives and
 which are written anew (backends/torch/launch.py); "the same memory": as where PyTorch's allocator
@@ -10,6 +10,7 @@ Layers are built with `use_kernel=True`, and called outside any compiler. Median
 turn; allocations are a CPU's.
 """
 
+import argparse
 import ctypes
 import os
 import statistics
@@ -18,6 +19,7 @@ import types
 
 os.environ["KERAS_BACKEND"] = "torch"
 
+import record
 import torch
 from keras_xlstm.backends.kernels.plan import Matrix, buffer_of
 from keras_xlstm.backends.torch import device, driver, launch
@@ -170,6 +172,9 @@ def remember_by(kind):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    record.option(parser)
+    parser.parse_args()
     torch.set_num_threads(1)
     without_a_gpu()
     functions = passes()
@@ -184,5 +189,6 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, us a call\n")
     print(f"| | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
     for name in functions:
-        cells = "".join(f" {statistics.median(times[name, way]):.0f} |" for way in ways)
-        print(f"| {name} |{cells}")
+        us = {way: statistics.median(times[name, way]) for way in ways}
+        print(f"| {name} |" + "".join(f" {median:.0f} |" for median in us.values()))
+        record.add(__file__, name, "host time of a call", "us", us)

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 
+import record
+
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = """
 import time
@@ -40,6 +42,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=["jax", "torch", "tensorflow"])
     parser.add_argument("--repeat", type=int, default=9)
+    record.option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for backend in arguments.backends:
@@ -55,10 +58,15 @@ def main():
                 f"| {backend} | {min(keras):.2f} s "
                 f"| {min(ours):.3f} s, {statistics.median(ours):.3f} s |"
             )
+            figures = {"least": min(ours), "median": statistics.median(ours)}
+            peer = {"import keras": min(keras)}
+            record.add(__file__, "import keras_xlstm", "added", "s", figures, peer, backend)
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, str(ROOT)]
         subprocess.run(command, check=True, capture_output=True)
         for file in sorted(pathlib.Path(folder).glob("keras_xlstm-*")):
             print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
+            size = {"file": file.stat().st_size / 1000}
+            record.add(__file__, file.suffix.lstrip("."), "size", "kB", size, backend="none")
 
 
 if __name__ == "__main__":

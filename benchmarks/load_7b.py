@@ -13,10 +13,11 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import time
 
+import memory
 import numpy as np
+import record
 
 UNITS, BLOCKS, HEADS, VOCABULARY, HIDDEN = 4096, 32, 8, 50304, 10944
 PARAMETERS = 6_865_424_896
@@ -91,7 +92,7 @@ def write(folder, blocks):
 
 def peak():
     """GB that this process held at most, files mapped into memory included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return memory.peak() * 2**20 / 1e9
 
 
 def chosen(model, blocks):
@@ -144,6 +145,9 @@ def load(folder, blocks, dtype, tokens):
         f"files {size:.2f} GB, read in {seconds:.0f} s; the process held {most:.2f} GB at most, "
         f"{most / size:.2f} of them, and {before:.2f} before"
     )
+    case = f"xLSTM-7B, {blocks} blocks, {dtype}"
+    record.add(__file__, case, "time to load", "s", {"from_pretrained": seconds})
+    record.add(__file__, case, "memory held", "GB", {"from_pretrained": most}, {"files": size})
     known = shapes(blocks)
     count = sum(int(np.prod(shape)) for shape in known.values())
     published = count == PARAMETERS if blocks == BLOCKS else "not asked"
@@ -171,6 +175,7 @@ def main():
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="fewer, to try this script")
     parser.add_argument("--dtype", default="bfloat16", help="policy of the layers")
     parser.add_argument("--tokens", type=int, default=8, help="to run at the end; 0 for none")
+    record.option(parser)
     args = parser.parse_args()
     if args.command == "write":
         write(args.folder, args.blocks)

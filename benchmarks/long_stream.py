@@ -11,13 +11,14 @@ a chunk, milliseconds, resident memory.
 import argparse
 import os
 import platform
-import resource
 import sys
 import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 import numpy as np
+import record
+from memory import resident
 
 from keras_xlstm import ops
 
@@ -96,13 +97,6 @@ def zeros(op, dtype):
     return [np.zeros(s, dtype) for s in shapes]
 
 
-def resident():
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # the most so far
-
-
 def relative(h, want):
     h = keras.ops.convert_to_numpy(h)[0, -1]
     return np.sqrt(np.mean((h - want) ** 2) / np.mean(want**2))
@@ -163,6 +157,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--plot", help="a file for the picture")
+    record.option(parser)
     arguments = parser.parse_args()
     if arguments.tokens < CHUNK:
         parser.error(f"--tokens is {CHUNK:,} or more")
@@ -178,7 +173,17 @@ if __name__ == "__main__":
         errors = [f"{table[-1, n]:.1e}, {table[:, n].max():.1e}" for n in (1, 2)]
         times = [np.median(part, 0)[3:5] for part in (table[:tenth], table[-tenth:])]
         ms, us = (f"{first:.1f}, {last:.1f}" for first, last in zip(*times, strict=True))
-        memory = f"{rows[min(1, len(rows) - 1)][5]:.0f} to {rows[-1][5]:.0f}"
+        begin = rows[min(1, len(rows) - 1)][5]
+        memory = f"{begin:.0f} to {rows[-1][5]:.0f}"
         print(f"| {op} | {rows[-1][0]:,} | {' | '.join(errors)} | {ms} | {us} | {memory} |")
+        case = f"{op}, {rows[-1][0]:,} tokens"
+        for n, metric in ((1, "error in chunks"), (2, "error one by one")):
+            figures = {"last": table[-1, n], "worst": table[:, n].max()}
+            record.add(__file__, case, metric, "relative RMS", figures)
+        for n, metric, unit in ((0, "a chunk of 10,000", "ms"), (1, "a step", "us")):
+            figures = {"first tenth": times[0][n], "last tenth": times[1][n]}
+            record.add(__file__, case, metric, unit, figures)
+        figures = {"begin": begin, "end": rows[-1][5]}
+        record.add(__file__, case, "resident memory", "MiB", figures)
     if arguments.plot:
         plot(found, arguments.plot)

@@ -19,6 +19,7 @@ import sys
 import time
 
 import numpy as np
+import record
 
 RATES = (1e-3, 1e-2)
 GRAMMAR = np.random.default_rng(7)  # what training and validation share
@@ -336,18 +337,35 @@ def table(runs, tasks, rate):
     for task in tasks:
         target = end(losses[task, "LSTM", rate])
         theirs = epochs_to(losses[task, "LSTM", rate], target)
-        cells = []
+        cells, figures = [], {}
         for name in names:
             own = losses[task, name, rate]
             epochs = epochs_to(own, target)
+            figures[name] = end(own), epochs
             there[name] += task not in MORE and epochs is not None
             no_later[name] += task not in MORE and epochs is not None and epochs <= theirs
             cells.append(f"{end(own):.2g} ({epochs})" if epochs else f"**{end(own):.2g}**")
         lines.append(f"| {task.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        keep(task, rate, figures)
     counted = len([task for task in tasks if task not in MORE])
     for words, held in (("gets there", there), ("no later than LSTM", no_later)):
         lines.append(f"| {words}, of {counted} | " + " | ".join(map(str, held.values())) + " |")
     return lines
+
+
+def keep(task, rate, figures):
+    """What a row of the table says, for `--record`; 0 epochs: not reached."""
+    for n, (metric, unit) in enumerate((("loss at the end", ""), ("LSTM's loss", "epochs"))):
+        peer, ours = (
+            {
+                name: cell[n] or 0
+                for name, cell in figures.items()
+                if (name in ("LSTM", "GRU")) == other
+            }
+            for other in (True, False)
+        )
+        case = f"{task.replace('_', ' ')}, Adam({rate:g})"
+        record.add(__file__, case, metric, unit, ours, peer)
 
 
 def saved(paths):
@@ -377,6 +395,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", help="a file for the losses of every run, a line of JSON each")
+    record.option(parser)
     parser.add_argument("--read", nargs="*", default=[], help="such files, for the table alone")
     args = parser.parse_args()
     tasks = args.only.split(",") if args.only else QUICK if args.quick else list(TASKS)

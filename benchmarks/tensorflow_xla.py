@@ -25,7 +25,9 @@ import tempfile
 import time
 from importlib.metadata import version
 
+import record
 from cpu import medians
+from memory import peak
 
 B, U, H = 16, 256, 4
 SHAPES = [(8, 512, 64, 64), (8, 2048, 64, 128), (1, 8192, 64, 64)]  # batch, T, key, value
@@ -77,10 +79,17 @@ def passes(*shape, only=None):
     return {name: lambda f=f: f()[-1].numpy() for name, f in ways.items() if only in (None, name)}
 
 
+def case_of(shape):
+    batch, T, K, V = shape
+    return f"mLSTM {batch} {H} {T} {K}/{V}"
+
+
 def ops_part():
     for shape in SHAPES:
-        for name, ms in medians(passes(*shape), 5, of=min).items():
+        result = medians(passes(*shape), 5, of=min)
+        for name, ms in result.items():
             print(f"mLSTM B T d_qk d_v {shape}, {H} heads, {name:14} {ms:8.1f} ms", flush=True)
+        record.add(__file__, case_of(shape), "both passes", "ms", result)
 
 
 def turn():
@@ -113,6 +122,8 @@ def turns_part(rounds=6):
             f"({jax[1]:.1f}), ratio {ours[0] / jax[0]:.2f} ({ours[1] / jax[1]:.2f})",
             flush=True,
         )
+        own, peer = {"all compiled": ours[0]}, {"jax": jax[0]}
+        record.add(__file__, case_of(shape), "in turn", "ms", own, peer, "tensorflow")
 
 
 def fit_part():
@@ -140,6 +151,10 @@ def fit_part():
             ratio = ms / result["keras LSTM"]
             step = f"{ms / steps:7.1f} ms a fit step, {ratio:5.2f} of keras LSTM"
             print(f"jit_compile={jit_compile!s:5} {name:12} {step}", flush=True)
+        own = {name: ms / steps for name, ms in result.items()}
+        peer = {"LSTM": own.pop("keras LSTM")}
+        case = f"{B} {T} {U} {U}, jit_compile={jit_compile}"
+        record.add(__file__, case, "fit step", "ms", own, peer)
 
 
 def language_model(how, units=128, num_blocks=12, pattern="7:1"):
@@ -161,8 +176,6 @@ def language_model(how, units=128, num_blocks=12, pattern="7:1"):
 
 def compile_part(way, only_first):
     """A step's first call minus its second, in wall and in processor seconds."""
-    import resource
-
     import keras
     import numpy as np
 
@@ -184,9 +197,13 @@ def compile_part(way, only_first):
         print(
             f"{keras.backend.backend()}, 12 blocks, {implementation or 'auto'}, "
             f"{how}, {what}: {wall:.1f} s ({processor:.1f} s of processor time), peak "
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB",
+            f"{peak():.0f} MiB",
             flush=True,
         )
+        if not only_first:
+            case = f"12 blocks of 128, {what}"
+            record.add(__file__, case, "compiling", "s of processor time", {how: processor})
+            record.add(__file__, case, "peak memory", "MiB", {how: peak()})
         if only_first:
             break
 
@@ -213,6 +230,9 @@ def steps_part():
                     f"{ratios[1]:.2f} ({ratios[0]:.2f}) of whole",
                     flush=True,
                 )
+            own = {how: median for how, (_, median) in result.items()}
+            case = f"{'2 blocks of 256' if sizes else '12 blocks of 128'}, {batch} {T}"
+            record.add(__file__, case, f"{what} step", "ms", own)
 
 
 def cache_part():
@@ -229,12 +249,7 @@ def cache_part():
 
 def length_point(T, way):
     """Prints one point of the curve: ms and the peak of resident memory above the start."""
-    import resource
-
     import keras  # noqa: F401  its memory is not the op's
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     ((_, small),) = passes(1, 128, 64, 64, only=way).items()
     small()  # the compiler's own memory
@@ -255,6 +270,10 @@ def lengths_part(plot):
         for T in LENGTHS:
             point = json.loads(child("point", backend, str(T), way))
             points.append(point)
+            case = f"mLSTM 1 {H} {T} 64/64"
+            for metric in ("ms", "MiB"):
+                figures = {way: point[metric]}
+                record.add(__file__, case, f"length, {metric}", metric, figures, None, backend)
             per_step = point["ms"] * 1e3 / T
             print(
                 f"mLSTM B 1, {H} heads 64/64, T {T:6}, {way}: {point['ms']:8.1f} ms "
@@ -300,6 +319,7 @@ def main():
     parts = ("ops", "turns", "fit", "compile", "steps", "cache", "lengths")
     parser.add_argument("--only", choices=parts, action="append", help="may be given again")
     parser.add_argument("--plot", help="where to draw the part `lengths`, a .png")
+    record.option(parser)
     parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
@@ -312,7 +332,8 @@ def main():
             way = (rest[0] if rest[0] != "auto" else None, rest[1])
             compile_part(way, only_first="first" in rest)
         return
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""  # not on Windows
+    print(f"{os.cpu_count()} cores{load}, Python {sys.version.split()[0]}")
     names = ("keras", "tensorflow-cpu", "jax", "numpy")
     print(", ".join(f"{name} {version(name)}" for name in names), flush=True)
     for part in args.only or parts:

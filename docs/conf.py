@@ -21,7 +21,7 @@ version = release = keras_xlstm.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "notebook"]  # a record for those who change the code
 
 html_theme = "furo"
 html_title = f"keras-xlstm {version}"

@@ -11,6 +11,7 @@ import numpy as np
 from keras_xlstm.layers import mLSTM, sLSTM
 
 EPOCHS, BATCHES = 4, 3
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # either ends a process at once on Windows
 
 
 class Kill(keras.callbacks.Callback):
@@ -21,7 +22,7 @@ class Kill(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.left -= 1
         if self.left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), KILL)
 
 
 def fit(folder=None, kill=None):

@@ -15,7 +15,7 @@ LIMITS = {
     "core": 6645,
     "tools": 1764,
     "wing": 9925,
-    "tests": 12_050,
+    "tests": 12_180,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,
@@ -82,7 +82,7 @@ def tree(path):
 
 
 def is_kernel_file(path):
-    return str(path.relative_to(ROOT)).startswith(KERNELS)
+    return path.relative_to(ROOT).as_posix().startswith(KERNELS)
 
 
 @functools.cache

@@ -57,8 +57,10 @@ def test_wheel_holds_the_package_and_nothing_else(installed):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"keras_xlstm"}
-    on_disk = {str(p.relative_to(ROOT)) for p in (ROOT / "keras_xlstm").rglob("*.py")}
-    on_disk |= {f"keras_xlstm/{p.relative_to(ROOT)}" for p in (ROOT / "backends").rglob("*.py")}
+    on_disk = {p.relative_to(ROOT).as_posix() for p in (ROOT / "keras_xlstm").rglob("*.py")}
+    on_disk |= {
+        f"keras_xlstm/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "backends").rglob("*.py")
+    }
     inside = {name for name in names if name.startswith("keras_xlstm/")}
     assert inside == on_disk | {"keras_xlstm/py.typed"}
     metadata = next(installed.glob("site/*.dist-info/METADATA")).read_text()
@@ -95,7 +97,8 @@ def bare(installed, tmp_path_factory):
                 (site / top).symlink_to(found.locate_file(top))
     for part in (installed / "site").iterdir():
         (site / part.name).symlink_to(part)
-    return folder / "bin" / "python", site
+    scripts = sysconfig.get_path("scripts", "venv", {"base": str(folder)})
+    return pathlib.Path(scripts, "python.exe" if os.name == "nt" else "python"), site
 
 
 def test_wheel_runs_and_imports_the_active_framework_alone(bare, tmp_path):
@@ -134,6 +137,19 @@ def test_citation_has_the_version():
 
 
 @once
+def test_changelog_has_the_version():
+    """The newest version of the changelog is this one; kinds of changes are in one order."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest, *_ = re.findall(r"^## (\d\S*) \((\d{4}-\d\d-\d\d)\)$", text, re.MULTILINE)
+    released = re.search(r"^date-released: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M).group(
+        1
+    )
+    assert newest == (keras_xlstm.__version__, released)
+    kinds = re.findall(r"^### (.*)$", text.partition(f"## {newest[0]}")[2], re.MULTILINE)
+    assert kinds[:3] == ["Fixed", "Added", "Changed"]
+
+
+@once
 def test_a_bare_checkout_imports(tmp_path):
     code = "import keras_xlstm; print(keras_xlstm.backends.available()['slstm']['native'])"
     assert run(code, tmp_path, PYTHONPATH=str(ROOT)) == "True"
@@ -161,7 +177,7 @@ BY_NAME = {"backends/framework.py"}
 
 def test_who_imports_whom():
     files = [p for top in ("keras_xlstm", "backends") for p in (ROOT / top).rglob("*.py")]
-    worked_out = {str(p.relative_to(ROOT)) for p in files if "" in imports(p)}
+    worked_out = {p.relative_to(ROOT).as_posix() for p in files if "" in imports(p)}
     assert worked_out == BY_NAME
     for path in files:
         of_backends, *folders = path.relative_to(ROOT).parts[:-1]

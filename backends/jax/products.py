@@ -11,7 +11,7 @@ def fusion_barrier(x):
     """x, computed by a kernel of its own on a GPU.
 
     XLA makes one Triton kernel of a row's sums and all that is done to the row; for the rows of a
-    norm per head it was ten times slower than the sums by themselves (benchmarks/RESULTS.md).
+    norm per head it was ten times slower than the sums by themselves (docs/notebook).
     """
     return x if device.platform() == "cpu" else jax.lax.optimization_barrier(x)
 
