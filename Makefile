@@ -65,8 +65,9 @@ release: test-all
 	done
 
 # Figures of benchmarks/results/ into RESULTS.md, README and docs.
-results:
-	$(PYTHON) benchmarks/render.py
+results: $(VENV)/.test
+	$(BIN)/python benchmarks/render.py
+	$(BIN)/python benchmarks/plot.py
 
 benchmark: $(VENV)/.benchmark
 	$(BIN)/python benchmarks/cpu.py

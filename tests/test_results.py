@@ -55,6 +55,13 @@ def test_pages_show_the_data():
     assert result.returncode == 0, f"run `make results`: {result.stdout}{result.stderr}"
 
 
+def test_the_picture_shows_the_data():
+    drawn = run("-c", "import plot; print(plot.digest(plot.data()))", PYTHONPATH=str(BENCHMARKS))
+    picture = (ROOT / "docs/_static/cpu.svg").read_text(encoding="utf-8")
+    assert drawn.stdout.strip() in picture, f"run `make results`: {drawn.stderr}"
+    assert len(picture) < 60_000
+
+
 def test_a_page_that_differs_is_found(tmp_path):
     for page in PAGES:
         (tmp_path / page.relative_to(ROOT)).parent.mkdir(exist_ok=True, parents=True)
