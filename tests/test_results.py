@@ -75,7 +75,7 @@ def test_a_page_that_differs_is_found(tmp_path):
     path.write_text("\n".join([first, *others, json.dumps(row)]) + "\n")
     result = run(tmp_path / "benchmarks/render.py", "--check")
     assert result.returncode == 1
-    assert "differs: README.md" in result.stdout
+    assert "differs: docs/kernels.md" in result.stdout
     assert run(tmp_path / "benchmarks/render.py").returncode == 0
     assert "**0.6x**" in (tmp_path / "benchmarks/RESULTS.md").read_text()
 
@@ -103,7 +103,7 @@ def test_no_figure_is_written_by_hand(page):
 
 
 def test_every_benchmark_records():
-    helpers = {"memory", "record", "render", "pages", "tune_torch"}  # a tuner keeps no figure
+    helpers = {"memory", "record", "render", "pages", "plot", "tune_torch"}  # a tuner keeps no figure
     for path in BENCHMARKS.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         both = "record.option(" in text and "record.add(" in text
