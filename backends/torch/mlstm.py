@@ -21,7 +21,9 @@ def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these tensors (None: here at all), or None."""
     if q is None:
         return device.missing()
-    return device.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
+    return device.unsupported(q) or tiles.unsupported(
+        q.shape[-1], v.shape[-1], chunk_size, name(q.dtype), device.shared_memory(q.device)
+    )
 
 
 def not_preferred(q=None, v=None, chunk_size=None):
