@@ -13,6 +13,7 @@ if __name__ != "keras_xlstm.backends":
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -146,7 +147,7 @@ def _choose(op, implementation, **call):
             return implementation
         implementation, remedy = next(reversed(_implementations)), 'Use use_kernel="auto" or False.'
     else:
-        implementation = _known(implementation, "implementation") or _asked()
+        implementation = _known(implementation, "implementation")
         if implementation is None:
             implementation, reason = _pick(op, False, **call)
             if reason is not None:
@@ -185,14 +186,30 @@ def mlstm(
         h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
     active.check_export(q)
-    chosen = _choose("mlstm", implementation, q=q, v=v, chunk_size=chunk_size)
-    if chosen in _ANY_DTYPE:
-        return _implementations[chosen]["mlstm"].mlstm(
-            q, k, v, i, f, state, segment_ids, input_gate=input_gate, eps=eps,
-            chunk_size=chunk_size, states=states,
-        )  # fmt: skip
+    asked = implementation or _asked()
+    chosen = _choose("mlstm", asked, q=q, v=v, chunk_size=chunk_size)
+    tensors = (q, k, v, i, f, state, segment_ids)
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
-    run = _implementations["xla"]["mlstm"].mlstm if chosen == "xla" else reference.mlstm
+    if chosen in _ANY_DTYPE:
+        second = _second(asked, _working_mlstm, reference.mlstm, **options)
+        run = _implementations[chosen]["mlstm"].mlstm
+        return run(*tensors, states=states, **options, **second)
+    run = reference.mlstm if chosen == "native" else _xla("mlstm", asked)
+    return _working_mlstm(run, *tensors, **options)
+
+
+def _second(asked, *native, **options):
+    """What a kernel takes for second derivatives; None, an error, if it was asked for by name."""
+    if not active.kernels_take_native:
+        return {}
+    return {"native": None if asked else functools.partial(*native, **options)}
+
+
+def _xla(op, asked):
+    return functools.partial(getattr(_implementations["xla"][op], op), twice=asked is None)
+
+
+def _working_mlstm(run, q, k, v, i, f, state, segment_ids, **options):
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))
@@ -205,7 +222,8 @@ def reads_once(k, v, implementation):
     is where no kernel would run."""
     if size(k.shape[1]) == 1 or implementation in ("xla", "kernel"):  # asked for by name
         return False
-    return _choose("mlstm", implementation, q=k, v=v, chunk_size=None) in ("native", "xla")
+    asked = implementation or _asked()
+    return _choose("mlstm", asked, q=k, v=v, chunk_size=None) in ("native", "xla")
 
 
 def mlstm_last(q, k, v, i, f, state, *options):
@@ -231,7 +249,7 @@ def multiplies_inside(x, units, implementation):
 def _native_slstm(*tensors, **options):
     found = None
     if active.native_slstm is not None:
-        found = active.native_slstm(*tensors, **options)
+        found = active.native_slstm(reference.slstm_forward, *tensors, **options)
     return reference.slstm(*tensors, **options) if found is None else found
 
 
@@ -253,12 +271,19 @@ def slstm(
     options = {
         "forget_gate": forget_gate, "recurrent_gradient_clip": recurrent_gradient_clip,
     }  # fmt: skip
-    chosen = _choose("slstm", implementation, x=x)
+    asked = implementation or _asked()
+    chosen = _choose("slstm", asked, x=x)
+    tensors = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
     if chosen in _ANY_DTYPE:
-        return _implementations[chosen]["slstm"].slstm(
-            x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, **options
-        )
-    run = _native_slstm if chosen == "native" else _implementations[chosen]["slstm"].slstm
+        second = _second(asked, _working_slstm, _native_slstm, **options)
+        return _implementations[chosen]["slstm"].slstm(*tensors, **options, **second)
+    run = _native_slstm if chosen == "native" else _xla("slstm", asked)
+    return _working_slstm(run, *tensors, kernel, **options)
+
+
+def _working_slstm(
+    run, x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, kernel=None, **options
+):
     dtype = x.dtype
     x, recurrent_kernel, bias, recurrent_scale = _working(
         x, x, recurrent_kernel, bias, recurrent_scale

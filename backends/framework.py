@@ -43,6 +43,7 @@ class Contract:
     implementations: dict  # {implementation: {op: module here}}; the first that fits is picked
     joined_heads: int  # up to how many units the sLSTM's heads are multiplied as one kernel
     fuses_row_sums: bool  # sum(x * y) is one pass over x, so a product with a vector y is slower
+    kernels_take_native: bool  # the native form, which they differentiate for second derivatives
     split_gate_and_up: bool  # two products with halves of a kernel are faster than a cut result
 
     # Loops and gradients. `step(carry, x) -> (carry, y)` over the first axis of all tensors `xs`.
@@ -56,8 +57,9 @@ class Contract:
     # `tensors` may hold None.
     def differentiable(forward, backward, tensors, **options): ...
     # `reference.slstm` by a faster loop; it returns None where the reference itself must run.
+    # `plain`: `reference.slstm_forward`, where a gradient is to be differentiated again.
     def native_slstm(
-        x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
+        plain, x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
         recurrent_gradient_clip,
     ): ...  # fmt: skip
 

@@ -1,10 +1,12 @@
-"""What files of other backends, and of older versions, need.
+"""What files of other backends, and other versions of this package and of Keras, need.
 
 A model that was compiled and saved under torch loads on JAX and TensorFlow: there Keras saves its
 optimizers as classes of `keras.src.backend.torch`. Elsewhere, loading that file imports torch,
 which fails in `fit` on JAX and can abort the process on TensorFlow. Keras looks names up among its
 custom objects first; these entries send them to the classes that the names mean on any backend.
 """
+
+import functools
 
 import keras
 
@@ -25,6 +27,19 @@ def register():
     if keras.backend.backend() != "torch":
         for name in _WITH_TORCH_FORM:
             keras.saving.get_custom_objects().setdefault(name, getattr(keras.optimizers, name))
+
+
+class _NoCell:
+    state_size = 1
+
+    def call(self): ...
+
+
+@functools.cache
+def hands_masks_on():
+    """Whether this Keras's recurrent layers give their outputs the mask of their inputs: up to 3.15
+    they do, from 3.16 on they do not."""
+    return keras.layers.RNN(_NoCell(), name="asked_for_masks").supports_masking
 
 
 def forget_bias(initializer, kwargs, default):

@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 class Compiler:
     """Compiles the kernels of plans, and keeps what they need."""
 
-    def __init__(self, target):
-        self.target, self.seen = target, {}
+    def __init__(self, target, pipelined):
+        self.target, self.pipelined, self.seen = target, pipelined, {}
         self.launches = []  # (name, step, what Triton compiled), in order
 
     def compile(self, step):
@@ -37,6 +37,11 @@ class Compiler:
         role = constants.get("ROLE", "reverse" if constants.get("REVERSE") else "")
         given, options = source(kernel, step.arguments, constants)
         compiled = triton.compile(given, target=self.target, options=options)
+        if not self.pipelined:
+            in_loops = compiled.metadata.num_stages if "scf.for" in compiled.asm["ttgir"] else 1
+            assert in_loops == constants.get("ST", 1) == 1, (kernel, role)
+            fetched = re.findall(r"\w*async_\w+", compiled.asm["ttgir"])
+            assert not [name for name in fetched if "async_copy" in name or "tma" in name], fetched
         # Sums in the order in which programs happen to arrive would differ from run to run.
         assert "atomic" not in compiled.asm["ttgir"], kernel
         if not kernel.is_gluon():  # which waits itself
@@ -101,7 +106,10 @@ def resources(compiled):
 
 
 # Bytes of shared memory that a program may have.
-MEMORY = {"80": 166_912, "86": 101_376, "90": 232_448, "100": 232_448, "gfx942": 65_536}
+MEMORY = {
+    "80": 166_912, "86": 101_376, "89": 101_376, "90": 232_448, "100": 232_448, "120": 101_376,
+    "gfx942": 65_536,
+}  # fmt: skip
 
 
 def plans_of_mlstm(device, K, V, dtype):
@@ -131,12 +139,14 @@ def plans_of_slstm(device, D, dtype):
 def compile_all(arch, sizes, dtype):
     """A `Compiler` that has compiled the kernels of this call."""
     amd = arch.startswith("gfx")
-    compiler = Compiler(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32))
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
     of = Device(
         MEMORY[arch], 10**9, {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee"),
         device.triton_version(), hopper=arch == "90", cooperative=True,
         all_shared_memory=MEMORY[arch], clusters=0 if amd else 8 if arch == "90" else 1,
+        pipelined=amd or int(arch) < 100,
     )  # fmt: skip
+    compiler = Compiler(target, of.pipelined)
     plans = plans_of_mlstm if "/" in sizes else plans_of_slstm
     sizes = map(int, sizes.split("/"))
     for plan in plans(of, *sizes, dtype):

@@ -114,9 +114,10 @@ def video_features(LSTM):
 
 def sentiment(LSTM, **embedding):
     inputs = keras.Input(shape=(None,), dtype="int32")
-    x = keras.layers.Embedding(50, 16, **embedding)(inputs)
-    x = keras.layers.Bidirectional(LSTM(8, return_sequences=True))(x)
-    x = keras.layers.Bidirectional(LSTM(8))(x)
+    embed = keras.layers.Embedding(50, 16, **embedding)
+    x = keras.layers.Bidirectional(LSTM(8, return_sequences=True))(embed(inputs))
+    # From Keras 3.16 on it does not come by itself.
+    x = keras.layers.Bidirectional(LSTM(8))(x, mask=embed.compute_mask(inputs))
     model = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(x))
     model.compile("adam", loss="binary_crossentropy", metrics=["accuracy"])
     ids = keras.utils.pad_sequences([[3, 4, 5, 6, 7], [8, 9], [1], [2, 3, 4]], maxlen=9)

@@ -13,9 +13,14 @@ from tools import array
 from keras_xlstm import layers
 
 ROW, SEQUENCE = (3, 4), (3, 5, 8)
-RECURRENT = {"input_shape": SEQUENCE, "supports_masking": True}
+# As keras.layers.LSTM of this version of Keras.
+RECURRENT = {"input_shape": SEQUENCE, "supports_masking": keras.layers.LSTM(1).supports_masking}
+BLOCK = {"input_shape": SEQUENCE, "expected_output_shape": SEQUENCE, "supports_masking": True}
 # Around LSTM, too, TimeDistributed declares its own dtype and returns that of the layer within.
-DISTRIBUTED = {"supports_masking": True, "run_mixed_precision_check": False}
+DISTRIBUTED = {
+    "supports_masking": keras.layers.TimeDistributed(keras.layers.Dense(1)).supports_masking,
+    "run_mixed_precision_check": False,
+}
 # name: layer, its arguments, those of the check.
 CASES = {
     "sLSTM": (
@@ -83,17 +88,17 @@ CASES = {
     "mLSTMBlock": (
         layers.mLSTMBlock,
         {"num_heads": 2, "dropout": 0.2},
-        {"expected_output_shape": SEQUENCE, **RECURRENT},
+        BLOCK,
     ),
     "sLSTMBlock": (
         layers.sLSTMBlock,
         {"num_heads": 2, "dropout": 0.2},
-        {"expected_output_shape": SEQUENCE, **RECURRENT},
+        BLOCK,
     ),
     "xLSTMLargeBlock": (
         layers.xLSTMLargeBlock,
         {"num_heads": 2},
-        {"expected_output_shape": SEQUENCE, **RECURRENT},
+        BLOCK,
     ),
     "MultiHeadNorm": (
         layers.MultiHeadNorm,

@@ -53,6 +53,36 @@ def test_parameter_counts_are_the_published_ones(config, pattern, count):
     assert model.count_params() == count
 
 
+# As the authors' run data have them, smallest first.
+SCALING_LAW = [
+    83_680_848, 90_114_656, 96_548_464, 102_982_272, 114_034_660, 123_963_640, 133_892_620,
+    143_821_600, 164_110_224, 185_820_852, 207_310_376, 207_531_480, 236_601_554, 265_892_732,
+    295_183_910, 324_475_088, 330_898_576, 353_766_266, 368_877_736, 406_856_896, 444_836_056,
+    482_815_216, 503_996_976, 552_508_902, 601_020_828, 604_970_480, 664_494_350, 715_615_120,
+    724_018_220, 787_359_826, 841_643_808, 859_104_532, 927_532_356, 1_013_420_904, 1_108_619_344,
+    1_224_660_346, 1_340_701_348, 1_421_232_512, 1_573_130_672, 1_725_028_832, 1_772_405_424,
+    1_876_926_992, 1_964_980_710, 2_028_825_152, 2_157_555_996, 2_350_131_282, 2_544_671_300,
+    2_781_269_120, 3_017_866_940, 3_254_464_760, 6_865_424_896,
+]  # fmt: skip
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch has tensors without memory")
+def test_parameter_counts_of_the_scaling_laws():
+    """A block counts alike wherever it stands: one of each width is made."""
+    names, blocks = configs.scaling_law_sizes(), {}
+    assert len(names) == len(SCALING_LAW)
+    for name, count in zip(names, SCALING_LAW, strict=True):
+        settings = configs.scaling_law(name)
+        assert name == f"{count / 1e6:.2f}M"
+        units, number = settings["units"], settings["num_blocks"]
+        if units not in blocks:
+            with keras.device("meta"):
+                model = xLSTMLanguageModel(**{**settings, "num_blocks": 1})
+            outside = 2 * settings["vocabulary_size"] * units + units
+            blocks[units] = model.count_params() - outside
+        assert number * blocks[units] + 2 * settings["vocabulary_size"] * units + units == count
+
+
 @each
 @pytest.mark.parametrize("options", [{}, {"tie_embeddings": True, "logit_soft_cap": 3.0}], ids=str)
 def test_is_its_layers(kind, options, rng):
@@ -224,6 +254,7 @@ def test_greedy_generation(kind, rng):
     assert list(model.generate(prompts[2:], 3, temperature=0)[0]) == slowly(model, prompts[2], 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize.*")
 def test_replaced_weights_are_let_go(rng):
     """What generates does not hold the floating-point weights of a model that was quantized."""
     model = model_of("large", rng)
@@ -410,6 +441,8 @@ def test_bad_calls(rng):
         model_of()({"ids": np.zeros((1, 2), int)})
     with pytest.raises(ValueError, match='"1:0" .mLSTM alone. and "7:1".*"2:1"|2:1'):
         configs.xlstm_125m("2:1")
+    with pytest.raises(ValueError, match="83.68M, 90.11M, .*Received: name='400M'"):
+        configs.scaling_law("400M")
     on_batch = ("train_on_batch", "test_on_batch", "predict_on_batch")
     for name in ("__call__", "predict", "fit", "evaluate", *on_batch):
         with pytest.raises(ValueError, match=f"from 0 to {V - 1}.*Received: ids from 1 to {V}"):

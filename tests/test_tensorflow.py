@@ -102,7 +102,7 @@ def test_second_derivatives_are_refused(case, rng):
             inner.watch(x)
             loss = tf.reduce_sum(getattr(ops, case.op)(x, *rest, **XLA) ** 2)
         gradient = inner.gradient(loss, x)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
+    with pytest.raises(NotImplementedError, match="asked for by name"):
         outer.gradient(gradient, x)
 
 

@@ -16,6 +16,7 @@ log_sigmoid, matmul, tensor = keras.ops.log_sigmoid, keras.ops.matmul, keras.ops
 # halves together in passes over the largest array of a block.
 split_gate_and_up = True
 fuses_row_sums = True
+kernels_take_native = False
 joined_heads = 128
 implementations = {
     "triton": {"mlstm": "mlstm_triton", "slstm": "slstm_triton"},

@@ -14,7 +14,10 @@ from keras_xlstm.backends.kernels.plan import Device
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # Bytes of shared memory that one program may have, by compute capability.
-_SHARED_MEMORY = {"8.0": 166_912, "8.6": 101_376, "8.7": 166_912, "8.9": 101_376, "12.0": 101_376}
+_SHARED_MEMORY = {
+    "8.0": 166_912, "8.6": 101_376, "8.7": 166_912, "8.9": 101_376, "12.0": 101_376,
+    "12.1": 101_376,
+}  # fmt: skip
 
 
 def interpreted():
@@ -190,6 +193,12 @@ def processors():
     return 1 if interpreted() else getattr(_device(), "core_count", 132)
 
 
+def pipelined():
+    """Whether Triton may fetch a loop's next tiles while it works on one: not on Blackwell, where
+    that was never run."""
+    return capability() < 100
+
+
 def precision(dtype):
     """Of products of float32 (of float16's states: float32 for their range alone)."""
     if dtype != "float32":
@@ -205,5 +214,5 @@ def of(dtype):
     hopper = capability() // 10 == 9
     return Device(
         shared_memory(), processors(), precision, triton_version(), hopper,
-        clusters=8 if hopper else 1,
+        clusters=8 if hopper else 1, pipelined=pipelined(),
     )  # fmt: skip

@@ -21,9 +21,12 @@ def unsupported(q=None, v=None, chunk_size=None):
         return f"its batch needs a size; the shape is {q.shape}"
     return (
         device.unsupported(q, device.missing_triton, device.triton_interpreted())
-        or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
+        or tiles.unsupported(
+            q.shape[-1], v.shape[-1], chunk_size, q.dtype.name,
+            device.of(q.dtype.name).shared_memory,
+        )
         or _of_interpreter(q)
-    )
+    )  # fmt: skip
 
 
 def _of_interpreter(q):

@@ -26,6 +26,7 @@ class Device(NamedTuple):
     all_shared_memory: int = 0  # bytes that the thread blocks of an SM may have together
     clusters: int = 0  # thread blocks of the largest cluster for kernels in PTX; 0: it takes no PTX
     interpreted: bool = False
+    pipelined: bool = True  # whether Triton may fetch a loop's next tiles while it works on one
 
 
 class Buffer(NamedTuple):
@@ -77,6 +78,12 @@ class Plan(NamedTuple):
     @property
     def buffers(self):
         return *self.inputs, *self.outputs, *self.saved, *self.scratch
+
+
+def without_pipeline(constants):
+    """`constants` of a kernel whose loops fetch a tile and then work on it: on devices where
+    Triton's way to fetch ahead was never run."""
+    return constants | {"num_stages": 1} | ({"ST": 1} if "ST" in constants else {})
 
 
 def step(kernel, grid, reads, writes, constants, cluster=1):

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 from keras_xlstm.backends import common, sizes
-from keras_xlstm.backends.tensorflow import adam, compile_blocks, products, tracing
+from keras_xlstm.backends.tensorflow import adam, compile_blocks, gradients, products, tracing
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = tf.tanh, tf.maximum, tf.reduce_max
@@ -15,6 +15,7 @@ total, turned, activated = products.total, products.turned, products.activated
 no_autograph = tf.autograph.experimental.do_not_convert
 split_gate_and_up = False
 fuses_row_sums = False
+kernels_take_native = False
 joined_heads = 128
 implementations = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
 trace_time = size = fusion_barrier = common.unchanged
@@ -109,7 +110,7 @@ def _plain_scan(step, init, xs, reverse):
 
 def scan_chunks(step, init, long, short, reverse=False):
     """A slice in the loop spares a transposed copy of the whole."""
-    if tracing.without_loop(short[0].shape[0]):
+    if tracing.chunks_without_loop(short[0].shape[0]):
         return _plain_scan_chunks(step, init, long, short, reverse)
     count = tf.shape(short[0])[0]
     L = short[0].shape[-1]
@@ -150,6 +151,7 @@ def _plain_scan_chunks(step, init, long, short, reverse):
 
 def differentiable(forward, backward, tensors, **options):
     present = [index for index, tensor in enumerate(tensors) if tensor is not None]
+    plain = gradients.plain(forward, [tensor is not None for tensor in tensors], options)
 
     @tf.custom_gradient
     def function(*given):
@@ -159,8 +161,11 @@ def differentiable(forward, backward, tensors, **options):
         outputs, residuals = forward(*arguments, **options)
 
         def gradient(*output_gradients):
-            gradients = backward(residuals, output_gradients, **options)
-            return [gradients[index] for index in present]
+            def run(*output_gradients):
+                found = backward(residuals, output_gradients, **options)
+                return [found[index] for index in present]
+
+            return gradients.gradients(run, plain, output_gradients, given)
 
         return outputs, gradient
 

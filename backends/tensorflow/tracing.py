@@ -8,6 +8,7 @@ from keras_xlstm.backends import export_context
 
 _unrolled = contextvars.ContextVar("keras_xlstm_unrolled", default=False)
 _by_xla = contextvars.ContextVar("keras_xlstm_by_xla", default=False)
+_differentiated = contextvars.ContextVar("keras_xlstm_differentiated", default=False)
 
 
 @contextlib.contextmanager
@@ -29,9 +30,20 @@ def by_xla():
     return _during(_by_xla)
 
 
+def differentiated():
+    """TensorFlow differentiates twice what is traced inside."""
+    return _during(_differentiated)
+
+
 def without_loop(length):
     """Whether a loop over so many steps, if it is known, is traced step by step."""
     return _unrolled.get() or (length is not None and exported_to() in ("litert", "openvino"))
+
+
+def chunks_without_loop(count):
+    """Likewise of a loop over chunks: XLA compiles no second derivative of one, for it cuts and
+    turns what it reads."""
+    return without_loop(count) or (_differentiated.get() and count is not None)
 
 
 def for_xla():

@@ -9,6 +9,7 @@ import functools
 import operator
 
 import tensorflow as tf
+from keras_xlstm.backends.tensorflow import gradients
 from keras_xlstm.backends.tensorflow.tracing import by_xla, exported_to
 
 
@@ -33,23 +34,27 @@ def not_preferred(x):
 
 
 def compiled(op):
-    """A function of `native` on (B, T, ...), compiled."""
+    """The function `op` of native forms, on (B, T, ...), compiled. `twice`: TensorFlow may ask for
+    second derivatives, of the native form; otherwise they are an error."""
     # Without a loop, TensorFlow differentiates what is compiled.
     step = tf.function(op, jit_compile=True, autograph=False)
 
-    def run(x, *tensors, **options):
+    def run(x, *tensors, twice=False, **options):
         if x.shape[1] == 1:
             return step(x, *tensors, **options)
-        return op(x, *tensors, differentiable=_differentiable, **options)
+        differentiable = functools.partial(_differentiable, twice)
+        return op(x, *tensors, differentiable=differentiable, **options)
 
     return run
 
 
-def _differentiable(forward, backward, tensors, **options):
+def _differentiable(twice, forward, backward, tensors, **options):
     """As the package's `differentiable`, with both passes compiled."""
     given = [tensor for tensor in tensors if tensor is not None]
     there = tuple(tensor is not None for tensor in tensors)
     passes = _passes(forward, backward, there, tuple(sorted(options.items())))
+
+    plain = gradients.plain(forward, there, options) if twice else None
 
     @tf.custom_gradient
     def function(*given):
@@ -61,33 +66,11 @@ def _differentiable(forward, backward, tensors, **options):
             def run(*output_gradients):
                 return passes.backward(stopped, outputs, kept, output_gradients)
 
-            return _undifferentiable(run, output_gradients, given)
+            return gradients.gradients(run, plain, output_gradients, given)
 
         return outputs, gradient
 
     return function(*given)
-
-
-def _undifferentiable(function, arguments, also):
-    """function(*arguments), a list that may hold None; a derivative by these or `also`, on which
-    it depends too, is an error."""
-    there = []
-
-    @tf.custom_gradient
-    def run(*tensors):
-        results = function(*(tf.stop_gradient(x) for x in tensors[: len(arguments)]))
-        there[:] = [x is not None for x in results]
-
-        def refuse(*_):
-            raise NotImplementedError(
-                "The xla implementation has no second derivatives. Received: the gradient of a "
-                'gradient. Use keras_xlstm.backends.use("native").'
-            )
-
-        return [x for x in results if x is not None], refuse
-
-    found = iter(run(*arguments, *also))
-    return [next(found) if x else None for x in there]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import torch
 from keras_xlstm.backends import common
 from keras_xlstm.backends.torch import (
     compile_blocks,
+    custom_op,
     decode_step,
     export_refusals,
     products,
@@ -26,6 +27,7 @@ constant = torch.detach
 # of both together in a pass that works out each for both.
 split_gate_and_up = True
 fuses_row_sums = False
+kernels_take_native = True
 joined_heads = 0
 implementations = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
 # Of a function without tensors: torch.compile calls it while tracing and keeps the result.
@@ -134,7 +136,7 @@ def scan(step, init, xs, reverse=False):
     carry, outputs = init, None
     places = reversed(range(length)) if reverse else range(length)
     # To these, or in a file, a write into a part of a tensor is one of the whole.
-    if tracing.transforms() or tracing.exporting():
+    if tracing.transforms() or tracing.exporting() or torch.is_grad_enabled():
         rows = {}
         for t in places:
             carry, rows[t] = step(carry, tuple(column[t] for column in columns))
@@ -154,7 +156,7 @@ def _stacked(rows):
 
 
 def scan_chunks(step, init, long, short, reverse=False):
-    if tracing.exporting():
+    if tracing.exporting() or torch.is_grad_enabled():
         return _scan_stacked_chunks(step, init, long, short, reverse)
     count = short[0].shape[0]
     L = long[0].shape[1] // count
@@ -195,33 +197,42 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, options, *tensors):
         outputs, residuals = forward(*tensors, **options)
-        flat = keras.tree.flatten(residuals)
+        kept = (tensors, residuals)  # for the most part the same ones
+        flat = keras.tree.flatten(kept)
         ctx.save_for_backward(*(x for x in flat if isinstance(x, torch.Tensor)))
-        ctx.call = backward, options, _residuals_structure(residuals)
+        ctx.call = forward, backward, options, _structure(kept)
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        backward, options, structure = ctx.call
+        forward, backward, options, structure = ctx.call
         saved = iter(ctx.saved_tensors)
-        residuals = keras.tree.map_structure(lambda x: next(saved) if x is ... else x, structure)
-        return None, None, None, *backward(residuals, gradients, **options)
+        kept = keras.tree.map_structure(lambda x: next(saved) if x is ... else x, structure)
+        tensors, residuals = kept
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+            def plain(*tensors):
+                return forward(*tensors, **options, keep=False, plain=True)[0]
+
+            found = custom_op.gradients_of(plain, tensors, gradients)
+        else:
+            found = backward(residuals, gradients, **options)
+        return None, None, None, *found
 
 
-def _residuals_structure(residuals):
-    return keras.tree.map_structure(lambda x: ... if isinstance(x, torch.Tensor) else x, residuals)
+def _structure(kept):
+    return keras.tree.map_structure(lambda x: ... if isinstance(x, torch.Tensor) else x, kept)
 
 
 def differentiable(forward, backward, tensors, **options):
-    """There is no second derivative: asking for one is PyTorch's error. PyTorch's transforms
-    (torch.func, forward mode) differentiate what `forward` does themselves, and what is exported is
-    made of PyTorch's own operators.
+    """A call with create_graph=True differentiates what `forward` does, and so do PyTorch's
+    transforms (torch.func, forward mode). What is exported is made of PyTorch's own operators.
     """
     if tracing.transforms() or tracing.exporting():
         return forward(*tensors, **options, keep=False, plain=True)[0]
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return forward(*tensors, **options, keep=False)[0]
+        with torch.no_grad():
+            return forward(*tensors, **options, keep=False)[0]
     return _Differentiable.apply(forward, backward, options, *tensors)
 
 

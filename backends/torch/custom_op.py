@@ -18,8 +18,7 @@ def operator(name):
 
     def decorate(function):
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        for device in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, function, device)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # on any device
         return _Operator(name, function)
 
     return decorate
@@ -34,8 +33,14 @@ class _Operator:
         self.call = getattr(torch.ops.keras_xlstm, name).default
         self.differentiable = self.transformable = None
 
-    def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or not _KNOWN_TYPES.issuperset(map(type, arguments)):
+    def __call__(self, *arguments, native=None):
+        """`native`: the same function of the tensors, made of PyTorch's own operators, which
+        autograd differentiates in a call with create_graph=True. None: that is an error."""
+        if (
+            torch.compiler.is_compiling()
+            or not _KNOWN_TYPES.issuperset(map(type, arguments))
+            or arguments[0].is_meta
+        ):
             return self.call(*arguments)  # some tensor stands for one while something is traced
         if self.differentiable is None or not torch.is_grad_enabled():
             return self.function(*arguments)
@@ -45,16 +50,17 @@ class _Operator:
         tensors = list(itertools.compress(arguments, are_tensors))
         if not any([t.requires_grad for t in tensors]):
             return self.function(*arguments)
-        return self.differentiable.apply(arguments, are_tensors, *tensors)
+        return self.differentiable.apply(native, arguments, are_tensors, *tensors)
 
     def register_fake(self, function):
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
         return function
 
-    def register_autograd(self, backward, setup_context, hidden=0):
+    def register_autograd(self, backward, setup_context, hidden=0, inputs=None):
         """As PyTorch's, but for `backward`, which is given the context and all gradients. `hidden`:
         so many outputs, the last, are for `setup_context` alone, where the function is called
-        itself; their gradients are left out."""
+        itself; their gradients are left out. `inputs(context)`: the tensors that came first among
+        the arguments."""
         torch.library.register_autograd(
             self.name, backward, setup_context=setup_context, lib=_LIBRARY
         )
@@ -62,17 +68,20 @@ class _Operator:
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, arguments, are_tensors, *tensors):
+            def forward(ctx, native, arguments, are_tensors, *tensors):
                 # PyTorch does something for each input and output: only the tensors among them.
                 output = tuple(function(*arguments))
                 setup_context(ctx, arguments, output)
-                ctx.are_tensors = are_tensors
+                ctx.native, ctx.are_tensors = native, are_tensors
                 return output[: len(output) - hidden]
 
             @staticmethod
             def backward(ctx, *gradients):
-                found = itertools.compress(backward(ctx, gradients), ctx.are_tensors)
-                return None, None, *found
+                if ctx.native is None or not torch.is_grad_enabled():
+                    found = backward(ctx, gradients)
+                else:
+                    found = gradients_of(ctx.native, inputs(ctx), gradients)
+                return None, None, None, *itertools.compress(found, ctx.are_tensors)
 
         def transformable(*inputs):
             return tuple(function(*inputs))
@@ -87,13 +96,35 @@ class _Operator:
         self.differentiable = Differentiable
 
 
+def gradients_of(function, inputs, gradients):
+    """Gradients by `inputs`, tensors or None, of `function(*inputs)`, whose results have these
+    `gradients`. They can be differentiated again."""
+
+    def trained(x):
+        return x is not None and x.requires_grad
+
+    # Views: one of the inputs may have been made of another, whose gradient is not asked for here.
+    inputs = [x.view_as(x) if trained(x) else x for x in inputs]
+    pairs = zip(function(*inputs), gradients, strict=True)
+    pairs = [(y, d) for y, d in pairs if d is not None and trained(y)]
+    if not pairs:
+        return [None] * len(inputs)
+    sources = list(filter(trained, inputs))
+    results, gradients = zip(*pairs, strict=True)
+    found = iter(
+        torch.autograd.grad(results, sources, gradients, create_graph=True, allow_unused=True)
+    )
+    return [next(found) if trained(x) else None for x in inputs]
+
+
 def no_second_derivative(operator, name):
     """Without it a gradient of a gradient would be silently wrong."""
 
     def backward(ctx, gradients):
         raise RuntimeError(
-            f"The {name} has first derivatives only, here as in its native form: its gradient is "
-            "a kernel of its own. Received: a gradient of a gradient."
+            f"The {name}'s kernels have first derivatives only where they are asked for by name, "
+            "or compiled. Received: a gradient of a gradient. Use implementation=None, "
+            'use_kernel="auto" or keras_xlstm.backends.use("native"), without torch.compile.'
         )
 
     operator.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)

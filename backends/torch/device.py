@@ -105,6 +105,13 @@ def clusters(device):
 
 
 @functools.cache
+def pipelined(device):
+    """Whether Triton may fetch a loop's next tiles while it works on one: not on Blackwell, where
+    that was never run."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+
+
+@functools.cache
 def triton_version():
     major, minor = importlib.metadata.version("triton").split(".")[:2]
     return int(major), int(minor)
@@ -126,4 +133,5 @@ def of(device, dtype):
     return Device(
         shared_memory(device), processors(device), precision(dtype), triton_version(),
         hopper(device), True, all_shared_memory(device), clusters(device), interpreted(),
+        pipelined(device),
     )  # fmt: skip

@@ -4,6 +4,8 @@ Opaque operators, so that torch.compile, activation checkpointing and CUDA graph
 Triton itself is imported on the first launch.
 """
 
+import functools
+
 import torch
 from keras_xlstm.backends.kernels.mlstm import plan, tiles
 from keras_xlstm.backends.kernels.plan import packed
@@ -19,16 +21,21 @@ def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these tensors (None: here at all), or None."""
     if q is None:
         return device.missing()
-    return device.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
+    return device.unsupported(q) or tiles.unsupported(
+        q.shape[-1], v.shape[-1], chunk_size, name(q.dtype), device.shared_memory(q.device)
+    )
 
 
 def not_preferred(q=None, v=None, chunk_size=None):
     return None  # where it can run it is the better choice
 
 
-def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True):
+def mlstm(
+    q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, states=True, native=None
+):  # fmt: skip
     """As `reference.mlstm`, for tensors of any dtype in `unsupported`; `state` may be None. Without
-    `states` the last state is None."""
+    `states` the last state is None. `native(q, k, v, i, f, state, segment_ids)` is what a call with
+    create_graph=True differentiates; None: a second derivative is an error."""
     chunk = chunk_size or tiles.chunk_steps(q.shape[1], q.shape[-1], v.shape[-1], name(q.dtype))
     tensors = (q, k, v, i, f, *(state or ()))
     trains = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
@@ -47,9 +54,14 @@ def mlstm(q, k, v, i, f, state, segment_ids, *, input_gate, eps, chunk_size, sta
         segment_ids = segment_ids.to(torch.int32).contiguous()
     h, *state = _forward(
         q, k, v, i, f, C, n, m, segment_ids, input_gate == "sigmoid", float(eps), chunk, trains,
-        states,
+        states, native=native and functools.partial(_by_native, native, states),
     )  # fmt: skip
     return h, tuple(state[:3]) if states else None
+
+
+def _by_native(native, states, q, k, v, i, f, C, n, m, segment_ids):
+    h, state = native(q, k, v, i, f, None if C is None else (C, n, m), segment_ids)
+    return (h, *state) if states else (h,)
 
 
 def _kept(t, keep):
@@ -134,16 +146,21 @@ no_second_derivative(_backward, "mLSTM")
 
 
 def _save(ctx, inputs, output):
-    q, k, v, i, f, C, n, _, segment_ids, sigmoid, _, chunk, *_ = inputs
+    q, k, v, i, f, C, n, m, segment_ids, sigmoid, _, chunk, *_ = inputs
     h, saved = output[0], output[-1]
-    ctx.save_for_backward(q, k, v, i, f, segment_ids, h, saved, C, n)
+    ctx.save_for_backward(q, k, v, i, f, segment_ids, h, saved, C, n, m)
     ctx.options = sigmoid, chunk
     ctx.set_materialize_grads(False)
 
 
+def _inputs(ctx):
+    q, k, v, i, f, segment_ids, _, _, C, n, m = ctx.saved_tensors
+    return q, k, v, i, f, C, n, m, segment_ids
+
+
 def _gradient(ctx, gradients):
     dh, dC, dn = gradients[:3] if len(gradients) > 2 else (gradients[0], None, None)
-    *saved, C, n = ctx.saved_tensors
+    *saved, C, n, _ = ctx.saved_tensors
     dh = torch.zeros_like(saved[6]) if dh is None else dh.contiguous()
     dC, dn = (None if d is None else d.contiguous() for d in (dC, dn))
     if dC is not None or dn is not None:
@@ -160,7 +177,8 @@ def _gradient(ctx, gradients):
     return *gradients, dC, dn, dm, *[None] * 6
 
 
-_forward.register_autograd(_gradient, setup_context=_save, hidden=1)  # what was saved
+# Hidden: what was saved.
+_forward.register_autograd(_gradient, setup_context=_save, hidden=1, inputs=_inputs)
 
 
 @operator("mlstm_step")

@@ -3,6 +3,8 @@
 The native form is slstm_loop.py's. Triton itself is imported on the first launch.
 """
 
+import functools
+
 import torch
 from keras_xlstm.backends.kernels.plan import packed
 from keras_xlstm.backends.kernels.slstm import plan
@@ -27,11 +29,13 @@ def not_preferred(x=None):
 
 def slstm(
     x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
-    recurrent_gradient_clip,
+    recurrent_gradient_clip, native=None,
 ):  # fmt: skip
     """As `reference.slstm`, for tensors of any dtype in `unsupported`; `state` may be None.
 
-    The recurrent kernel meets h in x's dtype, with sums in float32.
+    The recurrent kernel meets h in x's dtype, with sums in float32. `native`, of the tensors as
+    they are here, is what a call with create_graph=True differentiates; None: a second derivative
+    is an error.
     """
     trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, recurrent_kernel, bias, *(state or ()))
@@ -42,8 +46,16 @@ def slstm(
         *(None if flag is None else flag.to(torch.int8).contiguous() for flag in (hold, reset)),
         None if recurrent_scale is None else recurrent_scale.float().contiguous(),
         forget_gate == "exp", float(recurrent_gradient_clip or 0.0), trains,
+        native=native and functools.partial(_by_native, native),
     )[:5]  # fmt: skip
     return h, tuple(last)
+
+
+def _by_native(native, x, recurrent_kernel, bias, h, c, n, m, hold, reset, recurrent_scale):
+    state = None if h is None else (h, c, n, m)
+    hold, reset = (None if flag is None else flag.bool() for flag in (hold, reset))
+    h, state = native(x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
+    return h, *state
 
 
 def plan_call(shape, dtype, *options):
@@ -127,16 +139,22 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    x, R, bias, h0, c0, n0, _, hold, reset, scale, exp_forget, clip, _ = inputs
+    x, R, bias, h0, c0, n0, m0, hold, reset, scale, exp_forget, clip, _ = inputs
     h, _, c, n, _, saved = output
-    ctx.save_for_backward(x, R, bias, h0, c0, n0, hold, reset, scale, h, c, n, saved)
+    ctx.save_for_backward(x, R, bias, h0, c0, n0, hold, reset, scale, h, c, n, saved, m0)
     ctx.options = exp_forget, clip
     ctx.set_materialize_grads(False)
 
 
+def _inputs(ctx):
+    x, R, bias, h0, c0, n0, hold, reset, scale, *_, m0 = ctx.saved_tensors
+    return x, R, bias, h0, c0, n0, m0, hold, reset, scale
+
+
 def _gradient(ctx, gradients):
     dh, dh_last, dc, dn, *_ = gradients
-    _, _, bias, _, c0, n0, *_, h, c, _, _ = tensors = ctx.saved_tensors
+    *tensors, _ = ctx.saved_tensors
+    _, _, bias, _, c0, n0, *_, h, c, _, _ = tensors
     dh = torch.zeros_like(h) if dh is None else dh.contiguous()
     last = dh_last, dc, dn
     none = torch.zeros_like(c) if any(d is None for d in last) else None  # for all: only read
@@ -147,5 +165,6 @@ def _gradient(ctx, gradients):
     return dx, dR, None if bias is None else dbias, *state, *[None] * 6
 
 
-_forward.register_autograd(_gradient, setup_context=_save, hidden=1)  # what was saved
+# Hidden: what was saved.
+_forward.register_autograd(_gradient, setup_context=_save, hidden=1, inputs=_inputs)
 no_second_derivative(_backward, "sLSTM")

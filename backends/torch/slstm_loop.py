@@ -5,8 +5,11 @@ that the backward pass reads. Two opaque operators keep `torch.compile` from unr
 Time is the second axis here, (H, T, B, D): a step is a view, and all steps of a head one matrix.
 """
 
+import functools
+
 import torch
 from keras_xlstm.backends.log_space import NEVER, carried, reported
+from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
 from keras_xlstm.backends.torch.tracing import exporting, transforms
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,10 +19,11 @@ _BLOCK = 32  # steps of the backward pass whose factors are computed at once
 
 
 def native_slstm(
-    x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
+    plain, x, recurrent_kernel, bias, state, hold, reset, recurrent_scale, forget_gate,
     recurrent_gradient_clip,
 ):  # fmt: skip
-    """As `reference.slstm`; None where the reference itself must run."""
+    """As `reference.slstm`; None where the reference itself must run. `plain`, which is
+    `reference.slstm_forward`, is what a call with create_graph=True differentiates."""
     transformed = transforms()
     if transformed and recurrent_gradient_clip is not None:
         raise ValueError(
@@ -43,6 +47,7 @@ def native_slstm(
     h, _, _, _, _, *last = _forward(
         x, recurrent_kernel, bias, *state, hold, reset, recurrent_scale,
         forget_gate == "exp", clip, trains,
+        native=functools.partial(_by_plain, plain, forget_gate, recurrent_gradient_clip),
     )  # fmt: skip
     h_last, c, n, m = (s.transpose(0, 1).reshape(-1, *heads) for s in last)
     h = h.permute(2, 1, 0, 3)
@@ -64,12 +69,25 @@ def _joined(x, recurrent_kernel, bias, state, recurrent_scale):
     )
 
 
+def _by_plain(plain, forget_gate, clip, *tensors):
+    """What `_forward` returns, but for gates, of which nothing is asked."""
+    if clip is not None:
+        raise RuntimeError(
+            "recurrent_gradient_clip clips first derivatives, and has no second ones. Leave it out "
+            f"where create_graph=True is given. Received: recurrent_gradient_clip={clip}."
+        )
+    outputs, _ = plain(*tensors, None, forget_gate, None, keep=False, plain=True)
+    h, *last = outputs
+    last = [s.transpose(0, 1) for s in last]
+    return h.permute(2, 1, 0, 3), None, None, None, None, *last
+
+
 def _per_step(flags: Tensor) -> Tensor:
     """(B, T) to (T, B, 1)."""
     return flags.t()[:, :, None]
 
 
-@torch.library.custom_op("keras_xlstm::slstm_forward", mutates_args=())
+@operator("slstm_forward")
 def _forward(
     x: Tensor, recurrent_kernel: Tensor, bias: Tensor | None,
     h: Tensor, c: Tensor, n: Tensor, m: Tensor,
@@ -128,7 +146,7 @@ def _(
     return [x.new_empty(shape) for shape in shapes]
 
 
-@torch.library.custom_op("keras_xlstm::slstm_backward", mutates_args=())
+@operator("slstm_backward")
 def _backward(
     dh: Tensor, dh_last: Tensor, dc: Tensor, dn: Tensor,
     hs: Tensor, cs: Tensor, ns: Tensor, ms: Tensor, gates: Tensor, recurrent_kernel: Tensor,
@@ -227,17 +245,22 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    _, R, bias, *initial, hold, reset, scale, exp_forget, clip, _ = inputs
+    x, R, bias, *initial, hold, reset, scale, exp_forget, clip, _ = inputs
     hs, cs, ns, ms, gates, *_ = output
-    ctx.save_for_backward(hs, cs, ns, ms, gates, R, *initial, hold, reset, scale)
+    ctx.save_for_backward(hs, cs, ns, ms, gates, R, *initial, hold, reset, scale, x, bias)
     ctx.options = exp_forget, clip, bias is not None
     # Otherwise every saved buffer, an output too, would come back with zeros as its gradient.
     ctx.set_materialize_grads(False)
 
 
+def _inputs(ctx):
+    *_, R, h, c, n, m, hold, reset, scale, x, bias = ctx.saved_tensors
+    return x, R, bias, h, c, n, m, hold, reset, scale
+
+
 def _gradient(ctx, gradients):
     dh, _, _, _, _, dh_last, dc, dn, _ = gradients
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors[:-2]
     hs = saved[0]
     dh = torch.zeros_like(hs) if dh is None else dh
     dh_last, dc, dn = (torch.zeros_like(hs[:, 0]) if s is None else s for s in (dh_last, dc, dn))
@@ -245,4 +268,5 @@ def _gradient(ctx, gradients):
     return dx, dR, dbias if ctx.options[-1] else None, *dstate, *[None] * 6
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_forward.register_autograd(_gradient, setup_context=_save, inputs=_inputs)
+no_second_derivative(_backward, "sLSTM")

@@ -21,6 +21,7 @@ from keras_xlstm.convert.official_names import (
     check_format,
     official_shapes,
     pairs_of,
+    without_prefix,
 )
 from keras_xlstm.convert.safetensors import Safetensors, widened
 from keras_xlstm.initializers import undrawn
@@ -38,7 +39,8 @@ def load_state_dict(model, tensors):
     cannot all be read.
 
     The format, and its layouts (sLSTM of the vanilla or the CUDA backend, single or fused
-    projections of the Large model), are told from names and shapes.
+    projections of the Large model), are told from names and shapes. A prefix that all names share
+    is left out: `module.`, `model.backbone.`, whatever wrappers put there.
 
     Args:
         model: an `xLSTMLanguageModel`, or an `xLSTMStack` for tensors without embedding and head.
@@ -47,8 +49,8 @@ def load_state_dict(model, tensors):
             in a file still, neither NumPy nor PyTorch, once before that, to see that it can be.
 
     Raises:
-        ValueError: if a tensor is unknown, missing, misshapen or not floating point, or the model
-            is quantized, has LoRA or another architecture.
+        ValueError: if a tensor is unknown, missing, misshapen or not floating point, only some
+            names have a prefix, or the model is quantized, has LoRA or another architecture.
 
     Example:
 
@@ -56,6 +58,7 @@ def load_state_dict(model, tensors):
     >>> tensors = keras_xlstm.convert.to_state_dict(model)
     >>> keras_xlstm.convert.load_state_dict(model, tensors)
     """
+    tensors = without_prefix(tensors)
     pairs = checked(model, tensors)
     for tensor in (tensors[name] for name in tensors):
         if not isinstance(tensor, np.ndarray) and not hasattr(tensor, "detach"):
@@ -126,6 +129,7 @@ def from_state_dict(tensors, **overrides):
     >>> keras_xlstm.convert.from_state_dict(tensors, dropout=0.1).settings["slstm_at"]
     [1]
     """
+    tensors = without_prefix(tensors)
     settings = settings_of(tensors, overrides.get("tie_embeddings"))
     return _filled(tensors, settings, overrides)
 
@@ -151,7 +155,7 @@ def from_pretrained(folder, dtype=None, **overrides):
         ValueError: if files are missing, damaged, of another model, or contradict one another.
     """
     folder = pathlib.Path(folder)
-    config, tensors = read_config(folder), Safetensors(folder)
+    config, tensors = read_config(folder), without_prefix(Safetensors(folder))
     tied = overrides.get("tie_embeddings")
     if tied is None and HEAD in tensors and not config["tie_word_embeddings"]:
         tied = False

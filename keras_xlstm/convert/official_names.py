@@ -1,5 +1,6 @@
 """The official models' weights: their names and their layouts."""
 
+import collections.abc
 import re
 from collections import namedtuple
 
@@ -236,6 +237,53 @@ def format_of(tensors):
             return "transformers" if hub else "xlstm_large"
     raise ValueError(
         "`tensors` must be the state dict of an official xLSTMLMModel, xLSTMBlockStack, xLSTMLarge "
-        f"or xLSTMForCausalLM. Received: {some(map(repr, tensors)) or 'no tensors'}. "
-        "Leave out prefixes that wrappers put before the names."
+        f"or xLSTMForCausalLM. Received: {some(map(repr, tensors)) or 'no tensors'}."
     )
+
+
+class _Within(collections.abc.Mapping):
+    """Tensors under their names without a prefix; each is read when it is asked for."""
+
+    def __init__(self, tensors, prefix):
+        self.tensors, self.prefix = tensors, prefix
+
+    def __getitem__(self, name):
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self):
+        return (name[len(self.prefix) :] for name in self.tensors)
+
+    def __len__(self):
+        return len(self.tensors)
+
+
+_FIRST_NORM = re.compile(r"(.*?)blocks\.\d+\.(?:xlstm_norm|norm_mlstm)\.weight", re.DOTALL)
+
+
+def without_prefix(tensors):
+    """The tensors by their official names: what wrappers put before all of them (`module.` of
+    DistributedDataParallel, `model.` of a trainer, any attribute of any model) is left out."""
+    before = {match[1] for match in map(_FIRST_NORM.fullmatch, tensors) if match}
+    prefixes = sorted({_prefix(stack, tensors) for stack in before})
+    if prefixes in ([], [""]):
+        return tensors
+    others = [name for name in tensors if not name.startswith(prefixes[0])]
+    if others or len(prefixes) > 1:
+        names = " and ".join(map(repr, prefixes))
+        raise ValueError(
+            f"`tensors` must be those of one model. Received: a model behind the prefix {names}"
+            + (f", and others: {some(map(repr, others))}" if len(prefixes) == 1 else "")
+            + ". Give the tensors of one prefix alone: {name: tensor for name, tensor in "
+            f"tensors.items() if name.startswith({prefixes[0]!r})}}."
+        )
+    return _Within(tensors, prefixes[0])
+
+
+def _prefix(stack, tensors):
+    """What stands before a model's names, where `stack` does before those of its blocks."""
+    for official in FORMATS.values():
+        prefix = stack.removesuffix(official.stack)
+        whole = stack == official.stack or prefix + official.embedding in tensors
+        if stack.endswith(official.stack) and whole:
+            return prefix
+    return stack  # of a stack without an embedding

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm.compat import hands_masks_on
 from keras_xlstm.layers.base import StateLayer
 from keras_xlstm.masks import last_real_step, steps_mask
 from keras_xlstm.validation import (
@@ -51,6 +52,7 @@ class Recurrent(StateLayer):
             activity_regularizer=keras.regularizers.get(activity_regularizer),
             **kwargs,
         )
+        self.supports_masking = hands_masks_on()
         self.units = units
         self.num_heads = num_heads
         self.dropout = check_rate("dropout", dropout)

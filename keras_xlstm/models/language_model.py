@@ -168,17 +168,19 @@ class xLSTMLanguageModel(Generates, StackModel):
 
     # ------------------------------------------------------------------ loss
 
-    _token_losses = None
+    _token_losses = _ignored = None
 
     def compile(self, *args, **kwargs):
         """`keras.Model.compile`."""
         super().compile(*args, **kwargs)
         given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
         config = self.loss.get_config() if isinstance(self.loss, keras.losses.Loss) else {}
+        self._ignored = config.get("ignore_class")
         plain = (
             given.get("loss_weights") is None
             and config.get("from_logits", False)
-            and config.get("ignore_class") is None
+            and self._ignored is None
+            and not config.get("label_smoothing")  # from Keras 3.16 on
         )
         fast = backends.token_losses
         if self._captured_step is not None:
@@ -209,7 +211,7 @@ class xLSTMLanguageModel(Generates, StackModel):
         return (
             type(self.loss) is keras.losses.SparseCategoricalCrossentropy
             and self.loss.reduction in ("sum", "sum_over_batch_size", "mean")
-            and (mask is None or self.loss.ignore_class is None)  # Keras joins the two masks
+            and (mask is None or self._ignored is None)  # Keras joins the two masks
             and len(y_pred.shape) == 3
             and len(y.shape) == 2
             and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
@@ -249,8 +251,7 @@ class xLSTMLanguageModel(Generates, StackModel):
         y = backends.host_values(y) if hasattr(y, "dtype") else None
         if y is None or not y.size or y.dtype.kind not in "iuf":
             return
-        allowed = y != getattr(loss, "ignore_class", None)
-        y = y[allowed] if allowed is not True else y
+        y = y if self._ignored is None else y[y != self._ignored]
         if y.size and (y.min() < 0 or y.max() >= self.settings["vocabulary_size"]):
             raise ValueError(
                 f"Labels must be token ids from 0 to {self.settings['vocabulary_size'] - 1}, the "

@@ -177,12 +177,12 @@ class StackModel(BlockTraining, keras.Model):
         in float32. A quantised model is saved and loaded like any other, unless `filters` are
         given, which its file does not hold.
         """
-        # Keras has made the config of a mode by now.
-        self.quantization = config if filters is None else None
+        # Up to Keras 3.15 there is a config by now, of a mode, too.
+        self.quantization = (mode if config is None else config) if filters is None else None
         if filters is None:
             gates = self._gates()
             filters = lambda layer: layer not in gates  # noqa: E731
-        super().quantize(mode, config=config, filters=filters, **kwargs)
+        return super().quantize(mode, config=config, filters=filters, **kwargs)
 
     def _gates(self):
         return [gate for block in self.blocks for gate in (block.input_gate, block.forget_gate)]
@@ -198,7 +198,8 @@ class StackModel(BlockTraining, keras.Model):
         trainable, quantization = config.pop("trainable", True), config.pop("quantization", None)
         model = cls(**config)
         if quantization is not None:
-            model.quantize(config=quantization)
+            by_mode = isinstance(quantization, str)
+            model.quantize(**{"mode" if by_mode else "config": quantization})
         model.trainable = trainable
         return model
 

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from tools import GPU, array, assert_close, tensor
+from cases import make_flags
+from tools import GPU, TOLERANCE, array, assert_close, tensor
 
 import keras_xlstm
 from contract.base import Contract
@@ -49,15 +50,34 @@ class OnTorch(Contract):
     def h(self, *inputs):
         return self.op(*inputs)[0]
 
-    def test_second_derivatives_are_refused(self, rng):
+    def second_derivatives(self, case, inputs, **options):
+        """By all inputs, of a sum of first ones."""
         import torch
 
-        first, *rest = self.leaves(self.case(rng))
-        (gradient,) = torch.autograd.grad(
-            (self.h(first, *rest) ** 2).sum(), first, create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="first derivatives only"):
-            torch.autograd.grad(gradient.sum(), first)
+        h, *states = case.call(*inputs, **options)
+        loss = (h.float() ** 2).sum() + sum((s.float() ** 2).sum() for s in states[:1])
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(sum((d.float() ** 2).sum() for d in first), inputs)
+
+    @pytest.mark.parametrize("flags", [(None, None), ("holes", "returning")])
+    def test_second_derivatives_are_those_of_the_native_form(self, flags, rng):
+        """Where a kernel runs by itself; from a state, too."""
+        case, options = self.case(rng), self.given()
+        flags = make_flags(*flags, *case.extent, rng)
+        options |= {n: None if a is None else tensor(a, a.dtype.name) for n, a in flags.items()}
+        found = []
+        for implementation in (None, "native"):
+            inputs = [x.requires_grad_() for x in case.tensors(self.dtypes[0])]
+            options["implementation"] = implementation
+            found.append(self.second_derivatives(case, inputs, **options))
+        for got, want in zip(*found, strict=True):
+            assert_close(got, array(want), TOLERANCE[self.dtypes[0]])
+
+    def test_second_derivatives_of_kernels_asked_for_by_name_are_refused(self, rng):
+        case = self.case(rng)
+        inputs = [x.requires_grad_() for x in case.tensors()]
+        with pytest.raises(RuntimeError, match="asked for by name"):
+            self.second_derivatives(case, inputs, **self.given())
 
     def test_recomputed_activations(self, rng):
         import torch

@@ -13,6 +13,7 @@ from keras_xlstm.backends.jax import device
 from keras_xlstm.backends.jax.calls import mlstm_call
 from keras_xlstm.backends.kernels.mlstm import tiles
 from keras_xlstm.backends.kernels.mlstm.tiles import power
+from keras_xlstm.backends.kernels.plan import without_pipeline
 from keras_xlstm.backends.log_space import NEVER, carried, holds_something, reported
 
 
@@ -20,7 +21,9 @@ def unsupported(q=None, v=None, chunk_size=None):
     """Why the kernels cannot run on these arrays (None: here at all), or None."""
     if q is None:
         return device.missing()
-    return device.unsupported(q) or tiles.unsupported(q.shape[-1], v.shape[-1], chunk_size)
+    return device.unsupported(q) or tiles.unsupported(
+        q.shape[-1], v.shape[-1], chunk_size, q.dtype.name, device.shared_memory()
+    )
 
 
 def not_preferred(q=None, v=None, chunk_size=None):
@@ -185,16 +188,20 @@ def _from_border(row, row_rest, before, segments):
 
 def _states(s, x, z, w, through, rho, first, forward, processors):
     memory = device.shared_memory()
-    own = tiles.chunk_states(x.shape[-1], z.shape[-1], s.dtype, s.LC, memory)
+    own = _pipelined(tiles.chunk_states(x.shape[-1], z.shape[-1], s.dtype, s.LC, memory))
     parts = x.shape[-1] // own["BX"] * (z.shape[-1] // own["BZ"])
     # Serial programs read and write least, but there must be enough of them.
     serial = not isinstance(s.BH, int) or 10 * s.BH * parts >= 9 * processors
     return _inter_chunk().chunk_states(s, x, z, w, through, rho, first, forward, own, serial)
 
 
+def _pipelined(own):
+    return own if device.pipelined() else without_pipeline(own)
+
+
 def _intra_chunk_in_role(s, role, segments, **arrays):
     DX, DZ = arrays["x"].shape[-1], arrays["z"].shape[-1]
-    own = tiles.intra_chunk(role, DX, DZ, s.dtype, s.LC, device.shared_memory())
+    own = _pipelined(tiles.intra_chunk(role, DX, DZ, s.dtype, s.LC, device.shared_memory()))
     ids = None if segments is None else segments["ids"]
     return _intra_chunk().intra_chunk(role, s, arrays, ids, own)
 

@@ -98,6 +98,8 @@ class _Pass:
         return [Buffer(name, shape) for name, shape in zip(names, shapes, strict=False)]
 
     def add(self, kernel, grid, reads, writes, constants):
+        if not self.device.pipelined:
+            constants = plan.without_pipeline(constants)
         self.steps.append(plan.step(kernel, grid, reads, writes, constants))
 
     def add_pointers(self, name, grid, reads, writes, numbers, **constants):

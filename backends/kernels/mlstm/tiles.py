@@ -1,6 +1,8 @@
 """Tile sizes of the mLSTM's kernels, in Triton and in Pallas: a table for what was tuned, rules for
 all else. Dtypes by name."""
 
+import functools
+
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CHUNKS = (16, 32, 64, 128, 256, 512)
 _HOPPER = 232_448  # bytes of shared memory
@@ -58,18 +60,23 @@ def power(n, least=16):
     return max(least, 1 << (n - 1).bit_length())
 
 
-def unsupported(K, V, chunk_size):
-    """Why no tiles serve heads of these sizes or chunks of this many steps, or None."""
+@functools.cache
+def unsupported(K, V, chunk_size, dtype, shared_memory):
+    """Why no tiles serve heads of these sizes, chunks of this many steps or a device of this much
+    shared memory, or None."""
     if K > 512 or V > 1024:
         return f"it takes up to 512 key and 1024 value dimensions a head, not {K} and {V}"
     if chunk_size not in (None, *_CHUNKS):
         return f"its chunk sizes are {', '.join(map(str, _CHUNKS))}, not {chunk_size}"
+    roles = ("h", K, V), ("dq", V, K), ("dk", V, K), ("dv", K, V)
+    if any(intra_chunk(*role, dtype, 16, shared_memory) is None for role in roles):
+        return f"heads of {K}/{V} are too large for the device's shared memory"
     return None
 
 
 def intra_chunk(role, DX, DZ, dtype, chunk, shared_memory, triton=False):
-    """Of `intra_chunk` in a role, as its constants; `shared_memory` in bytes; `triton`: for
-    Triton itself, not Pallas."""
+    """Of `intra_chunk` in a role, as its constants, or None where none fit; `shared_memory` in
+    bytes; `triton`: for Triton itself, not Pallas."""
     size = _SIZES[dtype]
     state_size = 2 if dtype == "bfloat16" else 4  # of what enters the second product
     BX, BZ = min(power(DX), 512 // size), power(DZ)
@@ -91,8 +98,10 @@ def intra_chunk(role, DX, DZ, dtype, chunk, shared_memory, triton=False):
     elif known in _INTRA_CHUNK and shared_memory >= _HOPPER:
         L, LN, BS, stages, warps = _INTRA_CHUNK[known]
     else:
-        any_size = (tiles for tiles in _INTRA_CHUNK_ANY if fits(*tiles))
-        L, LN, BS, stages, warps = next(any_size, _INTRA_CHUNK_ANY[-1])
+        found = next((tiles for tiles in _INTRA_CHUNK_ANY if fits(*tiles)), None)
+        if found is None:
+            return None
+        L, LN, BS, stages, warps = found
     L = min(L, chunk)
     LN, BS = min(LN, L), min(BS, BX)
     found = {

@@ -7,7 +7,7 @@ Where the host can say so, that launch is cooperative: then CUDA refuses what wo
 from typing import NamedTuple
 
 from keras_xlstm.backends.kernels.mlstm.tiles import power
-from keras_xlstm.backends.kernels.plan import SIZES, Buffer, Plan, present, step
+from keras_xlstm.backends.kernels.plan import SIZES, Buffer, Plan, present, step, without_pipeline
 
 
 def unsupported(D, itemsize, shared_memory):
@@ -304,6 +304,7 @@ def _kernel_gradient(device, call, buffers):
         "BK": size, "BN": size, "L": L, "D": D, "PREC": device.precision,
         "num_warps": 8 if large else 4,
     }  # fmt: skip
+    constants = constants if device.pipelined else without_pipeline(constants)
     dR = Buffer("dR", (splits, H, D, 4, D))
     kernel = _kernels("kernel_gradient").kernel_gradient
     return step(kernel, splits * programs, reads, {"dR_p": dR}, constants)
