@@ -146,8 +146,8 @@ TABLES = {
         "script": "gpu_model", "cases": "the fastest host$", "of": "official-compiled", "form": "{:,.0f} tokens/s",
     },
     "devices": {"script": "gpu_devices", "metric": "efficiency", "of": "2", "form": "{:.0f} %"},
-    "decoding": {"script": "generation", "device": H100, "of": "auto", "form": "{:.1f} ms"},
-    "decoding_eager": {"script": "generation", "device": H100, "of": "false", "form": "{:.0f} ms"},
+    "decoding": {"script": "generation", "metric": "one more token", "device": H100, "of": "auto", "form": "{:.1f} ms"},
+    "decoding_eager": {"script": "generation", "metric": "one more token", "device": H100, "of": "false", "form": "{:.0f} ms"},
     # CPUs.
     "small_jax": small("jax", *LAYERS),
     "small_tensorflow": small("tensorflow", "sLSTM", *LAYERS[2:]),
@@ -198,7 +198,7 @@ TABLES = {
     "stepping": {"script": "tensorflow_xla", "metric": "fit step", "of": "jit / whole"},
     # Memory.
     "generation": {
-        "script": "generation", "by": ["backend"], "cases": "^4 blocks of 256",
+        "script": "generation", "metric": "one more token", "by": ["backend"], "cases": "^4 blocks of 256",
         "head": ["ms a token, after", *(contexts := ("100", "1,000", "10,000", "100,000"))],
         "columns": [[{"case": f"4 blocks of 256, after {n} tokens", "of": "auto"}] for n in contexts],
     },
