@@ -99,8 +99,8 @@ class Contract:
     # Compiling. `function(state, *tensors)` without gradients, by `variables` as they are at each
     # call; `repeated`: with the state that it returned, again and again.
     def compiled(function, variables, jit_compile="auto", repeated=False): ...
-    # {kind of block: its `runner`, compiled once for all alike}: how `compile(jit_compile=True)`
+    # {kind of block: its `runner`, compiled once for all equal}: how `compile(jit_compile=True)`
     # compiles. None: whole steps are compiled.
     def block_runners(blocks): ...
     def captured_train_step(model): ...  # a compiled model's training step as a CUDA graph
-    def fuse_optimizer(optimizer, captured): ...  # makes its update, in such a graph or not, short
+    def fuse_optimizer(optimizer, captured): ...  # shortens its update, in a CUDA graph or not

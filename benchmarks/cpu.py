@@ -5,8 +5,8 @@
     python benchmarks/cpu.py --only jax --shapes 64x60x12x48 32x200x64x64
 
 Keras part: one `fit` step, one `predict` step and the first step's compilation of
-Sequential([Input((T, F)), LAYER(units), Dense(1)]) at Keras's defaults, for keras.layers.LSTM,
-sLSTM and mLSTM of one head and of four, and an xLSTMStack of 2 blocks; in process time (both
+Sequential([Input((T, F)), LAYER(units), Dense(1)]) at Keras's defaults. LAYER is keras.layers.LSTM,
+sLSTM and mLSTM of one head and of four, and an xLSTMStack of 2 blocks. Times are process time (both
 cores' work), as ratios to LSTM. Shapes are batch, steps, features, units: of public tutorials,
 and sweeps over units, steps and batch. `--sequences`: with `return_sequences`; `--unknown`: models
 that do not know their length. Official part: the

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_slstm.py [--record]
 
-Peers: `flashrnn` (pip install flashrnn; its Triton kernel where that runs, elsewhere its CUDA one,
-which calls cuBLAS at every step), and cuDNN's LSTM of the same width, `torch.nn.LSTM`, which has
-its input product in its time. Each family runs in a process of its own. Times are medians of
+Peers: `flashrnn` (pip install flashrnn) and cuDNN's LSTM of the same width, `torch.nn.LSTM`, whose
+time includes its input product. FlashRNN's Triton kernel is taken where it runs, elsewhere its CUDA
+kernel, which calls cuBLAS at every step. Each family runs in a process of its own. Times are medians of
 triton.testing.do_bench.
 """
 

@@ -4,7 +4,7 @@ nothing, on CPU tensors, so without a GPU.
     python benchmarks/host_time.py [--record]
 
 "new memory": every call has addresses that no call had before, which a CPU's allocator gives and
-which are written anew (backends/torch/launch.py); "the same memory": as where PyTorch's allocator
+which are written again (backends/torch/launch.py); "the same memory": as where PyTorch's allocator
 gives the same again, as a GPU's does. "autograd": a function of five inputs that does nothing.
 Layers are built with `use_kernel=True`, and called outside any compiler. Medians of rounds, in
 turn; allocations are a CPU's.

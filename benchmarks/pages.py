@@ -60,16 +60,42 @@ FASTER = ("label", "script", "cases", "peer")
 SWAP = {"script": "swap", "not counted": ("parity", "recall", "adding 200")}
 COMPILE = {"script": "tensorflow_xla", "cases": "^12 blocks"}
 
-FIT = {"script": "cpu", "backend": "jax", "cases": SMALL, "metric": "fit step", "form": "{:.2f}", "goal": "<= 1"}
+FIT = {
+    "script": "cpu",
+    "backend": "jax",
+    "cases": SMALL,
+    "metric": "fit step",
+    "form": "{:.2f}",
+    "goal": "<= 1",
+}
 OFFICIAL = "tokens/s, the official model under `torch.compile` = 1"
 DEFAULTS = (
-    ("`sLSTM(units)`, 8 to 512 units, CPU | time of a `fit` step, `keras.layers.LSTM` = 1", {**FIT, "of": "sLSTM / LSTM"}),
+    (
+        "`sLSTM(units)`, 8 to 512 units, CPU | time of a `fit` step, `keras.layers.LSTM` = 1",
+        {**FIT, "of": "sLSTM / LSTM"},
+    ),
     ("`mLSTM(units)`, the same | the same", {**FIT, "of": "mLSTM / LSTM"}),
-    (f"`xLSTMLanguageModel`, 407M parameters, `fit` on JAX, GPU | {OFFICIAL}", {"script": "gpu_jax", "of": "ours-compiled / official-compiled"}),
-    ("… on torch, `jit_compile=True` | the same", {"script": "gpu_model", "device": H200, "of": "ours-compiled / official-compiled"}),
-    ("… on torch, by default | the same", {"script": "gpu_model", "device": H100, "of": "ours / official-compiled"}),
-    ("mLSTM's kernel, 2,048 to 65,536 steps, GPU | speed, a Transformer's attention (cuDNN) = 1",
-     {"script": "gpu_torch", "cases": r"^mLSTM \d.*128/256", "metric": "fw+bw", "of": "attention / triton"}),
+    (
+        f"`xLSTMLanguageModel`, 407M parameters, `fit` on JAX, GPU | {OFFICIAL}",
+        {"script": "gpu_jax", "of": "ours-compiled / official-compiled"},
+    ),
+    (
+        "… on torch, `jit_compile=True` | the same",
+        {"script": "gpu_model", "device": H200, "of": "ours-compiled / official-compiled"},
+    ),
+    (
+        "… on torch, by default | the same",
+        {"script": "gpu_model", "device": H100, "of": "ours / official-compiled"},
+    ),
+    (
+        "mLSTM's kernel, 2,048 to 65,536 steps, GPU | speed, a Transformer's attention (cuDNN) = 1",
+        {
+            "script": "gpu_torch",
+            "cases": r"^mLSTM \d.*128/256",
+            "metric": "fw+bw",
+            "of": "attention / triton",
+        },
+    ),
 )
 RATIO = {"metric": "training", "cases": "2048$", "form": "{:.1f}", "goal": ">= 1"}
 

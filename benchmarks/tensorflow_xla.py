@@ -3,13 +3,20 @@
     python benchmarks/tensorflow_xla.py                   # all parts, about 10 minutes on 2 cores
     python benchmarks/tensorflow_xla.py --only lengths --plot lengths.png
 
-Parts: `ops` (mLSTM forward and backward: op by op, as a graph, with the op compiled, with all
-compiled, and on JAX), `turns` (the last two again, in processes that take turns), `fit` (a step
-beside keras.layers.LSTM), `compile` (a model of 12 blocks: the first step, then another batch
-size, then another length, and the peak of memory), `steps` (its steps, and those of
-two wider blocks, in turn), `cache` (that first step in three processes that share the compilers'
-own caches on disk, also on JAX) and `lengths` (time and peak memory of the mLSTM over T, a process
-for every point). Each backend has a process of its own; in `ops` JAX's comes straight after
+Parts:
+
+- `ops`: mLSTM forward and backward, eager, as a graph, with the op compiled, with all compiled, and
+  on JAX
+- `turns`: the last two again, in processes that take turns
+- `fit`: a step beside keras.layers.LSTM
+- `compile`: a model of 12 blocks. The first step, then another batch size, then another length, and
+  the peak of memory
+- `steps`: its steps, and those of two wider blocks, in turn
+- `cache`: that first step in three processes that share the compilers' own caches on disk, also on
+  JAX
+- `lengths`: time and peak memory of the mLSTM over T, a process for every point
+
+Each backend has a process of its own; in `ops` JAX's comes straight after
 TensorFlow's.
 """
 

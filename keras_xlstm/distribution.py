@@ -62,9 +62,8 @@ class ModelParallel(keras.distribution.ModelParallel):
         auto_shard_dataset: as in `keras.distribution.ModelParallel`.
 
     Raises:
-        ValueError: where Keras runs on another backend, where the mesh has not two axes, and, when
-            a model is made, where its heads (or hidden units, or tokens of the vocabulary) cannot
-            be shared out evenly.
+        ValueError: where Keras runs on another backend, and where the mesh has not two axes. When a
+            model is made: where the devices do not divide its heads, hidden units or vocabulary.
 
     Example:
 
@@ -125,8 +124,8 @@ def fully_shard(model, **options):
     after this call. The Keras model is without weights then, until `module.gather()`.
 
     Args:
-        model: `xLSTMLanguageModel` or `xLSTMStack`, equal in all processes: seed them alike, or
-            load a file. Not compiled with `jit_compile=True`.
+        model: `xLSTMLanguageModel` or `xLSTMStack`, equal in all processes: give them one seed,
+            or load a file. Not compiled with `jit_compile=True`.
         **options: of `torch.distributed.fsdp.fully_shard`: `mesh`, `reshard_after_forward` and so
             on.
 

@@ -103,7 +103,14 @@ def test_no_figure_is_written_by_hand(page):
 
 
 def test_every_benchmark_records():
-    helpers = {"memory", "record", "render", "pages", "plot", "tune_torch"}  # a tuner keeps no figure
+    helpers = {
+        "memory",
+        "record",
+        "render",
+        "pages",
+        "plot",
+        "tune_torch",
+    }  # a tuner keeps no figure
     for path in BENCHMARKS.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         both = "record.option(" in text and "record.add(" in text

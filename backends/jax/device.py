@@ -159,8 +159,8 @@ def _split():
 
 
 def over_devices(function, arguments, axes, results):
-    """function(*arguments), on every device of keras.distribution for its part of the batch and its
-    heads: XLA cannot split a kernel by itself.
+    """function(*arguments), where every device of keras.distribution has a part of the batch and of
+    the heads. XLA cannot split a kernel.
 
     `axes` and `results`: the axes of every argument and result, a letter each: B for the batch, H
     for heads. The first argument has both.

@@ -1,7 +1,7 @@
 """Gradients that are written by hand, and those of them: second derivatives.
 
 TensorFlow would differentiate a hand-written backward pass by what it reads, and in eager calls
-leave out how that depends on the inputs: a wrong number, without a word.
+leave out how that depends on the inputs: a wrong number, silently.
 """
 
 import tensorflow as tf
