@@ -4,8 +4,8 @@
 
 Peers: `flashrnn` (pip install flashrnn) and cuDNN's LSTM of the same width, `torch.nn.LSTM`, whose
 time includes its input product. FlashRNN's Triton kernel is taken where it runs, elsewhere its CUDA
-kernel, which calls cuBLAS at every step. Each family runs in a process of its own. Times are medians of
-triton.testing.do_bench.
+kernel, which calls cuBLAS at every step. Each family runs in a process of its own. Times are
+medians of triton.testing.do_bench.
 """
 
 import argparse

@@ -8,8 +8,8 @@ repeats its loads until none is left. All programs of a launch must be on the de
 Tiles are (units, BB rows): few rows are then the narrow side of the tensor cores. Arrays come
 padded (slstm.py), so no kernel masks: x (B, T, 4, H, D), h (B, T, H, D), states (B, H, D), flags
 (B, T). The recurrent kernel is (H, programs, 4 BU, D) [gate and out, in], backwards [gate and in,
-out]. Of whole heads it is (H, 1, D, 4 D). `saved` (7, B, T, H, D): i, f, z, o as they act, c, n, and
-the slope of f. What is exchanged has a step more: before the first, or after the last.
+out]. Of whole heads it is (H, 1, D, 4 D). `saved` (7, B, T, H, D): i, f, z, o as they act, c, n,
+and the slope of f. What is exchanged has a step more: before the first, or after the last.
 """
 
 import functools
