@@ -58,3 +58,10 @@ def mask_and_segments(mask, segment_ids, sizes):
         before = backends.steps_of(segment_ids, ops.maximum(last, 0))
         before = ops.where(mask & (last >= 0), before, segment_ids)
     return mask, ops.cumsum(ops.cast(segment_ids != before, "int32"), axis=1)
+
+
+def from_the_end(sequences, mask, segment_ids):
+    """All three in the opposite order of steps; segments as counts that rise from 0 again."""
+    if segment_ids is not None:
+        segment_ids = segment_ids[:, -1:] - segment_ids
+    return [None if x is None else ops.flip(x, axis=1) for x in (sequences, mask, segment_ids)]

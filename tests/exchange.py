@@ -9,8 +9,8 @@ import sys
 import keras
 import numpy as np
 
-from keras_xlstm.layers import mLSTM, sLSTM
-from keras_xlstm.models import xLSTMLanguageModel
+from keras_xlstm.layers import mLSTM, sLSTM, sLSTMBlock
+from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 
 def build():
@@ -30,12 +30,28 @@ def data():
     return x, rng.normal(size=(6, 1)).astype("float32")
 
 
+def build_tagger():
+    """Blocks and stacks that read from both ends."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    x = keras.layers.Embedding(9, 8, mask_zero=True)(ids)
+    x = keras.layers.Bidirectional(sLSTMBlock(num_heads=2), merge_mode="ave")(x)
+    for direction in ("alternate", "both"):
+        x = xLSTMStack(8, 2, num_heads=2, pattern="1:1", direction=direction)(x)
+    return moved(keras.Model(ids, keras.layers.Dense(3)(x)))
+
+
+# Padded in every way: zeros are masked.
+TAGGED = np.array([[1, 2, 3, 4, 5, 6, 7], [0, 0, 8, 1, 2, 0, 0], [3, 0, 4, 0, 5, 6, 0]])
 PROMPTS = [[1, 2, 3], list(range(20)), [7]]
 
 
 def build_language_model():
-    """Both of the paper's blocks, moved away from their initial zeros."""
-    model = xLSTMLanguageModel(23, 16, 2, num_heads=2, pattern="1:1", logit_soft_cap=30.0)
+    """Both of the paper's blocks."""
+    return moved(xLSTMLanguageModel(23, 16, 2, num_heads=2, pattern="1:1", logit_soft_cap=30.0))
+
+
+def moved(model):
+    """Away from its initial weights."""
     rng = np.random.default_rng(0)
     for v in model.weights:
         v.assign(keras.ops.convert_to_numpy(v) + 0.2 * rng.normal(size=v.shape))
@@ -52,6 +68,9 @@ def write(folder):
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
     np.save(folder / "outputs.npy", model.predict(x, verbose=0))
+    model = build_tagger()
+    model.save(folder / "tagger.keras")
+    np.save(folder / "tags.npy", model.predict_on_batch(TAGGED))
     model = build_language_model()
     model.save(folder / "language_model.keras")
     np.save(folder / "tokens.npy", np.concatenate(model.generate(PROMPTS, 12, temperature=0)))

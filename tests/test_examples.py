@@ -106,6 +106,14 @@ def test_classification(tmp_path, here):
     assert (tmp_path / "out/bidirectional.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tagging(here):
+    said = here("tagging.py", "--files", 3, "--epochs", 1, "--model", "both")
+    line = said.splitlines()[-1]
+    assert line.startswith("both: ")
+    assert "parameters, seed 0, right: " in line
+    assert float(line.split("right: ")[1].split()[0]) > 0.4  # most tags stand for a seventh
+
+
 @pytest.mark.skipif(
     any(importlib.util.find_spec(n) is None for n in ("onnxruntime", _ONNX[BACKEND])),
     reason=f"the extra export-{BACKEND}",

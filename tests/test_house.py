@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 6833,
-    "tools": 1816,
-    "wing": 10076,
-    "tests": 12324,
+    "core": 6783,
+    "tools": 1769,
+    "wing": 9925,
+    "tests": 12_429,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

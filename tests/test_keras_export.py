@@ -65,6 +65,7 @@ CASES = {
     "slstm block": of(lambda: sLSTMBlock(**BLOCK)),
     "large block": of(lambda: xLSTMLargeBlock(**BLOCK)),
     "stack": of(lambda: xLSTMStack(4, num_blocks=2, num_heads=2, pattern="1:1")),
+    "stack both": of(Masking, lambda: xLSTMStack(4, 2, num_heads=2, direction="both")),
     "embedded": of(
         lambda: Embedding(11, 4, mask_zero=True), lambda: mLSTMBlock(**BLOCK), dtype="int32",
         features=(),

@@ -75,6 +75,11 @@ CASES = {
         {"layer": layers.mLSTM(4, return_sequences=True)},
         {"expected_output_shape": (3, 5, 8), **RECURRENT},
     ),
+    "Bidirectional(mLSTMBlock)": (
+        keras.layers.Bidirectional,
+        {"layer": layers.mLSTMBlock(num_heads=2), "merge_mode": "ave"},
+        {"expected_output_shape": SEQUENCE, **RECURRENT},
+    ),
     "TimeDistributed(sLSTM)": (
         keras.layers.TimeDistributed,
         {"layer": layers.sLSTM(4)},

@@ -36,6 +36,12 @@ def test_every_backend_reads_every_backend(written):
     np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
 
 
+def test_both_directions_on_every_backend(written):
+    tagger = keras.models.load_model(written / "tagger.keras")
+    got = tagger.predict_on_batch(exchange.TAGGED)
+    np.testing.assert_allclose(got, np.load(written / "tags.npy"), atol=1e-5)
+
+
 def test_golden_file():
     """Written by version 0.1: attribute names, class names and weight order are the file format."""
     model = keras.models.load_model(GOLDEN / "model.keras", compile=False)

@@ -425,12 +425,6 @@ def test_scope_around_language_models(rng):
 # ------------------------------------------------------------------------- names and refusals
 
 
-@blocks
-def test_bidirectional_blocks_say_what_to_do(Block):
-    with pytest.raises(ValueError, match=r"reads sequences forwards alone.*Bidirectional\(mLSTM"):
-        keras.layers.Bidirectional(Block(num_heads=2))
-
-
 def test_heads_of_one_unit_are_refused_where_a_norm_would_empty_them(rng):
     for layer in (mLSTM(1), mLSTM(4, num_heads=4), mLSTM(4, value_dim=1), sLSTMBlock(num_heads=F)):
         with pytest.raises(ValueError, match="A head of one unit is 0 after"):

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_xlstm.models.stack import StackModel
+
 
 def symbolic(x):
     return isinstance(x, keras.KerasTensor)
@@ -11,13 +13,16 @@ def symbolic(x):
 
 def refuse(op):
     """An error for what reads the future, or keeps its state to itself."""
-    reason = None
+    reason, future = None, "which has not come yet"
     if isinstance(op, keras.layers.Bidirectional):
-        reason = "reads the sequence from its end too, which has not come yet"
+        reason = f"reads the sequence from its end too, {future}"
         remedy = "Use the layer without Bidirectional"
     elif getattr(op, "go_backwards", False):
-        reason = "reads the sequence from its end (go_backwards=True), which has not come yet"
+        reason = f"reads the sequence from its end (go_backwards=True), {future}"
         remedy = "Train it with go_backwards=False"
+    elif isinstance(op, StackModel) and op.direction != "forward":
+        reason = f"reads the sequence from its end too (direction={op.direction!r}), {future}"
+        remedy = 'Train it with direction="forward"'
     elif getattr(op, "stateful", False):
         reason = "keeps its states in variables (stateful=True), which an exported file cannot"
         remedy = "Build the model with stateful=False and load the same weights"

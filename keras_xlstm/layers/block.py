@@ -7,7 +7,7 @@ from keras_xlstm import backends, initializers
 from keras_xlstm.layers.base import StateLayer, plain
 from keras_xlstm.layers.norms import LayerNormalization
 from keras_xlstm.layers.projections import BlockDiagonal, Gate
-from keras_xlstm.masks import mask_and_segments, steps_mask
+from keras_xlstm.masks import from_the_end, mask_and_segments, steps_mask
 from keras_xlstm.validation import (
     check_flag,
     check_positive,
@@ -35,6 +35,9 @@ class Block(StateLayer):
     # other processes hold (torch's fsdp.py).
     runner = staticmethod(run_plain)
 
+    # What keras.layers.Bidirectional also asks of a layer.
+    return_sequences, stateful, states = True, False, None
+
     def __init__(
         self,
         num_heads,
@@ -48,6 +51,7 @@ class Block(StateLayer):
         return_state,
         remat,
         use_kernel,
+        go_backwards,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -71,6 +75,7 @@ class Block(StateLayer):
         self.return_state = check_flag("return_state", return_state)
         self.remat = check_flag("remat", remat)
         self.use_kernel = check_use_kernel(use_kernel)
+        self.go_backwards = check_flag("go_backwards", go_backwards)
         self.dim = None
 
     # ------------------------------------------------------------------ checks
@@ -110,16 +115,6 @@ class Block(StateLayer):
 
     # ------------------------------------------------------------------ sub-layers
 
-    @classmethod
-    def from_config(cls, config):
-        if "go_backwards" in config:  # keras.layers.Bidirectional makes such a copy
-            raise ValueError(
-                f"{cls.__name__} reads sequences forwards alone, so keras.layers.Bidirectional "
-                "cannot make a backward copy of it. Use keras.layers.Bidirectional(mLSTM(...)) or "
-                "Bidirectional(sLSTM(...)), or reverse the sequence around a second block."
-            )
-        return super().from_config(config)
-
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         self.dim = self._known_features(sequences_shape)
         with plain():
@@ -129,12 +124,14 @@ class Block(StateLayer):
     def _initializer(self, initializer, offset):
         """The initialiser for one of several kernels; scaled ones are told the model's width.
 
-        Reseeded by the block too: a whole stack may have been given the same instance.
+        Reseeded by the block too: a whole stack, and both directions of a
+        `keras.layers.Bidirectional`, may have been given the same instance.
         """
         if getattr(initializer, "dim", 0) is None:
             config = {**initializer.get_config(), "dim": self.dim}
             initializer = type(initializer).from_config({**config, "seed": initializer.seed})
-        return initializers.reseeded(initializer, offset + 100 * self.block_index)
+        offset += 100 * self.block_index + 50 * self.go_backwards
+        return initializers.reseeded(initializer, offset)
 
     def _gate(self, name, width, bias_initializer):
         # In float32 whatever the policy.
@@ -165,15 +162,18 @@ class Block(StateLayer):
         mask = sequences_mask if mask is None else mask
         self._check(sequences, initial_state, mask, return_state)
         state = self._initial_state(initial_state)
-        inputs = x = ops.cast(sequences, self.compute_dtype)
-        if mask is not None:
-            mask = steps_mask(ops.cast(mask, "bool"))
-            # Whatever padding holds, NaN too, must not reach a weight's gradient.
-            x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
+        inputs = ops.cast(sequences, self.compute_dtype)
+        mask = None if mask is None else steps_mask(ops.cast(mask, "bool"))
         if segment_ids is not None:
             sizes = {"B": sequences.shape[0], "T": sequences.shape[1]}
             sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
             mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
+        if self.go_backwards:
+            inputs, mask, segment_ids = from_the_end(inputs, mask, segment_ids)
+        x = inputs
+        if mask is not None:
+            # Whatever padding holds, NaN too, must not reach a weight's gradient.
+            x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
         dropped = None
         if training and self.dropout:
             # Drawn here: not in what may run a second time.
@@ -225,6 +225,8 @@ class Block(StateLayer):
 
     def compute_mask(self, sequences, mask=None):
         mask = steps_mask(mask[0] if isinstance(mask, (list, tuple)) else mask)
+        if self.go_backwards and mask is not None:
+            mask = ops.flip(mask, axis=1)  # as the outputs
         return (mask, *[None] * len(self.state_names)) if self.return_state else mask
 
     # ------------------------------------------------------------------ files
@@ -250,6 +252,7 @@ class Block(StateLayer):
             "return_state": self.return_state,
             "remat": self.remat,
             "use_kernel": self.use_kernel,
+            "go_backwards": self.go_backwards,
         }
 
 

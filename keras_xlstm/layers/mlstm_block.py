@@ -44,6 +44,10 @@ class mLSTMBlock(Block):
         return_state: return the states too.
         remat: in training, compute the block again in the backward pass and store its input alone.
         use_kernel: as in `mLSTM`.
+        go_backwards: read the sequence from its end; outputs come in that order. States are then
+            of the future: the initial one of steps behind the last, the new one of all, from the
+            last to the first. `keras.layers.Bidirectional` adds such a copy, with weights of its
+            own: twice the parameters and the time.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -90,6 +94,7 @@ class mLSTMBlock(Block):
         return_state=False,
         remat=False,
         use_kernel="auto",
+        go_backwards=False,
         **kwargs,
     ):
         forget_gate_bias_initializer = forget_bias(
@@ -97,7 +102,7 @@ class mLSTMBlock(Block):
         )
         super().__init__(
             num_heads, dropout, epsilon, kernel_initializer, output_initializer, block_index,
-            num_blocks, seed, return_state, remat, use_kernel, **kwargs,
+            num_blocks, seed, return_state, remat, use_kernel, go_backwards, **kwargs,
         )  # fmt: skip
         check_positive("qkv_block_size", qkv_block_size)
         self.projection_factor = self._check_factor("projection_factor", projection_factor)

@@ -11,6 +11,7 @@ from keras_xlstm import backends, initializers
 from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.soft_cap import SoftCap, soft_cap
 from keras_xlstm.models.generation import Generates
+from keras_xlstm.models.graph import stacked
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 from keras_xlstm.models.stack import StackModel
 from keras_xlstm.validation import check_cap, check_flag, check_positive, check_rate
@@ -127,7 +128,7 @@ class xLSTMLanguageModel(Generates, StackModel):
             x = embedding(token_ids)
             if embedding_dropout:
                 x = keras.layers.Dropout(embedding_dropout, seed=seed, name="embedding_dropout")(x)
-        x = self.stacked(settings, x)
+        x = stacked(settings, x)
         with plain():
             x = self._head(settings, embedding, x)
         super().__init__(inputs=token_ids, outputs=x, name=name)

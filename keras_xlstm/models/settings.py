@@ -55,6 +55,13 @@ def settings_of(
             f"`seed` must be an integer, or None for any. Received: seed={seed!r}. Every block "
             "takes its own from it, so a SeedGenerator cannot be given."
         )
+    for name, options in (("mlstm_options", mlstm_options), ("slstm_options", slstm_options)):
+        if "go_backwards" in (options or {}):
+            raise ValueError(
+                f"`{name}` cannot hold go_backwards, which would leave the steps in the opposite "
+                f"order. Received: {name}={options!r}. Give xLSTMStack "
+                '`direction="alternate"` or `"both"`; a language model reads forwards alone.'
+            )
     at = slstm_positions(num_blocks, pattern, slstm_at)
     if architecture == "large" and at:
         raise ValueError(
@@ -77,6 +84,21 @@ def settings_of(
         "output_mask": check_flag("output_mask", output_mask),
         "dtype": keras.dtype_policies.get(dtype or keras.config.dtype_policy()),
     }
+
+
+def check_direction(direction, num_blocks):
+    """Which way the blocks of a stack read."""
+    if direction not in ("forward", "alternate", "both"):
+        raise ValueError(
+            '`direction` must be "forward", "alternate" (every second block reads from the end) or '
+            f'"both" (two blocks at each place). Received: direction={direction!r}.'
+        )
+    if direction == "alternate" and num_blocks == 1:
+        raise ValueError(
+            'direction="alternate" needs a second block, which reads from the end. Received: '
+            'num_blocks=1. Give more blocks, or direction="both".'
+        )
+    return direction
 
 
 ARGUMENTS = """num_blocks: residual blocks.

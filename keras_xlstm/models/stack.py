@@ -5,12 +5,10 @@ from collections import OrderedDict
 import keras
 from keras import ops
 
-from keras_xlstm.layers import mLSTMBlock, sLSTMBlock, xLSTMLargeBlock
-from keras_xlstm.layers.base import plain
-from keras_xlstm.layers.norms import LayerNormalization, RMSNormalization
 from keras_xlstm.masks import steps_mask
-from keras_xlstm.models.settings import ARGUMENTS, settings_of
-from keras_xlstm.models.side_inputs import SIDE, SideInputs
+from keras_xlstm.models.graph import block_names, stacked
+from keras_xlstm.models.settings import ARGUMENTS, check_direction, settings_of
+from keras_xlstm.models.side_inputs import SIDE
 from keras_xlstm.models.training import BlockTraining
 from keras_xlstm.validation import check_positive, check_segments
 
@@ -24,41 +22,6 @@ class StackModel(BlockTraining, keras.Model):
     supports_masking = True
     _optional = ("padding_mask", "segment_ids")
     quantization = None
-
-    @staticmethod
-    def stacked(settings, x):
-        """The blocks on symbolic inputs."""
-        at, side_inputs = settings["slstm_at"], SideInputs(name="side_inputs")
-        for index in range(settings["num_blocks"]):
-            kind, options = mLSTMBlock, settings["mlstm_options"]
-            if settings["architecture"] == "large":
-                kind = xLSTMLargeBlock
-            elif index in at:
-                kind, options = sLSTMBlock, settings["slstm_options"]
-            arguments = {
-                "num_heads": settings["num_heads"],
-                "dropout": settings["dropout"],
-                "block_index": index,
-                "num_blocks": settings["num_blocks"],
-                "seed": None if settings["seed"] is None else settings["seed"] + index,
-                "remat": settings["remat"],
-                "use_kernel": settings["use_kernel"],
-                "dtype": settings["dtype"],
-                **options,
-            }
-            block = kind(**arguments, name=f"block_{index}")
-            padding_mask, segment_ids = side_inputs(x)
-            x = block(x, mask=padding_mask, segment_ids=segment_ids)
-        if not settings["final_norm"]:
-            return x
-        options = {"epsilon": block.epsilon, "dtype": settings["dtype"], "name": "norm"}
-        with plain():
-            if settings["architecture"] == "large":
-                norm = RMSNormalization(**options)
-                norm.supports_masking = True  # it acts on every step by itself
-            else:
-                norm = LayerNormalization(center=False, **options)
-        return norm(x)
 
     # ------------------------------------------------------------------ calling
 
@@ -122,10 +85,26 @@ class StackModel(BlockTraining, keras.Model):
     @property
     def blocks(self):
         """The residual blocks, first to last."""
-        return [self.get_layer(f"block_{i}") for i in range(self.settings["num_blocks"])]
+        return [self.get_layer(name) for name in block_names(self.settings)]
+
+    @property
+    def direction(self):
+        """Which way the blocks read."""
+        return self.settings.get("direction", "forward")
+
+    def _check_carries(self, method):
+        if self.direction != "forward":
+            raise ValueError(
+                f"{type(self).__name__}.{method} is for states that go on from the past, and some "
+                f"blocks of {self.name} read from the end. Received: a model with "
+                f"direction={self.direction!r}. Call the model with whole sequences, or build it "
+                'with direction="forward". States of both directions: '
+                "keras.layers.Bidirectional(mLSTMBlock(return_state=True))."
+            )
 
     def get_initial_state(self, batch_size):
         """A fresh state: per block, a list of zeros. Its size does not depend on any length."""
+        self._check_carries("get_initial_state")
         return [block.get_initial_state(batch_size) for block in self.blocks]
 
     def _run_blocks(self, x, state, padding_mask=None, segment_ids=None, runners=None):
@@ -214,6 +193,13 @@ class xLSTMStack(StackModel):
     Args:
         units: features of the sequences, in and out.
         {arguments}
+        direction: `"forward"`: a step sees those before it alone, and states can be carried on.
+            `"alternate"`: blocks 1, 3, 5, ... read from the end, as in
+            [Vision-LSTM](https://arxiv.org/abs/2406.04303): parameters and time stay the same.
+            `"both"`: each block has a second one, with weights of its own, that reads from the
+            end, and the mean of the two goes on: twice the parameters and the time. It is
+            `keras.layers.Bidirectional(block, merge_mode="ave")` that knows packed documents.
+            Padding stays where it is, and documents stay apart.
 
     Inputs: one tensor of sequences (batch, time, units), or a dict with `"sequences"` and, if
     wanted, `"padding_mask"` (batch, time), True for real steps, and `"segment_ids"` (batch, time),
@@ -255,13 +241,15 @@ class xLSTMStack(StackModel):
         dtype=None,
         name=None,
         output_mask=True,
+        direction="forward",
     ):
         settings = settings_of(
             units, num_blocks, num_heads, architecture, pattern, slstm_at, mlstm_options,
             slstm_options, dropout, final_norm, seed, remat, use_kernel, dtype, output_mask,
         )  # fmt: skip
+        settings["direction"] = check_direction(direction, num_blocks)
         sequences = keras.Input((None, units), name="sequences")
-        super().__init__(inputs=sequences, outputs=self.stacked(settings, sequences), name=name)
+        super().__init__(inputs=sequences, outputs=stacked(settings, sequences), name=name)
         self.settings = settings
         self._outer_dim = units
 
@@ -290,7 +278,11 @@ class xLSTMStack(StackModel):
             sequences: (batch, time, units).
             state: as `get_initial_state(batch)` or an earlier call gives it; None starts empty.
             padding_mask, segment_ids: as in the inputs, or None.
+
+        Raises:
+            ValueError: with a `direction` other than "forward".
         """
+        self._check_carries("run")
         sequences = self._without_padding(sequences, padding_mask)
         return self._run_blocks(sequences, state, padding_mask, segment_ids)
 
