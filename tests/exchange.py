@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_xlstm.layers import mLSTM, sLSTM
-from keras_xlstm.models import xLSTMLanguageModel
+from keras_xlstm.models import save_state, xLSTMLanguageModel
 
 
 def build():
@@ -31,6 +31,7 @@ def data():
 
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7]]
+REPLIES = [[5], [], [6, 7, 8]]  # what comes next
 
 
 def build_language_model():
@@ -40,6 +41,13 @@ def build_language_model():
     for v in model.weights:
         v.assign(keras.ops.convert_to_numpy(v) + 0.2 * rng.normal(size=v.shape))
     return model
+
+
+def replies(model, state):
+    """Greedy and drawn."""
+    options = {"state": state, "repetition_penalty": 1.2}
+    greedy = model.generate(REPLIES, 8, temperature=0, **options)
+    return [*greedy, *model.generate(REPLIES, 8, seed=1, min_p=0.02, num_samples=2, **options)]
 
 
 def write(folder):
@@ -55,6 +63,10 @@ def write(folder):
     model = build_language_model()
     model.save(folder / "language_model.keras")
     np.save(folder / "tokens.npy", np.concatenate(model.generate(PROMPTS, 12, temperature=0)))
+    _, state = model.generate(PROMPTS, 4, temperature=0, return_state=True)
+    half = keras.tree.map_structure(lambda x: keras.ops.cast(x, "bfloat16"), state["blocks"])
+    save_state(folder / "state.npz", {"state": state, "half": half})
+    np.save(folder / "replies.npy", np.concatenate(replies(model, state)))
 
 
 if __name__ == "__main__":
