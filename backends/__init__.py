@@ -36,7 +36,7 @@ split_gate_and_up, token_losses = active.split_gate_and_up, active.token_losses
 export_of, changes, unsorted = active.export_of, active.changes, active.unsorted
 scripting, no_autograph, compiled = active.scripting, active.no_autograph, active.compiled
 block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
-captured_train_step = active.captured_train_step
+captured_train_step, state_copy = active.captured_train_step, active.state_copy
 
 # Which backends each kernel language belongs to; where several fit, the first is picked.
 _KERNELS = {"triton": ("torch", "jax"), "pallas": ("jax",), "xla": ("tensorflow",)}

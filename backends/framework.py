@@ -99,6 +99,7 @@ class Contract:
     # Compiling. `function(state, *tensors)` without gradients, by `variables` as they are at each
     # call; `repeated`: with the state that it returned, again and again.
     def compiled(function, variables, jit_compile="auto", repeated=False): ...
+    def state_copy(state): ...  # a `repeated` function's state, as tensors that no step uses up
     # {kind of block: its `runner`, compiled once for all equal}: how `compile(jit_compile=True)`
     # compiles. None: whole steps are compiled.
     def block_runners(blocks): ...

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_xlstm.layers import mLSTM, sLSTM, sLSTMBlock
-from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
+from keras_xlstm.models import save_state, xLSTMLanguageModel, xLSTMStack
 
 
 def build():
@@ -43,6 +43,7 @@ def build_tagger():
 # Padded in every way: zeros are masked.
 TAGGED = np.array([[1, 2, 3, 4, 5, 6, 7], [0, 0, 8, 1, 2, 0, 0], [3, 0, 4, 0, 5, 6, 0]])
 PROMPTS = [[1, 2, 3], list(range(20)), [7]]
+REPLIES = [[5], [], [6, 7, 8]]  # what comes next
 
 
 def build_language_model():
@@ -56,6 +57,13 @@ def moved(model):
     for v in model.weights:
         v.assign(keras.ops.convert_to_numpy(v) + 0.2 * rng.normal(size=v.shape))
     return model
+
+
+def replies(model, state):
+    """Greedy and drawn."""
+    options = {"state": state, "repetition_penalty": 1.2}
+    greedy = model.generate(REPLIES, 8, temperature=0, **options)
+    return [*greedy, *model.generate(REPLIES, 8, seed=1, min_p=0.02, num_samples=2, **options)]
 
 
 def write(folder):
@@ -74,6 +82,10 @@ def write(folder):
     model = build_language_model()
     model.save(folder / "language_model.keras")
     np.save(folder / "tokens.npy", np.concatenate(model.generate(PROMPTS, 12, temperature=0)))
+    _, state = model.generate(PROMPTS, 4, temperature=0, return_state=True)
+    half = keras.tree.map_structure(lambda x: keras.ops.cast(x, "bfloat16"), state["blocks"])
+    save_state(folder / "state.npz", {"state": state, "half": half})
+    np.save(folder / "replies.npy", np.concatenate(replies(model, state)))
 
 
 if __name__ == "__main__":

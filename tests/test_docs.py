@@ -24,6 +24,8 @@ def test_most_pages_have_code():
 def test_page(page, tmp_path, monkeypatch):
     if page.stem == "export":
         pytest.importorskip(export._CONVERTER[BACKEND], reason=f"the extra export-{BACKEND}")
+    if page.stem == "text":
+        pytest.importorskip("tokenizers", reason="the extra tokenizers")
     monkeypatch.chdir(tmp_path)
     run_blocks(page)
 

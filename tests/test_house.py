@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 6783,
-    "tools": 1769,
-    "wing": 9925,
-    "tests": 12_429,
+    "core": 7239,
+    "tools": 1764,
+    "wing": 9938,
+    "tests": 12_621,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

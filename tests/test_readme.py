@@ -32,7 +32,8 @@ PUBLIC = [p for p in PUBLIC if ">>>" in (p.__doc__ or "")] + [backends.available
 
 
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
-def test_docstring(thing):
+def test_docstring(thing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {"np": np, "keras": keras, "keras_xlstm": keras_xlstm}
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     (test,) = doctest.DocTestFinder(recurse=False).find(thing, globs=names, name=thing.__name__)

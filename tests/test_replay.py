@@ -5,6 +5,8 @@ Without a GPU a stand-in for the graph runs what was recorded again.
 
 import shutil
 
+import keras
+import numpy as np
 import pytest
 from tools import BACKEND, RefusedGraph, perturbed, stand_in_for_cuda
 
@@ -80,6 +82,54 @@ def test_texts_that_take_turns(rng, recordings):
     assert len(recordings) == 1
 
 
+OPTIONS = {
+    "temperature": 0.8,
+    "seed": 1,
+    "min_p": 0.02,
+    "repetition_penalty": 1.3,
+    "num_samples": 2,
+}
+
+
+@each
+def test_the_state_of_a_recorded_text(kind, rng, recordings):
+    """In the middle, at the end with rows that stopped, and while another text has the buffers."""
+    model = model_of(kind, rng)
+    free = generated(model, False, **OPTIONS)
+    found = {}
+    for jit_compile in (False, "auto"):
+        options = {**OPTIONS, "jit_compile": jit_compile, "stop_token": free[0][-5]}
+        first, other = (model.stream(PROMPTS, 9, **options, return_state=True) for _ in range(2))
+        middle = [first.state for _ in zip(range(5), first, strict=False)]
+        states = [*middle, [next(other), next(other), first.state][2]]
+        rest = model.stream([[]] * 6, 4, 0, state=states[-1], jit_compile=jit_compile)
+        states += [np.stack(list(rest)), np.stack(list(first)), first.state]
+        texts, state = model.generate(PROMPTS, 9, **options, return_state=True)
+        found[jit_compile] = [texts, states, state]
+    assert recordings
+    got, want = (keras.tree.flatten(found[jit_compile]) for jit_compile in ("auto", False))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_processor_runs_outside_of_the_recording(rng, recordings):
+    model = model_of("paper", rng)
+    steps = []
+
+    def processor(step, logits):
+        steps.append(step)
+        logits[:, step] = -torch.inf
+        return logits
+
+    options = {**OPTIONS, "return_log_probs": True, "logits_processor": processor}
+    want = model.generate(PROMPTS, 9, jit_compile=False, **options)
+    got = model.generate(PROMPTS, 9, **options)
+    assert steps == [*range(9), *range(9)]
+    assert len(recordings) == 1
+    for x, y in zip(keras.tree.flatten(got), keras.tree.flatten(want), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_a_recording_per_batch_and_place(rng, recordings):
     model = model_of("large", rng)
     sizes = [PROMPTS[:n] for n in (1, 2, 3)]
@@ -124,7 +174,8 @@ def test_numbers_become_tensors_by_kernels(kind, rng, recordings, monkeypatch):
             run(*arguments)
 
     monkeypatch.setattr(cuda_graph.CapturedGraph, "_run", watched)
-    generated(model, "auto", temperature=0.8, top_k=9, top_p=0.9, seed=1)
+    options = {**OPTIONS, "top_k": 9, "top_p": 0.9, "stop_token": 3, "return_state": True}
+    model.generate(PROMPTS, 9, **options, return_log_probs=True)
     assert len(recordings) == 1
     assert not copied
 

@@ -9,6 +9,7 @@ import pytest
 from tools import HERE, array, jit, made
 
 import keras_xlstm
+from keras_xlstm import models
 
 GOLDEN = HERE / "golden"
 
@@ -29,7 +30,7 @@ def test_every_backend_reads_every_backend(written):
     np.testing.assert_allclose(model.predict(x, verbose=0), want, atol=1e-5)
     model.fit(x, y, verbose=0)  # compiled: the optimizer came along
     assert int(array(model.optimizer.iterations)) == 4
-    continues_as_written(written)
+    goes_on_as_written(written, continues_as_written(written))
     model = exchange.build()
     model.jit_compile = jit()
     model.load_weights(written / "model.weights.h5")
@@ -68,6 +69,18 @@ def continues_as_written(folder):
     model = keras.models.load_model(folder / "language_model.keras")
     got = np.concatenate(model.generate(exchange.PROMPTS, 12, temperature=0))
     np.testing.assert_array_equal(got, np.load(folder / "tokens.npy"))
+    return model
+
+
+def goes_on_as_written(folder, model):
+    """From the state of a text that another backend wrote."""
+    found = models.load_state(folder / "state.npz")
+    got = np.concatenate(exchange.replies(model, found["state"]))
+    np.testing.assert_array_equal(got, np.load(folder / "replies.npy"))
+    pairs = [keras.tree.flatten(x) for x in (found["state"]["blocks"], found["half"])]
+    for whole, half in zip(*pairs, strict=True):
+        assert keras.backend.standardize_dtype(half.dtype) == "bfloat16"
+        np.testing.assert_array_equal(array(half), array(keras.ops.cast(whole, "bfloat16")))
 
 
 @pytest.mark.parametrize("Layer", [keras_xlstm.layers.sLSTM, keras_xlstm.layers.mLSTM])

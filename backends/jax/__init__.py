@@ -128,3 +128,7 @@ def compiled(function, variables, jit_compile="auto", repeated=False):
 
     jitted = jax.jit(stateless, donate_argnums=0)
     return lambda state, *tensors: jitted(state, [v.value for v in variables], *tensors)
+
+
+def state_copy(state):
+    return jax.tree.map(jax.numpy.copy, state)

@@ -39,7 +39,7 @@ native_slstm = slstm_loop.native_slstm
 float32_gate_product = products.float32_gate_product
 # Products stay as they are written; losses are Keras's own, but in a step that is captured.
 keep_unfused = token_losses = None
-block_runners = compile_blocks.block_runners
+block_runners, state_copy = compile_blocks.block_runners, decode_step.state_copy
 captured_train_step, fuse_optimizer = train_step.CapturedTrainStep, train_step.fuse_optimizer
 
 _LOG2_E = 1.4426950408889634

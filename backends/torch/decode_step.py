@@ -59,7 +59,7 @@ class CapturedDecodeStep:
 
     def _captured(self, state, tensors):
         try:
-            return _CapturedStep(self._function, state, tensors)
+            return _CapturedStep(self._function, state, tensors, self._lock)
         except RuntimeError as error:
             if self._required:
                 raise RuntimeError(
@@ -73,7 +73,7 @@ class CapturedDecodeStep:
 class _CapturedStep:
     """A graph of the step, in which new state goes where the old was."""
 
-    def __init__(self, function, state, tensors):
+    def __init__(self, function, state, tensors, lock):
         def advance(state, *tensors):
             output, new = function(state, *tensors)
             buffers = keras.tree.flatten(state)
@@ -89,6 +89,7 @@ class _CapturedStep:
 
         self._graph = CapturedGraph(advance, state, *tensors)
         self._state = self._graph.buffers[: len(keras.tree.flatten(state))]
+        self._structure, self._lock = keras.tree.map_structure(lambda x: ..., state), lock
         self._holder = lambda: None
 
     @torch.no_grad()
@@ -104,9 +105,21 @@ class _CapturedStep:
             self._holder = weakref.ref(state)
         return self._graph.replay([*given, *tensors]), state
 
+    @torch.no_grad()
+    def copied(self, state):
+        with self._lock:
+            tensors = self._state if state.tensors is None else state.tensors
+            return keras.tree.pack_sequence_as(self._structure, [x.clone() for x in tensors])
+
 
 class _Held:
     """The state that lies in a recording's buffers, or in `tensors` while another one does."""
 
     def __init__(self, step):
         self.step, self.tensors = step, None
+
+
+def state_copy(state):
+    """A state of `CapturedDecodeStep` as tensors; those of one that was not recorded are no step's
+    to change."""
+    return state.step.copied(state) if isinstance(state, _Held) else state

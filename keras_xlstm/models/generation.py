@@ -1,6 +1,7 @@
-"""Continuing prompts: one parallel pass over them, then one compiled step per token."""
+"""Continuing prompts: `generate` and `stream`."""
 
-import numbers
+import itertools
+from collections import namedtuple
 
 import numpy as np
 from keras import ops
@@ -8,6 +9,11 @@ from keras import ops
 from keras_xlstm import backends
 from keras_xlstm.layers.block import run_plain
 from keras_xlstm.models import sampling
+from keras_xlstm.models.continuation import AT_ONCE, Continuation
+from keras_xlstm.models.generation_options import Options
+
+# `read` and `advance` give logits, `pick` a token of them, and `step` is both of these at once.
+Compiled = namedtuple("Compiled", "read advance pick step")
 
 
 class Generates:
@@ -23,52 +29,102 @@ class Generates:
         seed=None,
         stop_token=None,
         jit_compile="auto",
+        min_p=None,
+        repetition_penalty=None,
+        stop_sequences=None,
+        num_samples=1,
+        logits_processor=None,
+        return_log_probs=False,
+        state=None,
+        return_state=False,
     ):
         """Continues prompts, all at once.
 
         The prompts, of any lengths, are read in one parallel pass; then every token is one
         compiled step whose time and memory do not depend on how much came before.
 
+        What is drawn from: the model's logits, by `repetition_penalty`, `logits_processor`,
+        `temperature`, `top_k`, `top_p` and `min_p`, in this order. Each sees what those before it
+        left.
+
         Args:
-            prompts: a list of lists of token ids, of any lengths, or an array (batch, time).
+            prompts: a list of lists of token ids, of any lengths, or an array (batch, time). With
+                a `state`, what comes next, which may be empty.
             max_new_tokens: how many tokens to add to each.
             temperature: divides the logits; 0 always takes the most likely token.
             top_k: draw from the k most likely tokens alone; None draws from all.
             top_p: draw from the most likely tokens that together reach this probability alone;
                 None draws from all.
-            seed: integer: the same draws on every backend; None draws anew at every call.
-            stop_token: a prompt that gets this token is done, and ends with it.
+            seed: integer: the same draws on every backend, from the first new token on; None draws
+                anew at every call. Calls with one `numpy.random.Generator` go on with its draws.
+            stop_token: an id, or a list of ids. A text that gets such a token is done, and ends
+                with it.
             jit_compile: how the step is compiled. `"auto"`: JAX, XLA; TensorFlow, a graph; PyTorch,
                 as `model.compile` was told, and on a CUDA device a CUDA graph is recorded at the
                 third token. True: XLA on TensorFlow too; on PyTorch torch.compile makes one block
                 of each kind for all of them, which needs a C++ compiler and up to a minute for each
                 kind and batch size. False: not compiled (TensorFlow: a graph).
+            min_p: draw from tokens at least this times as likely as the likeliest alone
+                ([Nguyen et al.](https://arxiv.org/abs/2407.01082)); None draws from all.
+            repetition_penalty: above 1, makes all tokens of the prompt, the state's text and the
+                continuation less likely: it divides their logits above 0 and multiplies those below
+                ([CTRL](https://arxiv.org/abs/1909.05858), section 4.1). None does not.
+            stop_sequences: lists of at most 64 token ids. A text that ends with one is done. It may
+                begin in the prompt, or in the state's text; its last token is a new one.
+            num_samples: how many continuations of each prompt, which is read once.
+            logits_processor: a function of the step, 0 for the first new token, and the logits
+                (batch * num_samples, vocabulary_size), float32, a tensor of the backend. It returns
+                such logits, as a tensor or a NumPy array: -inf for tokens that may not come. It
+                runs as plain Python between two compiled parts of the step, never traced, so it may
+                keep things; a step then takes longer, as none can begin before it.
+            return_log_probs: return the logarithm of each new token's probability, too. It is the
+                model's own, before penalty, processor, temperature and filters.
+            state: what an earlier call with `return_state=True` returned last, of one row for all
+                prompts or of a row for each. It stays as it is, and can be gone on from again.
+            return_state: return the state after the last token, too.
 
         Returns:
-            A list of integer arrays: each prompt followed by its continuation.
+            A list of int32 arrays: each prompt followed by its continuation. `num_samples`
+            continuations of one prompt follow one another. If asked for, a tuple of this list, a
+            list of float32 arrays, log probabilities of the new tokens, and the state.
+
+            The state is a dict of tensors with a row for each text, of a size that does not depend
+            on its length: `"blocks"`, as `run` takes it, after all tokens but the last; `"recent"`
+            (batch, 64), int32, the last tokens, -1 for none; `"seen"` (batch, vocabulary_size),
+            bool, which tokens the text has. A text that was done is at its own end. Seeds, draws
+            and options are not in it.
 
         Raises:
-            ValueError: for empty prompts, token ids out of range, and options out of range.
+            ValueError: for empty prompts without a state, token ids out of range, options out of
+                range, the state of another model, and what `logits_processor` must not return.
 
         Example:
 
         >>> model = keras_xlstm.models.xLSTMLanguageModel(256, units=64, num_blocks=1)
         >>> [len(text) for text in model.generate([[1, 2, 3], [4]], 5, temperature=0)]
         [8, 6]
+        >>> _, state = model.generate([[1, 2, 3]], 0, return_state=True)
+        >>> [len(text) for text in model.generate([[4], [5, 6], []], 5, state=state)]
+        [6, 7, 5]
         """
-        prompts = self._prompts(prompts)
-        steps = self._steps(
-            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile
-        )
-        if stop_token is not None:
-            steps = sampling.until(steps, stop_token)
-        new = np.concatenate([np.zeros((len(prompts), 0), "int32"), *sampling.fetched(steps)], 1)
-        if stop_token is not None:
-            ends = [
-                row.index(stop_token) + 1 if stop_token in row else len(row) for row in new.tolist()
-            ]
-            new = [row[:end] for row, end in zip(new, ends, strict=True)]
-        return [np.concatenate([p, n]) for p, n in zip(prompts, new, strict=True)]
+        continuation, prompts = self._continuation(
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile,
+            min_p, repetition_penalty, stop_sequences, num_samples, logits_processor,
+            return_log_probs, state, return_state, at_once=AT_ONCE,
+        )  # fmt: skip
+        counts, parts = continuation.counts, []
+        while some := list(itertools.islice(continuation, AT_ONCE)):
+            columns = zip(*some, strict=True) if return_log_probs else [some]
+            parts.append([np.stack(column, axis=1) for column in columns])
+        dtypes = ("int32", "float32") if return_log_probs else ("int32",)
+        parts = [[np.zeros((len(counts), 0), dtype) for dtype in dtypes], *parts]
+        columns = [np.concatenate(column, axis=1) for column in zip(*parts, strict=True)]
+        new, *rest = ([x[:n] for x, n in zip(rows, counts, strict=True)] for rows in columns)
+        prompts = [prompt for prompt in prompts for _ in range(num_samples)]
+        texts = [np.concatenate([p, n]) for p, n in zip(prompts, new, strict=True)]
+        if return_state:
+            rest.append(continuation.state)
+        return (texts, *rest) if rest else texts
 
     def stream(
         self,
@@ -80,15 +136,28 @@ class Generates:
         seed=None,
         stop_token=None,
         jit_compile="auto",
+        min_p=None,
+        repetition_penalty=None,
+        stop_sequences=None,
+        num_samples=1,
+        logits_processor=None,
+        return_log_probs=False,
+        state=None,
+        return_state=False,
     ):
         """Like `generate`, but yields every step's new tokens as soon as they are there.
 
         Args:
-            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile: as in
-                `generate`.
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile,
+                min_p, repetition_penalty, stop_sequences, num_samples, logits_processor,
+                return_log_probs, state: as in `generate`.
+            return_state: keep the state. The iterator that this returns has it as `state`, after
+                every token: after a `break`, too.
 
         Yields:
-            One integer array (batch,) per token; a prompt that is done repeats `stop_token`.
+            One int32 array (batch * num_samples,) per token, or, with `return_log_probs`, a pair of
+            it and a float32 array of the same shape. A text that is done repeats its last token,
+            with a log probability of 0; the iterator ends when all are.
 
         Example:
 
@@ -98,15 +167,29 @@ class Generates:
         (1,)
         (1,)
         """
-        prompts = self._prompts(prompts)
-        steps = self._steps(
-            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile
-        )
-        return sampling.until(steps, stop_token)
+        return self._continuation(
+            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile,
+            min_p, repetition_penalty, stop_sequences, num_samples, logits_processor,
+            return_log_probs, state, return_state,
+        )[0]  # fmt: skip
 
     # ------------------------------------------------------------------ checks
 
-    def _prompts(self, prompts):
+    def _continuation(
+        self, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile,
+        min_p, repetition_penalty, stop_sequences, num_samples, logits_processor,
+        return_log_probs, state, return_state, at_once=1,
+    ):  # fmt: skip
+        """Checked, and with the prompts as arrays."""
+        prompts = self._prompts(prompts, allow_empty=state is not None)
+        options = Options(
+            self.settings["vocabulary_size"], max_new_tokens, temperature, top_k, top_p, min_p,
+            repetition_penalty, seed, num_samples, stop_token, stop_sequences, logits_processor,
+            return_log_probs, return_state, jit_compile,
+        )  # fmt: skip
+        return Continuation(self, prompts, state, options, at_once), prompts
+
+    def _prompts(self, prompts, allow_empty):
         """Integer arrays, one per prompt, checked."""
         vocabulary_size = self.settings["vocabulary_size"]
         if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
@@ -117,11 +200,15 @@ class Generates:
         arrays = []
         for index, prompt in enumerate(prompts):
             array = np.asarray(prompt)
+            if allow_empty and array.shape == (0,):
+                arrays.append(array.astype("int32"))
+                continue
             if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
                 raise ValueError(
                     "Every prompt must be a list of at least one integer token id. "
                     f"Received: prompt {index} of shape {array.shape} and dtype {array.dtype}. "
-                    "Give a prompt without text the token that starts a document."
+                    "Give a prompt without text the token that starts a document; with a `state` "
+                    "prompts may be empty."
                 )
             if array.min() < 0 or array.max() >= vocabulary_size:
                 wrong = array[(array < 0) | (array >= vocabulary_size)][0]
@@ -132,85 +219,15 @@ class Generates:
             arrays.append(array.astype("int32"))
         return arrays
 
-    def _check_options(
-        self, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile
-    ):
-        vocabulary_size = self.settings["vocabulary_size"]
-
-        def whole(x):
-            return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
-        def real(x):
-            return isinstance(x, numbers.Real) and not isinstance(x, bool)
-
-        for name, value, fits, expected in (
-            ("max_new_tokens", max_new_tokens, lambda x: whole(x) and x >= 0, "an integer >= 0"),
-            (
-                "temperature", temperature,
-                lambda x: real(x) and 0 <= x < float("inf"), "a number >= 0, 0 for greedy",
-            ),
-            (
-                "top_k", top_k, lambda x: x is None or (whole(x) and 1 <= x <= vocabulary_size),
-                f"an integer from 1 to the vocabulary's {vocabulary_size}, or None",
-            ),
-            (
-                "top_p", top_p, lambda x: x is None or (real(x) and 0 < x <= 1),
-                "a number above 0, at most 1, or None",
-            ),
-            (
-                "seed", seed, lambda x: x is None or (whole(x) and x >= 0),
-                "an integer >= 0, or None",
-            ),
-            (
-                "stop_token", stop_token,
-                lambda x: x is None or (whole(x) and 0 <= x < vocabulary_size),
-                f"a token id from 0 to {vocabulary_size - 1}, or None",
-            ),
-            (
-                "jit_compile", jit_compile, lambda x: x == "auto" or isinstance(x, bool),
-                '"auto", True or False',
-            ),
-        ):  # fmt: skip
-            if not fits(value):
-                raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
-
     # ------------------------------------------------------------------ steps
 
-    def _steps(self, prompts, count, temperature, top_k, top_p, seed, stop_token, jit_compile):
-        """Checks at once; then an iterator over the new tokens (batch,), as tensors."""
-        self._check_options(count, temperature, top_k, top_p, seed, stop_token, jit_compile)
-        prefill, step = self._compiled(temperature == 0, top_k, top_p is not None, jit_compile)
-        # A tensor each: a Python number would be compiled in.
-        options = [np.float32(temperature or 1), np.float32(top_p or 1)]
-        options = [ops.convert_to_tensor(x) for x in options]
-        rng = np.random.default_rng(seed)
-
-        def draw():
-            return ops.convert_to_tensor(rng.random((len(prompts), 1), "float32"))
-
-        def run():
-            lengths = np.array([len(p) for p in prompts])
-            tokens = np.zeros((len(prompts), sampling.bucket(lengths.max())), "int32")
-            mask = np.arange(tokens.shape[1]) < lengths[:, None]
-            tokens[mask] = np.concatenate(prompts)
-            state = self.get_initial_state(len(prompts))
-            arrays = (tokens, mask, (lengths - 1).astype("int32"))
-            arrays = [ops.convert_to_tensor(a) for a in arrays]
-            tokens, state = prefill(state, *arrays, draw(), *options)
-            yield tokens
-            for _ in range(count - 1):
-                tokens, state = step(state, tokens, draw(), *options)
-                yield tokens
-
-        return run() if count else iter(())
-
-    def _compiled(self, greedy, top_k, nucleus, jit_compile):
-        """The two functions for these options, kept until the model's variables are others."""
+    def _compiled(self, plan, jit_compile):
+        """The functions of a plan, kept until the model's variables are others."""
         variables = list(self.variables)
         compiles = backends.captured_train_step is not None and jit_compile is not False
         if jit_compile == "auto":
             compiles = compiles and self.blocks[0].runner is not run_plain
-        key = (greedy, top_k, nucleus, jit_compile, compiles, backends.prefer("auto"))
+        key = (plan, jit_compile, compiles, backends.prefer("auto"))
         ids = [id(variable) for variable in variables]
         of, kept = self.__dict__.get("_generation", (None, {}))
         if of != ids:  # what quantize replaced is not held in memory
@@ -218,26 +235,50 @@ class Generates:
             self.__dict__["_generation"] = ids, kept
         if key not in kept:
             runners = backends.block_runners(self.blocks) if compiles else None
-
-            def choose(features, draw, temperature, top_p):
-                logits = ops.cast(self.logits(features), "float32")
-                p = top_p if nucleus else None
-                return sampling.choose(logits, None if greedy else draw, temperature, top_k, p)
-
-            def prefill(state, tokens, mask, last, *drawing):
-                features, state = self._features(tokens, state, mask)
-                features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-                return choose(features, *drawing), state
-
-            def step(state, tokens, *drawing):
-                features, state = self._features(tokens[:, None], state, None, runners)
-                return choose(features[:, 0], *drawing), state
-
-            kept[key] = [
-                backends.compiled(prefill, variables, jit_compile),
-                backends.compiled(step, variables, jit_compile, repeated=True),
-            ]
+            kept[key] = self._functions(plan, variables, jit_compile, runners)
         return kept[key]
+
+    def _functions(self, plan, variables, jit_compile, runners):
+        """Compiled. A step's state is that of the blocks and, if tokens are penalised for it, which
+        ones each row has had."""
+
+        def logits_of(features):
+            return ops.cast(self.logits(features), "float32")
+
+        def read(blocks, tokens, mask, last):
+            features, blocks = self._features(tokens, blocks, mask)
+            features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+            return logits_of(features), blocks
+
+        def advance(state, tokens, *given):
+            """The model's own logits, and those with the penalty."""
+            given, (before, *seen) = dict(zip(plan.names, given, strict=True)), state
+            features, blocks = self._features(tokens[:, None], before, None, runners)
+            own = weighed = logits_of(features[:, 0])
+            if "alive" in given:
+                blocks = sampling.held(given["alive"], blocks, before)
+            if seen:
+                seen = [sampling.mark(seen[0], tokens)]
+                weighed = sampling.penalized(own, seen[0], given["penalty"])
+            return (own, weighed), [blocks, *seen]
+
+        def pick(nothing, own, weighed, *given):
+            given = dict(zip(plan.names, given, strict=True))
+            given = {name: given.get(name) for name in ("draw", "temperature", "top_p", "min_p")}
+            tokens = sampling.choose(weighed, top_k=plan.top_k, **given)
+            log_probs = [sampling.log_probs(own, tokens)] if plan.log_probs else []
+            return [tokens, *log_probs], nothing
+
+        def step(state, tokens, *given):
+            logits, state = advance(state, tokens, *given)
+            return pick([], *logits, *given)[0], state
+
+        return Compiled(
+            backends.compiled(read, variables, jit_compile),
+            backends.compiled(advance, variables, jit_compile, repeated=True),
+            backends.compiled(pick, [], jit_compile),
+            backends.compiled(step, variables, jit_compile, repeated=True),
+        )
 
     def _features(self, tokens, state, mask, runners=None):
         """`run`, by `runners`, or without what `model.compile` compiled: to compile a block for

@@ -1,8 +1,6 @@
-"""Tokens from logits, and when to stop."""
+"""Tokens from logits: what is drawn, and from which of them."""
 
-import itertools
-
-import numpy as np
+import keras
 from keras import ops
 
 
@@ -15,7 +13,30 @@ def bucket(length):
     )
 
 
-def choose(logits, draw, temperature, top_k, top_p):
+def held(alive, new, old):
+    """States of rows (B,) that go on, and the old ones of those that do not."""
+
+    def chosen(new, old):
+        return ops.where(ops.reshape(alive, (-1, *[1] * (len(new.shape) - 1))), new, old)
+
+    return keras.tree.map_structure(chosen, new, old)
+
+
+def mark(seen, tokens):
+    """`seen` (B, V), true where row b has had token v, with the tokens (B,) too."""
+    ids = ops.arange(seen.shape[-1], dtype="int32")
+    return ops.logical_or(seen, ops.equal(ids[None], tokens[:, None]))
+
+
+def penalized(logits, seen, penalty):
+    """Logits (B, V), less likely where `seen`: of CTRL, https://arxiv.org/abs/1909.05858, eq. 1.
+
+    It divides what is above 0 there; what is below it multiplies, as libraries do.
+    """
+    return ops.where(seen, ops.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def choose(logits, draw=None, temperature=None, top_k=None, top_p=None, min_p=None):
     """Token ids (B,) from logits (B, V) and uniform draws (B, 1); without draws the likeliest."""
     if draw is None:
         return ops.cast(ops.argmax(logits, axis=-1), "int32")
@@ -25,33 +46,20 @@ def choose(logits, draw, temperature, top_k, top_p):
     p = ops.softmax(logits, axis=-1)
     if top_p is not None:
         p = ops.where(ops.cumsum(p, axis=-1) - p < top_p, p, 0.0)
+    if min_p is not None:
+        p = ops.where(p >= min_p * ops.max(p, axis=-1, keepdims=True), p, 0.0)
     reached = ops.cumsum(p, axis=-1)
-    rank = ops.sum(ops.cast(reached <= draw * reached[:, -1:], "int32"), axis=-1)
-    rank = ops.minimum(rank, logits.shape[-1] - 1)
+    # Where p is 0 the sum may still grow, by a rounding: no such token is drawn.
+    drawn = ops.logical_and(reached > draw * reached[:, -1:], p > 0)
+    count = logits.shape[-1]
+    rank = ops.min(ops.where(drawn, ops.arange(count, dtype="int32")[None], count), axis=-1)
+    rank = ops.where(rank < count, rank, ops.cast(ops.argmax(p, axis=-1), "int32"))
     return (
         rank if ids is None else ops.cast(ops.take_along_axis(ids, rank[:, None], 1)[:, 0], "int32")
     )
 
 
-def fetched(steps):
-    """Steps (batch,) as NumPy arrays (batch, some of them).
-
-    Some at a time: no step waits for the one before to arrive here, and a long text does not fill
-    the device with arrays of a few bytes.
-    """
-    while some := list(itertools.islice(steps, 256)):
-        yield np.stack([ops.convert_to_numpy(tokens) for tokens in some], axis=1)
-
-
-def until(steps, stop_token):
-    """Steps as NumPy arrays, until all rows have had `stop_token`; it is repeated after that."""
-    done = None
-    for tokens in steps:
-        tokens = np.array(ops.convert_to_numpy(tokens))
-        if stop_token is not None:
-            done = np.zeros(len(tokens), bool) if done is None else done
-            tokens[done] = stop_token
-            done |= tokens == stop_token
-        yield tokens
-        if stop_token is not None and done.all():
-            return
+def log_probs(logits, tokens):
+    """The logarithm of each token's probability (B,), by logits (B, V)."""
+    chosen = ops.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return chosen - ops.logsumexp(logits, axis=-1)
