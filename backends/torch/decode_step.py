@@ -51,7 +51,7 @@ class CapturedDecodeStep:
         return self._steps[key] or None
 
     def _key(self, state, tensors):
-        """What a recording holds fast: shapes, the stream, and where the weights lie."""
+        """What a recording depends on: shapes, the stream, and where the weights lie."""
         given = [*keras.tree.flatten(state), *tensors]
         places = [variable._value.data_ptr() for variable in self._variables]
         kinds = [(tuple(x.shape), x.dtype, x.device) for x in given]

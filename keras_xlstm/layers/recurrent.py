@@ -22,10 +22,10 @@ class Recurrent(StateLayer):
     """A layer over time with a carried state; subclasses bring the weights and the recurrence.
 
     A subclass sets `state_names`, and defines `_state_shapes(batch_size)`, `_build(dim)` and
-    `_run(sequences, state, mask, scale, return_state)`, which returns outputs (B, T, units) that
-    repeat the last real one at masked steps, without `return_sequences` their last (B, units); and
-    the new state, or None where `return_state` does not ask for it. `scale` is what
-    `_recurrent_scale` drew.
+    `_run(sequences, state, mask, scale, return_state)`. That returns outputs and the new state.
+    Outputs (B, T, units) repeat the last real one at masked steps; without `return_sequences` they
+    are the last one (B, units). The state is None where `return_state` does not ask for it. `scale`
+    is what `_recurrent_scale` drew.
 
     `keras.layers.RNN` cannot be the base: it has no place for a matrix state, casts states to the
     compute dtype and hides stateful variables from JAX.

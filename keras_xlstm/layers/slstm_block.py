@@ -41,8 +41,8 @@ class sLSTMBlock(Block):
         use_kernel: as in `sLSTM`.
         go_backwards: read the sequence from its end; outputs come in that order. States are then
             of the future: the initial one of steps behind the last, the new one of all, from the
-            last to the first. `keras.layers.Bidirectional` adds such a copy, with weights of its
-            own: twice the parameters and the time.
+            last to the first. `keras.layers.Bidirectional` adds a copy that does, with its own
+            weights: twice the parameters and the time.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:

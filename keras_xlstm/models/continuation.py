@@ -41,7 +41,7 @@ class Continuation:
         names, self._fixed = self._planned()
         plan = Plan(names, options.top_k if options.temperature else None, options.return_log_probs)
         self._run = model._compiled(plan, options.jit_compile)
-        # Where the host decides what the next step does, no step may be ahead of it.
+        # Where Python decides what the next step does, no step may be ahead of it.
         waits = bool(self._stops) or options.logits_processor is not None
         self._items = self._settled(1 if waits else at_once)
 

@@ -56,9 +56,8 @@ class Generates:
             top_p: draw from the most likely tokens that together reach this probability alone;
                 None draws from all.
             seed: integer: the same draws on every backend, from the first new token on; None draws
-                anew at every call. Calls with one `numpy.random.Generator` go on with its draws.
-            stop_token: an id, or a list of ids. A text that gets such a token is done, and ends
-                with it.
+                new numbers at every call. A `numpy.random.Generator` draws on from call to call.
+            stop_token: an id, or a list of ids. A text ends with the first of these tokens.
             jit_compile: how the step is compiled. `"auto"`: JAX, XLA; TensorFlow, a graph; PyTorch,
                 as `model.compile` was told, and on a CUDA device a CUDA graph is recorded at the
                 third token. True: XLA on TensorFlow too; on PyTorch torch.compile makes one block
@@ -145,12 +144,11 @@ class Generates:
         state=None,
         return_state=False,
     ):
-        """Like `generate`, but yields every step's new tokens as soon as they are there.
+        """Like `generate`, but yields every step's new tokens at once.
+
+        All arguments are those of `generate`, except one.
 
         Args:
-            prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, jit_compile,
-                min_p, repetition_penalty, stop_sequences, num_samples, logits_processor,
-                return_log_probs, state: as in `generate`.
             return_state: keep the state. The iterator that this returns has it as `state`, after
                 every token: after a `break`, too.
 

@@ -66,9 +66,9 @@ class xLSTMLanguageModel(Generates, StackModel):
         tie_embeddings: read the logits off the embedding's own matrix; otherwise a Dense does.
         logit_soft_cap: bounds the logits x to cap * tanh(x / cap); None does not. 7B: 30.
 
-    Inputs: token ids (batch, time), integers, or a dict with `"token_ids"` and, if wanted,
-    `"padding_mask"` (batch, time), True for real tokens, and `"segment_ids"` (batch, time),
-    integers that change where a packed document begins.
+    Inputs: token ids (batch, time), integers, or a dict of arrays (batch, time): `"token_ids"`;
+    if wanted `"padding_mask"`, True for real tokens; if wanted `"segment_ids"`, integers that
+    change where a packed document begins.
 
     Output: logits (batch, time, vocabulary_size) in the compute dtype.
 

@@ -201,10 +201,10 @@ class xLSTMStack(StackModel):
             `keras.layers.Bidirectional(block, merge_mode="ave")` that knows packed documents.
             Padding stays where it is, and documents stay apart.
 
-    Inputs: one tensor of sequences (batch, time, units), or a dict with `"sequences"` and, if
-    wanted, `"padding_mask"` (batch, time), True for real steps, and `"segment_ids"` (batch, time),
-    integers that change where a packed sequence begins. A mask that Keras carries along
-    (`Masking`, `Embedding(mask_zero=True)`) is honoured too.
+    Inputs: sequences (batch, time, units), or a dict of `"sequences"` and arrays (batch, time):
+    if wanted `"padding_mask"`, True for real steps; if wanted `"segment_ids"`, integers that
+    change where a packed sequence begins. The mask of `Masking` or `Embedding(mask_zero=True)`
+    is honoured too.
 
     Output: (batch, time, units).
 
