@@ -24,6 +24,10 @@ STACKS = {
     "both-large": {"architecture": "large", "num_blocks": 2},
 }
 stacks = pytest.mark.parametrize("kind", STACKS)
+# Where XLA compiles many shapes: minutes for all of them.
+slow_stacks = pytest.mark.parametrize(
+    "kind", [k if k == "both" else pytest.param(k, marks=pytest.mark.sweep) for k in STACKS]
+)
 
 # Padding on the right, on the left, in holes, on both sides, everywhere, and all but one step.
 MASK = np.array([
@@ -222,7 +226,7 @@ def test_a_stack_is_its_blocks_reversed_by_hand(kind, rng):
         assert_close(outputs_of(stack, x[6:, :n]), want, 3e-5)
 
 
-@stacks
+@slow_stacks
 def test_masks_come_along(kind, rng):
     """What `Masking` says is honoured in every block, and goes on behind the stack."""
     stack = stack_of(kind, rng)
@@ -235,13 +239,13 @@ def test_masks_come_along(kind, rng):
     np.testing.assert_allclose(
         got[MASK], outputs_of(stack, {"sequences": x, "padding_mask": MASK})[MASK], atol=1e-5
     )
-    for row in (0, 1, 2, 3, 5, 6):
+    for row in (0, 3):  # every length is a compilation
         alone = outputs_of(stack, x[row : row + 1, MASK[row]])
         np.testing.assert_allclose(got[row : row + 1, MASK[row]], alone, atol=2e-5)
         np.testing.assert_allclose(pooled[row], alone[0].mean(0), atol=2e-5)
 
 
-@stacks
+@slow_stacks
 def test_gradients(kind, rng):
     """Each document's inputs reach all of its own outputs, before and behind, and no others."""
     stack = stack_of(kind, rng, remat=True)
