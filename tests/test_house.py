@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 6645,
-    "tools": 1764,
-    "wing": 9925,
-    "tests": 12_050,
+    "core": 6905,
+    "tools": 1870,
+    "wing": 10_065,
+    "tests": 12_360,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,
@@ -48,6 +48,7 @@ FLOORS = [
     ["backends.chunkwise"],
     ["backends.mixing"],
     ["backends.reference"],
+    ["backends.stretches"],
     ["backends.tensorflow.mlstm", "backends.tensorflow.slstm"],  # XLA compiles the reference
     ["backends"],
     ["validation", "initializers", "compat", "_version"],

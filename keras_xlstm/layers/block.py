@@ -187,7 +187,8 @@ class Block(StateLayer):
             y, state = runner(self, *arguments, states=return_state)
             return (ops.cast(y, self.compute_dtype), *state)
 
-        outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *(state or ()))
+        run = backends.remat(run) if self.remat and training else run
+        outputs, *state = run(x, *(state or ()))
         if mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, inputs)
         return (outputs, *state) if return_state else outputs
