@@ -21,10 +21,11 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 from keras import ops
-from keras_xlstm.backends import reference
+from keras_xlstm.backends import reference, stretches
 from keras_xlstm.backends.framework import framework as active
 from keras_xlstm.backends.framework import load
 from keras_xlstm.backends.mixing import block_diagonal  # noqa: F401 for layers
+from keras_xlstm.backends.stretches import check_sequential, since_entering  # noqa: F401
 
 __all__ = ["available", "use"]
 
@@ -37,6 +38,7 @@ export_of, changes, unsorted = active.export_of, active.changes, active.unsorted
 scripting, no_autograph, compiled = active.scripting, active.no_autograph, active.compiled
 block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
 captured_train_step, state_copy = active.captured_train_step, active.state_copy
+shares_time, own_stretch, remat = active.shares_time, active.own_stretch, active.remat
 
 # Which backends each kernel language belongs to; where several fit, the first is picked.
 _KERNELS = {"triton": ("torch", "jax"), "pallas": ("jax",), "xla": ("tensorflow",)}
@@ -186,9 +188,22 @@ def mlstm(
         h (B, T, H, V) in v's dtype and (C, n, m) in float32, which without `states` may be None.
     """
     active.check_export(q)
+    run = functools.partial(
+        _mlstm, input_gate=input_gate, eps=eps, chunk_size=chunk_size,
+        implementation=implementation, states=states,
+    )  # fmt: skip
+    tensors = q, k, v, i, f, state, segment_ids
+    shared = active.over_stretches(functools.partial(stretches.mlstm, run, input_gate), *tensors)
+    return run(*tensors) if shared is None else shared
+
+
+def _mlstm(
+    q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size, implementation, states
+):  # fmt: skip
+    """On one device."""
     asked = implementation or _asked()
     chosen = _choose("mlstm", asked, q=q, v=v, chunk_size=chunk_size)
-    tensors = (q, k, v, i, f, state, segment_ids)
+    tensors = q, k, v, i, f, state, segment_ids
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     if chosen in _ANY_DTYPE:
         second = _second(asked, _working_mlstm, reference.mlstm, **options)
@@ -221,6 +236,8 @@ def reads_once(k, v, implementation):
     """Whether the mLSTM's output after the last step alone had better be a sum over all steps: it
     is where no kernel would run."""
     if size(k.shape[1]) == 1 or implementation in ("xla", "kernel"):  # asked for by name
+        return False
+    if shares_time():
         return False
     asked = implementation or _asked()
     return _choose("mlstm", asked, q=k, v=v, chunk_size=None) in ("native", "xla")
@@ -266,6 +283,7 @@ def slstm(
         h (B, T, H, D) in x's dtype and (h, c, n, m) in float32.
     """
     active.check_export(x)
+    check_sequential()
     hold = None if mask is None else ops.logical_not(mask)
     reset = None if segment_ids is None else reference.segment_starts(segment_ids)
     options = {

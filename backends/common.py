@@ -1,6 +1,17 @@
 """What most frameworks have nothing of their own for: see framework.py."""
 
+from typing import Any, NamedTuple
+
 from keras import ops
+
+
+class Stretches(NamedTuple):
+    """How time is shared out, as one device sees it: `place` counts the stretches before its own;
+    `gather(x)` is x of all devices, (count, *x.shape), and has a gradient."""
+
+    count: int
+    place: Any
+    gather: Any
 
 
 def unchanged(x):
@@ -26,6 +37,18 @@ def changes(variable, x):
 
 def scripting():
     return False
+
+
+def shares_time():
+    return False
+
+
+def own_stretch():
+    return None
+
+
+def over_stretches(function, *tensors):
+    return None
 
 
 def fuse_optimizer(optimizer, captured):

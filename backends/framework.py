@@ -70,6 +70,14 @@ class Contract:
     def joined_blocks(): ...  # up to what width a product in blocks is one with zeros between
     def alone_on_device(): ...  # whether no other device holds some of the heads
 
+    # Context parallelism. Whether a device has a stretch of the steps alone; how, where a tensor of
+    # this process holds its stretch (None: all steps); a function of `common.Stretches` and tensors
+    # on every device's stretch, or None where none has one.
+    def shares_time(): ...
+    def own_stretch(): ...
+    def over_stretches(function, *tensors): ...
+    def remat(function): ...  # keras.remat, whatever the context is when it computes again
+
     # Products and sums.
     def turned(x): ...  # (..., M, N) to (..., N, M), to be multiplied by something on the right
     def fusion_barrier(x): ...  # x, which the compiler must not fuse with what uses it

@@ -18,6 +18,14 @@ def reported(m):
     return ops.where(m <= NEVER / 2, ops.zeros_like(m), m)
 
 
+def weights(log, rest, m):
+    """exp(log + rest - m), exact where whole numbers `log` and m are large; 0 where log is NEVER.
+    `rest` is small."""
+    whole = ops.round(m)
+    w = ops.exp((log - whole) + (rest - (m - whole)))
+    return ops.where(log > NEVER / 2, w, 0.0)
+
+
 def empty_memory(k, v, i):
     """(C, n, m) before the first step, for k, v, i of (B, T, ...): m says that nothing is there.
 

@@ -25,6 +25,7 @@ from keras_xlstm.backends.log_space import (
     holds_something,
     reported,
     segment_starts,
+    weights,
 )
 from keras_xlstm.backends.mixing import Mixing
 
@@ -239,6 +240,13 @@ def slstm_backward(residuals, gradients, forget_gate, recurrent_gradient_clip):
 # --------------------------------------------------------------------------------------- mLSTM
 
 
+def log_gates(i, f, input_gate):
+    """i and log f, as they stand in the exponents."""
+    i = framework.log_sigmoid(i) if input_gate == "sigmoid" else i
+    log_f = framework.log_sigmoid(f)
+    return i, ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
+
+
 def mlstm(
     q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size,
     differentiable=framework.differentiable,
@@ -256,9 +264,7 @@ def mlstm(
     """
     T = size(q.shape[1])
     dynamic = T is None or not isinstance(T, int)
-    i = framework.log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = framework.log_sigmoid(f)
-    log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
+    i, log_f = log_gates(i, f, input_gate)
     if T == 1 or (dynamic and keras.backend.backend() == "jax"):
         return _mlstm_recurrent(q, k, v, i, log_f, state, segment_ids, eps)
     chunk_size = chunk_size or framework.chunk_size(
@@ -296,32 +302,22 @@ def mlstm_last(q, k, v, i, f, state, input_gate, eps, return_state=True):
     Returns:
         h (B, H, V) and the last (C, n, m), or None without `return_state`.
     """
-    i = framework.log_sigmoid(i) if input_gate == "sigmoid" else i
-    log_f = framework.log_sigmoid(f)
-    log_f = ops.where(log_f > LEAST_LOG, log_f, LEAST_LOG)
-    # Whole parts, whose sums are exact, and rests: as in chunkwise.py.
-    i_whole, f_whole = (framework.constant(ops.round(x)) for x in (i, log_f))
-    i_rest, f_rest = i - i_whole, log_f - f_whole
-    from_here, from_here_rest = _sums_to_the_end(f_whole), _sums_to_the_end(f_rest)  # (B, T, H)
-    log_w = (from_here - f_whole) + i_whole
-    log_w_rest = (from_here_rest - f_rest) + i_rest
+    (log_w, log_w_rest), (total, total_rest) = at_the_end(*log_gates(i, f, input_gate))
     m = framework.largest(log_w + log_w_rest, 1)
     if state is not None:
         C, n, m_in = state
         m_in = carried(m_in, holds_something(C, n))
         m_in_whole = framework.constant(ops.round(m_in))
-        m_in, m_in_rest = m_in_whole + from_here[:, 0], (m_in - m_in_whole) + from_here_rest[:, 0]
+        m_in, m_in_rest = m_in_whole + total, (m_in - m_in_whole) + total_rest
         m = framework.maximum(m, m_in + m_in_rest)
     m = framework.constant(m)
-    m_whole = ops.round(m)
-    m_rest = m - m_whole
-    w = ops.exp((log_w - m_whole[:, None]) + (log_w_rest - m_rest[:, None]))
+    w = weights(log_w, log_w_rest, m[:, None])
     q = q * q.shape[-1] ** -0.5
     s = w * ops.einsum("bhk,bthk->bth", q, k)
     r = ops.sum(s, axis=1)
     h = ops.einsum("bth,bthv->bhv", s, v)
     if state is not None:
-        through = ops.exp((m_in - m_whole) + (m_in_rest - m_rest))
+        through = weights(m_in, m_in_rest, m)
         r = r + through * ops.sum(q * n, axis=-1)
         h = h + through[..., None] * ops.squeeze(q[..., None, :] @ C, -2)
     h = h / bound(r, m, eps)[..., None]
@@ -332,6 +328,16 @@ def mlstm_last(q, k, v, i, f, state, input_gate, eps, return_state=True):
     if state is not None:
         new_C, new_n = new_C + through[..., None, None] * C, new_n + through[..., None] * n
     return h, (new_C, new_n, reported(m))
+
+
+def at_the_end(i, log_f):
+    """The log weight of each step after the last one, (B, T, H), and the sum of log f, (B, H): each
+    as whole numbers, whose sums are exact, and rests, as in chunkwise.py."""
+    i_whole, f_whole = (framework.constant(ops.round(x)) for x in (i, log_f))
+    i_rest, f_rest = i - i_whole, log_f - f_whole
+    from_here, from_here_rest = _sums_to_the_end(f_whole), _sums_to_the_end(f_rest)
+    own = (from_here - f_whole) + i_whole, (from_here_rest - f_rest) + i_rest
+    return own, (from_here[:, 0], from_here_rest[:, 0])
 
 
 def _sums_to_the_end(x):

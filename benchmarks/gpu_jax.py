@@ -144,19 +144,27 @@ def measure_steps(family):
         print(json.dumps([B, "step", bench(again) / 50]), flush=True)
 
 
-def model_speed(devices=1):
-    """`model.fit` of the model of gpu_model.py, its batch on each of so many devices: tokens/s, GiB
-    of the first device at most, seconds of the first epoch."""
+def model_speed(devices=1, context=False):
+    """`model.fit` of the model of gpu_model.py, its batch on each of so many devices, or with
+    `context` its sequences over all of them: tokens/s, GiB of the first device at most, seconds of
+    the first epoch."""
     import gpu_model
 
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
     import keras
 
+    import keras_xlstm
+
     if devices > 1:
         names = keras.distribution.list_devices()[:devices]
-        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names))
-    run_epoch, _ = gpu_model.fitting(batch=devices * gpu_model.B)
+        distribution = keras.distribution.DataParallel(devices=names)
+        if context:
+            mesh = keras.distribution.DeviceMesh((1, devices), ("batch", "time"), names)
+            distribution = keras_xlstm.distribution.ContextParallel(mesh)
+        keras.distribution.set_distribution(distribution)
+    batch = gpu_model.B * (1 if context else devices)
+    run_epoch, _ = gpu_model.fitting(batch=batch, remat=context)
 
     def epoch():
         start = time.perf_counter()
@@ -167,7 +175,7 @@ def model_speed(devices=1):
     seconds = min(epoch() for _ in range(3))
     # A CPU counts nothing.
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-    return devices * gpu_model.B * gpu_model.T * gpu_model.STEPS / seconds, peak, first
+    return batch * gpu_model.T * gpu_model.STEPS / seconds, peak, first
 
 
 def measure_model():

@@ -31,7 +31,7 @@ def ids(batch):
     return np.random.default_rng(0).integers(0, VOCABULARY, (batch * STEPS, T + 1), dtype="int32")
 
 
-def fitting(jit_compile="auto", batch=B):
+def fitting(jit_compile="auto", batch=B, remat=False):
     """An epoch of our model's `fit` on Keras's backend, and the number of parameters."""
     import keras
 
@@ -39,8 +39,9 @@ def fitting(jit_compile="auto", batch=B):
 
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = keras_xlstm.models.xLSTMLanguageModel(
-        VOCABULARY, UNITS, BLOCKS, num_heads=4, architecture="large", logit_soft_cap=30.0
-    )
+        VOCABULARY, UNITS, BLOCKS, num_heads=4, architecture="large", logit_soft_cap=30.0,
+        remat=remat,
+    )  # fmt: skip
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-4), loss, jit_compile=jit_compile)
     data = ids(batch)

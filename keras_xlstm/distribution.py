@@ -1,13 +1,16 @@
-"""Models over several devices: which weight is cut along which axis on JAX, FSDP2 on torch."""
+"""Models over several devices: weights cut along axes on JAX, FSDP2 on torch, time shared out."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
 from keras_xlstm import backends
 from keras_xlstm.models.stack import StackModel
 
-__all__ = ["ModelParallel", "fully_shard"]
+__all__ = ["ContextParallel", "ModelParallel", "context_parallel", "fully_shard"]
 
 _CUT, _BATCH = "cut", "batch"
 # How the variables of our layers are cut, by the end of their path and their rank. Whole heads stay
@@ -76,13 +79,7 @@ class ModelParallel(keras.distribution.ModelParallel):
 
     def __init__(self, device_mesh, layout_map=None, batch_dim_name=None, auto_shard_dataset=True):
         _needs("jax", "ModelParallel")
-        names = tuple(device_mesh.axis_names)
-        batch_dim_name = batch_dim_name or names[0]
-        if len(names) != 2 or batch_dim_name not in names:
-            raise ValueError(
-                "`device_mesh` must have two axes, `batch_dim_name` and another one to share out "
-                f"the model. Received: axes {names}, batch_dim_name={batch_dim_name!r}."
-            )
+        batch_dim_name, self.model_dim_name = _two_axes(device_mesh, batch_dim_name, "the model")
         if layout_map is None:
             layout_map = keras.distribution.LayoutMap(device_mesh)
         super().__init__(
@@ -90,8 +87,7 @@ class ModelParallel(keras.distribution.ModelParallel):
             batch_dim_name=batch_dim_name,
             auto_shard_dataset=auto_shard_dataset,
         )
-        self.model_dim_name = next(name for name in names if name != batch_dim_name)
-        self._sizes = dict(zip(names, device_mesh.shape, strict=True))
+        self._sizes = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
 
     def get_variable_layout(self, variable):
         """The layout of a variable, by its path and shape."""
@@ -111,6 +107,102 @@ class ModelParallel(keras.distribution.ModelParallel):
                 )
         axes += [None] * (len(variable.shape) - len(axes))
         return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+class ContextParallel(keras.distribution.ModelParallel):
+    """Time shared out among devices, for sequences that are too long for one (context parallelism).
+
+    One axis of the mesh shares out the batch, the other one time: each device has a stretch of
+    every sequence, of inputs, of labels and of all that layers make of them. Every device has all
+    weights. mLSTM gathers the memory that each stretch leaves, (C, n, m), and starts every stretch
+    from what comes before it: outputs, states and gradients are those of one device. XLA shares out
+    all other layers. On JAX; on torch take `context_parallel`. Set it before the model is made:
+
+        keras.distribution.set_distribution(ContextParallel(device_mesh))
+
+    Args:
+        device_mesh: `keras.distribution.DeviceMesh` with two axes.
+        batch_dim_name: the axis of the mesh that shares out the batch; None takes the first.
+        auto_shard_dataset: as in `keras.distribution.ModelParallel`.
+
+    Raises:
+        ValueError: where Keras runs on another backend, where the mesh has not two axes, and, when
+            a model is called, for a length that the devices do not divide and for sLSTM, which
+            reads steps one after another.
+
+    Example:
+
+    >>> if keras.backend.backend() == "jax":
+    ...     devices = keras.distribution.list_devices()[:2]
+    ...     mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "time"), devices)
+    ...     with keras_xlstm.distribution.ContextParallel(mesh).scope():
+    ...         layer = keras_xlstm.layers.mLSTM(8, return_sequences=True)
+    ...         y = layer(np.ones((1, 16, 4)))
+    """
+
+    def __init__(
+        self,
+        device_mesh: keras.distribution.DeviceMesh,
+        batch_dim_name: str | None = None,
+        auto_shard_dataset: bool = True,
+    ) -> None:
+        _needs("jax", "ContextParallel", "On torch, take context_parallel.")
+        batch_dim_name, self.time_dim_name = _two_axes(device_mesh, batch_dim_name, "time")
+        super().__init__(
+            layout_map=keras.distribution.LayoutMap(device_mesh),
+            batch_dim_name=batch_dim_name,
+            auto_shard_dataset=auto_shard_dataset,
+        )
+
+    def get_data_layout(self, data_shape: Any) -> keras.distribution.TensorLayout:
+        """The batch and, where the devices divide it, the axis behind it are shared out."""
+        axes = [self.batch_dim_name, self.time_dim_name, *[None] * len(data_shape)]
+        axes = axes[: len(data_shape)]
+        sizes = dict(zip(self.device_mesh.axis_names, self.device_mesh.shape, strict=True))
+        if len(axes) > 1 and data_shape[1] % sizes[self.time_dim_name]:
+            axes[1] = None
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+@contextlib.contextmanager
+def context_parallel(group: Any = None) -> Iterator[None]:
+    """Inside, each process of `torch.distributed` has a stretch of every sequence: time is shared
+    out among them, for sequences that are too long for one device. On torch.
+
+    The processes' stretches follow one another in the order of their ranks. mLSTM gathers the
+    memory that each leaves, (C, n, m), and starts each from what comes before it; convolutions get
+    the last steps before it. Outputs are those of the process's own stretch. States are those at
+    the whole sequence's start and end, which all processes give and get alike.
+
+    Gradients reach the stretches of other processes, so all of them call `backward`; the gradient
+    of a weight is then the sum over the processes. `DistributedDataParallel` over them makes it the
+    mean, as for a loss that is the mean over all steps.
+
+    Args:
+        group: the `torch.distributed.ProcessGroup` that shares out time; None is all processes.
+
+    Raises:
+        ValueError: where Keras runs on another backend, where `torch.distributed` is not
+            initialised, and, when a layer is called, for sLSTM, `go_backwards` and
+            `jit_compile=True`.
+
+    Example, `torchrun --nproc-per-node 2 train.py`:
+
+        torch.distributed.init_process_group()
+        rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        keras.utils.set_random_seed(0)
+        model = xLSTMLanguageModel(256, units=64, num_blocks=2)
+        layer = keras.layers.TorchModuleWrapper(DistributedDataParallel(model))
+        trained = keras.Sequential([layer])
+        trained.compile("adam", SparseCategoricalCrossentropy(from_logits=True))
+        with context_parallel():
+            trained.fit(np.split(x, count, axis=1)[rank], np.split(y, count, axis=1)[rank])
+        if rank == 0:
+            model.save("model.keras")
+    """
+    _needs("torch", "context_parallel", "On JAX, take ContextParallel.")
+    with backends.load("context").among(group):
+        yield
 
 
 def fully_shard(model, **options):
@@ -167,12 +259,24 @@ def fully_shard(model, **options):
     return backends.load("fsdp").sharded(model, options)
 
 
-def _needs(backend, what):
+def _two_axes(device_mesh, batch_dim_name, other):
+    """The names of both axes of a mesh, that of the batch first."""
+    names = tuple(device_mesh.axis_names)
+    batch_dim_name = batch_dim_name or names[0]
+    if len(names) != 2 or batch_dim_name not in names:
+        raise ValueError(
+            "`device_mesh` must have two axes, `batch_dim_name` and another one to share out "
+            f"{other}. Received: axes {names}, batch_dim_name={batch_dim_name!r}."
+        )
+    return batch_dim_name, next(name for name in names if name != batch_dim_name)
+
+
+def _needs(backend, what, remedy=""):
     active = keras.backend.backend()
     if active != backend:
         raise ValueError(
             f"{what} runs on the {backend} backend. Received: Keras on {active}. "
-            "See docs/devices.md for what there is on each."
+            f"{remedy}{' ' * bool(remedy)}See docs/devices.md for what there is on each."
         )
 
 

@@ -10,10 +10,10 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still compu
 # A cached graph of an older version of our operators would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs
-# everything as users do. Two devices, for JAX to shard over.
+# everything as users do. Four devices, for JAX to shard over.
 _FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_force_host_platform_device_count=2"
+    "--xla_force_host_platform_device_count=4"
 )
 
 

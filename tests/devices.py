@@ -33,12 +33,14 @@ def language_model(**options):
     return xLSTMLanguageModel(64, 32, num_blocks=2, num_heads=4, seed=1, **options)
 
 
-def losses(model, ids=IDS, batch_size=BATCH, epochs=EPOCHS, optimizer=None, **options):
+def losses(
+    model, ids=IDS, batch_size=BATCH, epochs=EPOCHS, optimizer=None, steps=slice(None), **options
+):
     optimizer = optimizer or keras.optimizers.AdamW(1e-2)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, **options)
     options = {"batch_size": batch_size, "shuffle": False, "verbose": 0, "epochs": epochs}
-    return model.fit(ids[:, :-1], ids[:, 1:], **options).history["loss"]
+    return model.fit(ids[:, :-1][:, steps], ids[:, 1:][:, steps], **options).history["loss"]
 
 
 def evaluated(model):
@@ -49,18 +51,20 @@ def evaluated(model):
 def on_jax():
     from keras.distribution import DataParallel, DeviceMesh, list_devices
 
-    from keras_xlstm.distribution import ModelParallel
+    from keras_xlstm.distribution import ContextParallel, ModelParallel
 
     def over(distribution, implementation="native", **options):
         with distribution.scope(), keras_xlstm.backends.use(implementation):
             model = language_model(**options)
             return model, losses(model)
 
+    along = ContextParallel(DeviceMesh((2, 4), ("batch", "time"), list_devices()))
     cut = ModelParallel(DeviceMesh((2, 4), ("batch", "model"), list_devices()))
     with keras_xlstm.backends.use("native"):
         yield "paper, one", losses(language_model(**PAPER), epochs=EPOCHS + 1)
         yield "large, one", losses(language_model(**LARGE))
     yield "large, data", over(DataParallel(), **LARGE)[1]
+    yield "large, context", over(along, **LARGE)[1]
     model, found = over(cut, **PAPER)
     yield "paper, model", found
     model.save(FOLDER / "model.keras")
@@ -100,6 +104,7 @@ def on_torch():
     yield from json.loads((FOLDER / "found.json").read_text()).items()
     # torch.optim's AdamW adds epsilon elsewhere than Keras's; SGD is the same.
     sgd = keras.optimizers.SGD(0.1, momentum=0.9)
+    yield "context, one", losses(language_model(), optimizer=keras.optimizers.AdamW(1e-2))
     for name, optimizer in {"ddp": keras.optimizers.AdamW(1e-2), "fsdp": sgd}.items():
         model = language_model(**PAPER)
         yield f"{name}, one", losses(model, optimizer=optimizer)
@@ -114,11 +119,12 @@ def process(rank):
         "gloo", f"file://{FOLDER / 'store'}", rank=rank, world_size=2
     )
     own = IDS.reshape(STEPS, 2, BATCH // 2, -1)[:, rank]
+    with keras_xlstm.distribution.context_parallel():
+        half = slice(rank * 10, rank * 10 + 10)
+        found = {"context": mean_of(losses(with_ddp(language_model(remat=True)), steps=half))}
     model = language_model(**PAPER)
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    trained = keras.Sequential([keras.layers.TorchModuleWrapper(parallel)])
-    mine = losses(trained, own.reshape(BATCH, -1), BATCH // 2)
-    found = {"ddp": mean_of(mine)}
+    mine = losses(with_ddp(model), own.reshape(BATCH, -1), BATCH // 2)
+    found["ddp"] = mean_of(mine)
     if rank == 0:
         model.save(FOLDER / "ddp.keras")
 
@@ -135,6 +141,13 @@ def process(rank):
         (FOLDER / "found.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     os._exit(0)  # threads of PyTorch's have ended Python with SIGABRT while it was finishing
+
+
+def with_ddp(model):
+    import torch
+
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    return keras.Sequential([keras.layers.TorchModuleWrapper(parallel)])
 
 
 def step(module, optimizer, ids):

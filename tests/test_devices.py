@@ -13,7 +13,13 @@ import pytest
 from tools import BACKEND, HAS_PALLAS, HERE, array, assert_close, tensor, vjp
 
 import keras_xlstm
-from keras_xlstm.distribution import ModelParallel, axes_of, fully_shard
+from keras_xlstm.distribution import (
+    ContextParallel,
+    ModelParallel,
+    axes_of,
+    context_parallel,
+    fully_shard,
+)
 from keras_xlstm.layers import mLSTM, sLSTM
 from keras_xlstm.models import xLSTMLanguageModel
 
@@ -35,12 +41,13 @@ def trained(tmp_path_factory):
 WAYS = {
     "jax": [
         ("large, data", "large, one"),
+        ("large, context", "large, one"),
         ("paper, model", "paper, one"),
         *[("paper, model, kernels", "paper, one")][: bool(HAS_PALLAS)],
         ("large, model", "large, one"),
     ],
     "tensorflow": [("paper, mirrored", "paper, one"), ("paper, mirrored, compiled", "paper, one")],
-    "torch": [("ddp", "ddp, one"), ("fsdp", "fsdp, one")],
+    "torch": [("ddp", "ddp, one"), ("fsdp", "fsdp, one"), ("context", "context, one")],
 }
 
 
@@ -242,9 +249,14 @@ def test_other_backends_are_named():
             ValueError, match=f"runs on the jax backend. Received: Keras on {BACKEND}"
         ):
             ModelParallel(None)
+        with pytest.raises(ValueError, match="jax backend.*On torch, take context_parallel"):
+            ContextParallel(None)
     if BACKEND != "torch":
         with pytest.raises(ValueError, match="runs on the torch backend"):
             fully_shard(None)
+        with pytest.raises(ValueError, match="torch backend.*On JAX, take ContextParallel"):
+            with context_parallel():
+                pass
 
 
 @torch_only

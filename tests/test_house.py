@@ -48,6 +48,7 @@ FLOORS = [
     ["backends.chunkwise"],
     ["backends.mixing"],
     ["backends.reference"],
+    ["backends.stretches"],
     ["backends.tensorflow.mlstm", "backends.tensorflow.slstm"],  # XLA compiles the reference
     ["backends"],
     ["validation", "initializers", "compat", "_version"],

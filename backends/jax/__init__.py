@@ -4,7 +4,7 @@ import jax
 import keras
 import numpy as np
 from keras_xlstm.backends import common, export_context, sizes
-from keras_xlstm.backends.jax import device, gradients, products
+from keras_xlstm.backends.jax import context, device, gradients, products
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
@@ -29,6 +29,9 @@ differentiable = gradients.differentiable
 turned, fusion_barrier = products.turned, products.fusion_barrier
 keep_unfused, token_losses = products.keep_unfused, products.token_losses
 float32_gate_product = products.float32_gate_product
+# Arrays have all steps, wherever they are.
+own_stretch, remat = common.own_stretch, keras.remat
+shares_time, over_stretches = context.shares_time, context.over_stretches
 # Whole steps are compiled.
 native_slstm = block_runners = captured_train_step = None
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import keras
 from jax import lax
+from keras_xlstm.backends.jax import context
 from keras_xlstm.backends.kernels.plan import Device
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -152,6 +153,8 @@ class _Split(NamedTuple):
 def _split():
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.device_mesh.devices.size == 1:
+        return None
+    if context.shares_time():  # by then arrays are a device's own
         return None
     mesh, batch = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
     others = tuple(axis for axis in mesh.axis_names if axis != batch)

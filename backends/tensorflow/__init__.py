@@ -25,6 +25,8 @@ export_of, check_export = tracing.export_of, tracing.check_export
 native_slstm = float32_gate_product = keep_unfused = token_losses = None
 block_runners, captured_train_step = compile_blocks.block_runners, None
 fuse_optimizer = adam.fuse_optimizer
+shares_time, own_stretch, remat = common.shares_time, common.own_stretch, keras.remat
+over_stretches = common.over_stretches
 
 
 def host_values(x):

@@ -5,6 +5,7 @@ import torch
 from keras_xlstm.backends import common
 from keras_xlstm.backends.torch import (
     compile_blocks,
+    context,
     custom_op,
     decode_step,
     export_refusals,
@@ -35,6 +36,8 @@ trace_time = torch.compiler.assume_constant_result
 no_autograph = fusion_barrier = common.unchanged
 activated, changes, size = common.activated, common.changes, tracing.size
 export_of, check_export = export_refusals.export_of, export_refusals.check_export
+shares_time, own_stretch = context.shares_time, context.own_stretch
+over_stretches, remat = context.over_stretches, context.remat
 native_slstm = slstm_loop.native_slstm
 float32_gate_product = products.float32_gate_product
 # Products stay as they are written; losses are Keras's own, but in a step that is captured.

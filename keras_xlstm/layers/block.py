@@ -169,7 +169,7 @@ class Block(StateLayer):
             sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
             mask, segment_ids = mask_and_segments(mask, segment_ids, sizes)
         if self.go_backwards:
-            inputs, mask, segment_ids = from_the_end(inputs, mask, segment_ids)
+            inputs, mask, segment_ids = from_the_end(self.name, inputs, mask, segment_ids)
         x = inputs
         if mask is not None:
             # Whatever padding holds, NaN too, must not reach a weight's gradient.
@@ -187,7 +187,8 @@ class Block(StateLayer):
             y, state = runner(self, *arguments, states=return_state)
             return (ops.cast(y, self.compute_dtype), *state)
 
-        outputs, *state = (keras.remat(run) if self.remat and training else run)(x, *(state or ()))
+        run = backends.remat(run) if self.remat and training else run
+        outputs, *state = run(x, *(state or ()))
         if mask is not None:
             outputs = ops.where(mask[:, :, None], outputs, inputs)
         return (outputs, *state) if return_state else outputs

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import backends
-from keras_xlstm.masks import real_first
+from keras_xlstm.masks import newest_of_all, real_first
 from keras_xlstm.validation import check_flag, check_positive
 
 
@@ -59,12 +59,20 @@ class CausalConv1D(keras.layers.Layer):
             )
 
     def call(self, inputs, state, mask=None, segment_ids=None):
-        before = self.kernel_size - 1
-        x, ids = ops.cast(inputs, self.compute_dtype), segment_ids
-        if mask is not None:  # real steps first, in their order
-            order, count = real_first(mask)
+        before, dtype = self.kernel_size - 1, state.dtype
+        x, stretches = ops.cast(inputs, self.compute_dtype), backends.own_stretch()
+        if mask is not None:
             # Zeros: a tap's gradient would be 0 * NaN where padding holds NaN.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
+        if stretches is not None and before:
+            if segment_ids is not None:
+                segment_ids = backends.since_entering(stretches, segment_ids)
+            state, leaving = newest_of_all(
+                stretches, x, ops.cast(state, x.dtype), mask, segment_ids
+            )
+        ids = segment_ids
+        if mask is not None:  # real steps first, in their order
+            order, count = real_first(mask)
             x = backends.steps_of(x, order)
             ids = None if ids is None else backends.steps_of(ids, order)
         padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)
@@ -96,7 +104,8 @@ class CausalConv1D(keras.layers.Layer):
                 new_ids = backends.steps_of(padded_ids, last)
             same = new_ids == segment_ids[:, -1:]
             new_state = ops.where(same[:, :, None], new_state, ops.zeros_like(new_state))
-        return outputs, ops.cast(new_state, state.dtype)
+        new_state = leaving if stretches is not None and before else new_state
+        return outputs, ops.cast(new_state, dtype)
 
     def compute_mask(self, *arguments, **options):
         return None

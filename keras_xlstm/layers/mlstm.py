@@ -11,7 +11,7 @@ from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.base import plain
 from keras_xlstm.layers.norms import MultiHeadNorm
 from keras_xlstm.layers.projections import Gate, gate_pair
-from keras_xlstm.layers.recurrent import Recurrent, held, newest
+from keras_xlstm.layers.recurrent import Recurrent, held, last_output, newest
 from keras_xlstm.layers.soft_cap import soft_cap
 from keras_xlstm.validation import check_cap, check_flag, check_heads, check_positive
 
@@ -259,7 +259,7 @@ class mLSTM(Recurrent):
         )  # fmt: skip
         h = self._output(h, sequences)
         h = h if mask is None else held(h, mask)
-        return h if self.return_sequences else h[:, -1], state
+        return h if self.return_sequences else last_output(h, mask), state
 
     def _output(self, h, x):
         """What leaves the layer: h (..., H, V) normalised, and gated by the inputs x."""

@@ -6,7 +6,7 @@ from keras import ops
 from keras_xlstm import backends
 from keras_xlstm.compat import hands_masks_on
 from keras_xlstm.layers.base import StateLayer
-from keras_xlstm.masks import last_real_step, steps_mask
+from keras_xlstm.masks import from_the_end, last_real_step, newest_of_all, steps_mask
 from keras_xlstm.validation import (
     check_flag,
     check_heads,
@@ -167,8 +167,7 @@ class Recurrent(StateLayer):
             # Whatever padding holds, NaN too, must not reach a weight's gradient.
             x = ops.where(mask[:, :, None], x, ops.zeros_like(x))
         if self.go_backwards:
-            x = ops.flip(x, axis=1)
-            mask = None if mask is None else ops.flip(mask, axis=1)
+            x, mask, _ = from_the_end(self.name, x, mask)
         if training and self.dropout:
             # One draw for all steps of a sequence, as in keras.layers.LSTM.
             shape = (ops.shape(x)[0], 1, x.shape[-1])
@@ -182,7 +181,7 @@ class Recurrent(StateLayer):
             y, state = self._run(x, list(state) or None, mask, scale, needed)
             return (y, *(state or ()))
 
-        run = keras.remat(run) if self.remat and training else run
+        run = backends.remat(run) if self.remat and training else run
         outputs, *state = run(x, *(state or ()))
         if self.stateful:
             for variable, value in zip(self.states, state, strict=True):
@@ -248,8 +247,20 @@ def newest(sequences, mask):
     return backends.steps_of(sequences, ops.maximum(last, 0))[:, 0], last >= 0
 
 
+def last_output(outputs, mask):
+    """(B, units) of outputs (B, T, units) that are held at masked steps."""
+    stretches = backends.own_stretch()
+    if stretches is None:
+        return outputs[:, -1]
+    return newest_of_all(stretches, outputs, ops.zeros_like(outputs[:, :1]), mask)[1][:, 0]
+
+
 def held(outputs, mask):
     """Outputs (B, T, units) with the newest real one at masked steps, zeros before the first."""
     last = last_real_step(mask)
     kept = backends.steps_of(outputs, ops.maximum(last, 0))
-    return ops.where(last[:, :, None] >= 0, kept, ops.zeros_like(kept))
+    before = ops.zeros_like(kept[:, :1])
+    stretches = backends.own_stretch()
+    if stretches is not None:
+        before, _ = newest_of_all(stretches, outputs, before, mask)
+    return ops.where(last[:, :, None] >= 0, kept, before)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_xlstm import initializers
+from keras_xlstm import backends, initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.block import Block, block_diagonal, layer_norm
@@ -172,6 +172,7 @@ class sLSTMBlock(Block):
         return ops.stack([zeros, forget, zeros, zeros])
 
     def _run(self, x, state, mask, segment_ids, dropped):
+        backends.check_sequential()  # before the convolution, which gathers
         batch, time = ops.shape(x)[:2]
         heads = (self.num_heads, self.dim // self.num_heads)
         u = self.norm(x)

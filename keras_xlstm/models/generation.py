@@ -189,6 +189,12 @@ class Generates:
 
     def _prompts(self, prompts, allow_empty):
         """Integer arrays, one per prompt, checked."""
+        if backends.shares_time():
+            raise ValueError(
+                "Tokens are generated one after another: time cannot be shared out among devices. "
+                "Received: generate or stream under ContextParallel or context_parallel. Call it "
+                "outside; on JAX, after keras.distribution.set_distribution(None)."
+            )
         vocabulary_size = self.settings["vocabulary_size"]
         if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
             raise ValueError(
