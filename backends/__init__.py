@@ -11,19 +11,15 @@ first `fit` does not trace again.
 if __name__ != "keras_xlstm.backends":
     raise ImportError("import keras_xlstm.backends, not the source folder backends/")
 
-import contextlib
-import contextvars
 import functools
-import logging
-import os
-from collections.abc import Iterator
 
 import keras
 import numpy as np
 from keras import ops
 from keras_xlstm.backends import reference, stretches
+from keras_xlstm.backends.choice import asked, available, choose, loaded, use
+from keras_xlstm.backends.choice import prefer as prefer
 from keras_xlstm.backends.framework import framework as active
-from keras_xlstm.backends.framework import load
 from keras_xlstm.backends.mixing import block_diagonal  # noqa: F401 for layers
 from keras_xlstm.backends.stretches import check_sequential, since_entering  # noqa: F401
 
@@ -40,20 +36,7 @@ block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
 captured_train_step, state_copy = active.captured_train_step, active.state_copy
 shares_time, own_stretch, remat = active.shares_time, active.own_stretch, active.remat
 
-# Which backends each kernel language belongs to; where several fit, the first is picked.
-_KERNELS = {"triton": ("torch", "jax"), "pallas": ("jax",), "xla": ("tensorflow",)}
-_OPS = ("mlstm", "slstm")
 _ANY_DTYPE = ("triton", "pallas")  # they cast for themselves
-_VARIABLE = "KERAS_XLSTM_IMPLEMENTATION"
-_scope = contextvars.ContextVar("keras_xlstm_implementation", default=None)
-_log = logging.getLogger("keras_xlstm")
-_said = set()
-# What the active framework has of its own: {implementation: {op: module}}.
-_implementations = {
-    name: {op: load(module) for op, module in modules.items()}
-    for name, modules in active.implementations.items()
-}
-_preferred = [name for name in _KERNELS if name in _implementations]
 
 
 def host_values(x):
@@ -62,113 +45,6 @@ def host_values(x):
     if isinstance(x, np.ndarray) or x is None:
         return x
     return active.host_values(x.value if isinstance(x, keras.Variable) else x)
-
-
-def _unsupported(op, implementation, **call):
-    """Why `implementation` cannot run `op` on the tensors of `call` (at all, without), or None."""
-    if implementation == "native":
-        return None
-    if implementation not in _implementations:
-        homes = _KERNELS[implementation]
-        home = f"{' and '.join(homes)} backend{'s' * (len(homes) > 1)}"
-        return f"it belongs to the {home} and Keras runs on {keras.backend.backend()}"
-    return _implementations[implementation][op].unsupported(**call)
-
-
-def _pick(op, forced, **call):
-    """The first of the active framework's own that fits; otherwise None, and why each does not.
-
-    `forced`: where none is the better choice, one that can run at all.
-    """
-    reason = able = None
-    for name in _preferred:
-        unsupported = _unsupported(op, name, **call)
-        able = able or (None if unsupported else name)
-        reason = unsupported or _implementations[name][op].not_preferred(**call)
-        if reason is None:
-            return name, None
-    # Of what a user would have to install for a little more speed only `available` tells.
-    return able if forced else None, reason
-
-
-def available() -> dict[str, dict[str, bool | str]]:
-    """What can run here: `{op: {implementation: True, or the reason why not}}`.
-
-    Example:
-        >>> keras_xlstm.backends.available()["mlstm"]["native"]
-        True
-    """
-    return {
-        op: {name: _unsupported(op, name) or True for name in ("native", *_KERNELS)} for op in _OPS
-    }
-
-
-def _known(implementation, where):
-    if implementation not in (None, "native", *_KERNELS):
-        raise ValueError(
-            f"Unknown implementation. Received: {where}={implementation!r}. Expected None or one "
-            f"of 'native', 'triton', 'pallas', 'xla'. None picks what fits."
-        )
-    return implementation
-
-
-@contextlib.contextmanager
-def use(implementation: str | None) -> Iterator[None]:
-    """Runs every op and layer that is traced inside with one implementation.
-
-    Args:
-        implementation: "native", "triton", "pallas" or "xla"; None takes the choice back.
-    """
-    token = _scope.set(_known(implementation, "implementation"))
-    try:
-        yield
-    finally:
-        _scope.reset(token)
-
-
-@active.trace_time
-def _asked():
-    """What `use` or the environment asks for, or None."""
-    return _scope.get() or _known(os.environ.get(_VARIABLE) or None, _VARIABLE)
-
-
-def prefer(use_kernel):
-    """The `implementation` argument for a layer with this `use_kernel`.
-
-    "kernel" stands for the active backend's own kernel.
-    """
-    return _asked() or {"auto": None, True: "kernel", False: "native"}[use_kernel]
-
-
-def _choose(op, implementation, **call):
-    """The implementation of `op` to run, or a ValueError that says why the one asked for cannot."""
-    remedy = 'Use implementation=None or "native".'
-    if implementation == "kernel":
-        implementation, reason = _pick(op, True, **call)
-        if implementation:
-            return implementation
-        implementation, remedy = next(reversed(_implementations)), 'Use use_kernel="auto" or False.'
-    else:
-        implementation = _known(implementation, "implementation")
-        if implementation is None:
-            implementation, reason = _pick(op, False, **call)
-            if reason is not None:
-                _say_once(f"{op} runs in its native form: {reason}.")
-            return implementation or "native"
-        reason = _unsupported(op, implementation, **call)
-    if reason is not None:
-        raise ValueError(
-            f"The {implementation} implementation of {op} was asked for and cannot run: {reason}. "
-            f"{remedy} keras_xlstm.backends.available() lists what can run."
-        )
-    return implementation
-
-
-@active.trace_time  # torch.compile would break its graph at a logger
-def _say_once(message):
-    if message not in _said:
-        _said.add(message)
-        _log.info(message)
 
 
 def _working(like, *tensors):
@@ -201,27 +77,27 @@ def _mlstm(
     q, k, v, i, f, state, segment_ids, input_gate, eps, chunk_size, implementation, states
 ):  # fmt: skip
     """On one device."""
-    asked = implementation or _asked()
-    chosen = _choose("mlstm", asked, q=q, v=v, chunk_size=chunk_size)
+    by_name = implementation or asked()
+    chosen = choose("mlstm", by_name, q=q, v=v, chunk_size=chunk_size)
     tensors = q, k, v, i, f, state, segment_ids
     options = {"input_gate": input_gate, "eps": eps, "chunk_size": chunk_size}
     if chosen in _ANY_DTYPE:
-        second = _second(asked, _working_mlstm, reference.mlstm, **options)
-        run = _implementations[chosen]["mlstm"].mlstm
+        second = _second(by_name, _working_mlstm, reference.mlstm, **options)
+        run = loaded[chosen]["mlstm"].mlstm
         return run(*tensors, states=states, **options, **second)
-    run = reference.mlstm if chosen == "native" else _xla("mlstm", asked)
+    run = reference.mlstm if chosen == "native" else _xla("mlstm", by_name)
     return _working_mlstm(run, *tensors, **options)
 
 
-def _second(asked, *native, **options):
+def _second(by_name, *native, **options):
     """What a kernel takes for second derivatives; None, an error, if it was asked for by name."""
     if not active.kernels_take_native:
         return {}
-    return {"native": None if asked else functools.partial(*native, **options)}
+    return {"native": None if by_name else functools.partial(*native, **options)}
 
 
-def _xla(op, asked):
-    return functools.partial(getattr(_implementations["xla"][op], op), twice=asked is None)
+def _xla(op, by_name):
+    return functools.partial(getattr(loaded["xla"][op], op), twice=by_name is None)
 
 
 def _working_mlstm(run, q, k, v, i, f, state, segment_ids, **options):
@@ -239,8 +115,8 @@ def reads_once(k, v, implementation):
         return False
     if shares_time():
         return False
-    asked = implementation or _asked()
-    return _choose("mlstm", asked, q=k, v=v, chunk_size=None) in ("native", "xla")
+    by_name = implementation or asked()
+    return choose("mlstm", by_name, q=k, v=v, chunk_size=None) in ("native", "xla")
 
 
 def mlstm_last(q, k, v, i, f, state, *options):
@@ -289,13 +165,13 @@ def slstm(
     options = {
         "forget_gate": forget_gate, "recurrent_gradient_clip": recurrent_gradient_clip,
     }  # fmt: skip
-    asked = implementation or _asked()
-    chosen = _choose("slstm", asked, x=x)
+    by_name = implementation or asked()
+    chosen = choose("slstm", by_name, x=x)
     tensors = (x, recurrent_kernel, bias, state, hold, reset, recurrent_scale)
     if chosen in _ANY_DTYPE:
-        second = _second(asked, _working_slstm, _native_slstm, **options)
-        return _implementations[chosen]["slstm"].slstm(*tensors, **options, **second)
-    run = _native_slstm if chosen == "native" else _xla("slstm", asked)
+        second = _second(by_name, _working_slstm, _native_slstm, **options)
+        return loaded[chosen]["slstm"].slstm(*tensors, **options, **second)
+    run = _native_slstm if chosen == "native" else _xla("slstm", by_name)
     return _working_slstm(run, *tensors, kernel, **options)
 
 

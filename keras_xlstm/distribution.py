@@ -126,8 +126,8 @@ class ContextParallel(keras.distribution.ModelParallel):
         auto_shard_dataset: as in `keras.distribution.ModelParallel`.
 
     Raises:
-        ValueError: where Keras runs on another backend, where the mesh has not two axes, and, when
-            a model is called, for a length that the devices do not divide and for sLSTM, which
+        ValueError: where Keras runs on another backend, and where the mesh has not two axes. When a
+            model is called: for a length that the devices do not divide, and for sLSTM, which
             reads steps one after another.
 
     Example:
@@ -172,7 +172,7 @@ def context_parallel(group: Any = None) -> Iterator[None]:
     The processes' stretches follow one another in the order of their ranks. mLSTM gathers the
     memory that each leaves, (C, n, m), and starts each from what comes before it; convolutions get
     the last steps before it. Outputs are those of the process's own stretch. States are those at
-    the whole sequence's start and end, which all processes give and get alike.
+    the start and end of the whole sequence, the same in all processes.
 
     Gradients reach the stretches of other processes, so all of them call `backward`; the gradient
     of a weight is then the sum over the processes. `DistributedDataParallel` over them makes it the

@@ -3,8 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from blocks import CASES, B, D, H, T, built, data
-from test_blocks import expected
+from blocks import CASES, B, D, H, T, built, data, expected
 from tools import array, assert_close, call, error, fit, jit, perturbed, some, tensor, vjp
 
 import keras_xlstm

@@ -54,7 +54,7 @@ def test_call_signatures(name):
 
 
 def test_implementations():
-    for modules in backends._implementations.values():
+    for modules in backends.loaded.values():
         assert {*modules} == {"mlstm", "slstm"}
         for op, module in modules.items():
             assert callable(getattr(module, op))

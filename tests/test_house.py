@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 7239,
-    "tools": 1764,
-    "wing": 9938,
-    "tests": 12_621,
+    "core": 7840,
+    "tools": 1930,
+    "wing": 10235,
+    "tests": 14020,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,
@@ -45,6 +45,7 @@ FLOORS = [
     ["backends.log_space", "backends.sizes", "backends.export_context", "backends.common"],
     ["backends.torch", "backends.jax", "backends.tensorflow"],
     ["backends.framework"],
+    ["backends.choice"],
     ["backends.chunkwise"],
     ["backends.mixing"],
     ["backends.reference"],

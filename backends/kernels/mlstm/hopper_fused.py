@@ -7,9 +7,9 @@ writes h, in reverse dv. The states at chunk borders are still written, for the 
 gradients.
 
 64 steps at a time are a part of a chunk. The state that enters a part within the chunk is over
-exp(M), M being the whole number next to the larger of m at the chunk's start and the peak of what
-the parts before it add: what is left of a state, and each step's weight in it, are then at most
-about 1, as at the borders (`chunks` in gates.py).
+exp(M). M is the whole number next to the larger of two: m at the chunk's start, and the peak of
+what the parts before it add. What is left of a state, and each step's weight in it, are then at
+most about 1, as at the borders (`chunks` in gates.py).
 
 Four warps keep the state (`update_state`), twice four compute the outputs of every other part
 (`output_rows`), one loads tiles (`load_tiles`; it and the first are in hopper_fused_state.py).

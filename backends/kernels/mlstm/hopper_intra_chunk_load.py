@@ -12,8 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-# Of each ring the slots: x [XS, L, DX], y [ST, LN, DX], z (and S) [ST, LN, BZ], the vectors of y
-# (column exponents, whole and rest, and rho) [3 ST, LN], and for "h" n [XS, DX].
+# Of each ring the slots: x [XS, L, DX], y [ST, LN, DX], z (and S) [ST, LN, BZ]. The vectors of y,
+# column exponents, whole and rest, and rho, are [3 ST, LN]; for "h" n is [XS, DX].
 Tiles = namedtuple("Tiles", "x y z v n")
 Rings = namedtuple("Rings", "x y z")
 # Descriptors of what is loaded into tiles, h into those of y.
