@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 6645,
-    "tools": 1764,
+    "core": 7522,
+    "tools": 1770,
     "wing": 9925,
-    "tests": 12_050,
+    "tests": 12_690,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,
@@ -51,7 +51,7 @@ FLOORS = [
     ["backends.tensorflow.mlstm", "backends.tensorflow.slstm"],  # XLA compiles the reference
     ["backends"],
     ["validation", "initializers", "compat", "_version"],
-    ["masks"],
+    ["masks", "losses", "windows"],
     ["ops"],
     ["layers"],
     ["models"],

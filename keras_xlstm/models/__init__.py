@@ -1,10 +1,17 @@
 """Whole models of xLSTM blocks."""
 
 from keras_xlstm.models import cloning, configs
+from keras_xlstm.models.forecaster import xLSTMForecaster
 from keras_xlstm.models.language_model import xLSTMLanguageModel
 from keras_xlstm.models.stack import xLSTMStack
 from keras_xlstm.models.weight_decay import exclude_from_weight_decay
 
 cloning.register()
 
-__all__ = ["configs", "exclude_from_weight_decay", "xLSTMLanguageModel", "xLSTMStack"]
+__all__ = [
+    "configs",
+    "exclude_from_weight_decay",
+    "xLSTMForecaster",
+    "xLSTMLanguageModel",
+    "xLSTMStack",
+]
