@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 7522,
+    "core": 7523,
     "tools": 1770,
     "wing": 9925,
     "tests": 12_690,

@@ -64,8 +64,9 @@ class Patches(keras.layers.Layer):
         )
         values = ops.transpose(values, (0, 2, 1))
         x = self.values(filled(ops.reshape(values, (-1, self.targets, count, self.size))))
-        x += self.channels(ops.arange(self.targets))[None, :, None]
-        x += self.places(ops.arange(count))[None, None]
+        # From 0 by name: jax2onnx does not read arange of one argument.
+        x += self.channels(ops.arange(0, self.targets))[None, :, None]
+        x += self.places(ops.arange(0, count))[None, None]
         if self.covariates is not None:
             x += self._shared(self.covariates, covariates)
         if self.known is not None:
