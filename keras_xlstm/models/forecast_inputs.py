@@ -71,12 +71,8 @@ def check_call(inputs, built_for):
         )
     for name, x in inputs.items():
         dtype = keras.backend.standardize_dtype(x.dtype)
-        wanted = "bool" if name == "mask" else "float"
-        if wanted not in dtype:
-            raise ValueError(
-                f"{name!r} must be {'boolean' if name == 'mask' else 'floating-point'}. Received: "
-                f"dtype {dtype}. Cast it."
-            )
+        if name != "mask" and "float" not in dtype:
+            raise ValueError(f"{name!r} must be floating-point. Received: dtype {dtype}. Cast it.")
 
 
 def future_of_rolls(future, built_for, steps, horizon):

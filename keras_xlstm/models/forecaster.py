@@ -12,7 +12,7 @@ from keras_xlstm.models.forecast_inputs import (
     named,
     shapes_of,
 )
-from keras_xlstm.models.patches import Patches
+from keras_xlstm.models.patches import Patches, zero_gaps
 from keras_xlstm.models.stack import xLSTMStack
 from keras_xlstm.validation import check_flag, check_positive, check_quantiles, check_rate
 
@@ -22,10 +22,10 @@ def instance_scale(x):
 
     A channel that does not change, or that was never observed, has the deviation 1.
     """
-    observed = ops.logical_not(ops.isnan(x))
-    count = ops.maximum(ops.sum(ops.cast(observed, x.dtype), 1, keepdims=True), 1.0)
-    mean = ops.sum(ops.where(observed, x, ops.zeros_like(x)), 1, keepdims=True) / count
-    apart = ops.where(observed, x - mean, ops.zeros_like(x))
+    observed = ops.cast(ops.logical_not(ops.isnan(x)), x.dtype)
+    count = ops.maximum(ops.sum(observed, 1, keepdims=True), 1.0)
+    mean = ops.sum(zero_gaps(x), 1, keepdims=True) / count
+    apart = zero_gaps(x - mean)
     variance = ops.sum(apart * apart, 1, keepdims=True) / count
     changes = variance > ops.square(1e-6 * mean)  # rounding is no change
     # Not the root of 0, whose gradient is none.
@@ -74,7 +74,7 @@ class xLSTMForecaster(keras.Model):
     Inputs: the history alone, or a dict with
 
     - `"history"`: (batch, time, channels), floating-point. NaN: not observed.
-    - `"mask"`: if wanted, (batch, time) or (batch, time, channels), True for what was observed.
+    - `"mask"`: if wanted, (batch, time) or (batch, time, channels), True or 1: observed.
     - `"future"`: if wanted, what is known ahead: (batch, horizon, features), or (batch, time +
       horizon, features) where it is known of the history's steps too. Not normalised.
     - `"static"`: if wanted, (batch, features) of the whole series. Not normalised.
@@ -82,7 +82,7 @@ class xLSTMForecaster(keras.Model):
     NaN in `"future"` and `"static"`: not known.
 
     Output: (batch, horizon, targets), or (batch, horizon, targets, quantiles), float32 (float64
-    under such a policy).
+    under a policy of float64).
 
     Raises:
         ValueError: where an argument cannot be honoured, or inputs do not fit those that the model
@@ -197,15 +197,15 @@ class xLSTMForecaster(keras.Model):
         inputs = {name: ops.cast(x, self._work_dtype) for name, x in inputs.items()}
         history = inputs["history"]
         if mask is not None:
-            mask = mask if len(mask.shape) == 3 else mask[:, :, None]
-            history = ops.where(mask, history, ops.full_like(history, np.nan))
+            # Cast: a SavedModel of TensorFlow traces every input of a model as float.
+            mask = ops.cast(mask if len(mask.shape) == 3 else mask[:, :, None], "bool")
+            history = ops.where(mask, history, np.nan)
         mean, deviation = instance_scale(history)
         values = (history - mean) / deviation
         y = self._by_stack({**inputs, "history": values}, training)
         targets = slice(0, self._targets)
         if self.linear_map is not None:
-            values = ops.transpose(values[:, :, targets], (0, 2, 1))
-            values = ops.where(ops.isnan(values), ops.zeros_like(values), values)
+            values = zero_gaps(ops.transpose(values[:, :, targets], (0, 2, 1)))
             centre = ops.cast(self.linear_map(values), y.dtype)[..., None]
             y = ops.concatenate([y[..., :1] + centre, y[..., 1:]], axis=-1)
         if self.quantiles is not None:

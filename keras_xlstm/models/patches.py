@@ -5,11 +5,16 @@ import numpy as np
 from keras import ops
 
 
+def zero_gaps(x):
+    """0 for NaN."""
+    # tf2onnx multiplies by every condition but isnan itself, and NaN times 0 is NaN.
+    return ops.where(ops.isnan(x), ops.zeros_like(x), x)
+
+
 def filled(x):
     """0 for NaN, and beside it, on the last axis, 1 for what is there."""
-    observed = ops.logical_not(ops.isnan(x))
-    flags = ops.cast(observed, x.dtype)
-    return ops.concatenate([ops.where(observed, x, ops.zeros_like(x)), flags], axis=-1)
+    flags = ops.cast(ops.logical_not(ops.isnan(x)), x.dtype)
+    return ops.concatenate([zero_gaps(x), flags], axis=-1)
 
 
 class Patches(keras.layers.Layer):
@@ -34,8 +39,7 @@ class Patches(keras.layers.Layer):
         self.horizon, self.targets, self.size, self.units = horizon, targets, size, units
         self.before, self.ahead = -(-self.time // size), -(-horizon // size)
         known, static = (shapes.get(name, (0,))[-1] for name in ("future", "static"))
-        # Twice: with flags.
-        self.values = self._dense("values", 2 * size)
+        self.values = self._dense("values", 2 * size)  # twice: with flags
         self.covariates = self._dense("covariates", 2 * size * (channels - targets))
         self.known = self._dense("known", 2 * size * known)
         self.static = self._dense("static", 2 * static)
