@@ -16,8 +16,10 @@ from keras_xlstm import (
     export,
     initializers,
     layers,
+    losses,
     models,
     ops,
+    windows,
 )
 from keras_xlstm._version import __version__
 
@@ -29,8 +31,10 @@ __all__ = [
     "export",
     "initializers",
     "layers",
+    "losses",
     "models",
     "ops",
+    "windows",
 ]
 
 compat.register()

@@ -1,5 +1,6 @@
 """Checks of arguments: each says what it wants, what it was given, and what to do."""
 
+import itertools
 import math
 import numbers
 
@@ -233,3 +234,17 @@ def check_segments(segment_ids):
     dtype = keras.backend.standardize_dtype(segment_ids.dtype)
     if "int" not in dtype:
         raise ValueError(f"`segment_ids` must be integers, one per step. Received: dtype {dtype}.")
+
+
+def check_quantiles(quantiles):
+    values = list(quantiles) if isinstance(quantiles, (list, tuple, np.ndarray)) else []
+    if not (
+        values
+        and all(isinstance(q, numbers.Real) and 0 < q < 1 for q in values)
+        and all(a < b for a, b in itertools.pairwise(values))
+    ):
+        raise ValueError(
+            "`quantiles` must be a list of rising numbers between 0 and 1, as [0.1, 0.5, 0.9]. "
+            f"Received: quantiles={quantiles!r}."
+        )
+    return [float(q) for q in values]

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 
 from keras_xlstm.layers import mLSTM, sLSTM, sLSTMBlock
-from keras_xlstm.models import save_state, xLSTMLanguageModel, xLSTMStack
+from keras_xlstm.losses import PinballLoss
+from keras_xlstm.models import save_state, xLSTMForecaster, xLSTMLanguageModel, xLSTMStack
 
 
 def build():
@@ -66,6 +67,23 @@ def replies(model, state):
     return [*greedy, *model.generate(REPLIES, 8, seed=1, min_p=0.02, num_samples=2, **options)]
 
 
+def windows():
+    """Inputs of every kind, with gaps, and targets with one."""
+    rng = np.random.default_rng(0)
+    shapes = {"history": (5, 9, 2), "future": (5, 4, 1), "static": (5, 2)}
+    inputs = {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
+    inputs["mask"] = rng.random((5, 9)) > 0.3
+    y = rng.normal(size=(5, 4, 2)).astype("float32")
+    inputs["history"][0, :3, 1] = y[0, 0] = np.nan
+    return inputs, y
+
+
+def build_forecaster():
+    model = xLSTMForecaster(4, [0.2, 0.5, 0.9], patch_size=3, units=8, num_heads=2)
+    model.compile("adam", PinballLoss(model.quantiles))
+    return model
+
+
 def write(folder):
     keras.utils.set_random_seed(0)
     x, y = data()
@@ -79,6 +97,11 @@ def write(folder):
     model = build_tagger()
     model.save(folder / "tagger.keras")
     np.save(folder / "tags.npy", model.predict_on_batch(TAGGED))
+    model = build_forecaster()
+    model.jit_compile = keras.backend.backend() == "jax"
+    model.fit(*windows(), epochs=3, verbose=0)
+    model.save(folder / "forecaster.keras")
+    np.save(folder / "forecasts.npy", model.predict(windows()[0], verbose=0))
     model = build_language_model()
     model.save(folder / "language_model.keras")
     np.save(folder / "tokens.npy", np.concatenate(model.generate(PROMPTS, 12, temperature=0)))

@@ -10,7 +10,18 @@ import pytest
 from tools import run_blocks
 
 import keras_xlstm
-from keras_xlstm import backends, convert, distribution, export, initializers, layers, models, ops
+from keras_xlstm import (
+    backends,
+    convert,
+    distribution,
+    export,
+    initializers,
+    layers,
+    losses,
+    models,
+    ops,
+    windows,
+)
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -22,11 +33,8 @@ def test_readme(tmp_path, monkeypatch):
     assert (tmp_path / "model.keras").exists()
 
 
-PUBLIC = [
-    getattr(m, name)
-    for m in (convert, distribution, export, initializers, layers, models, ops)
-    for name in m.__all__
-]
+MODULES = (convert, distribution, export, initializers, layers, losses, models, ops, windows)
+PUBLIC = [getattr(m, name) for m in MODULES for name in m.__all__]
 PUBLIC += [models.xLSTMLanguageModel.generate, models.xLSTMLanguageModel.stream]
 PUBLIC = [p for p in PUBLIC if ">>>" in (p.__doc__ or "")] + [backends.available]
 
@@ -46,6 +54,6 @@ def test_docstring(thing, tmp_path, monkeypatch):
 
 
 def test_public_things_are_documented():
-    for module in (convert, distribution, export, initializers, layers, models, ops, backends):
+    for module in (*MODULES, backends):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name

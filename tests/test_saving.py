@@ -43,6 +43,16 @@ def test_both_directions_on_every_backend(written):
     np.testing.assert_allclose(got, np.load(written / "tags.npy"), atol=1e-5)
 
 
+def test_every_backend_reads_forecasters_of_every_backend(written):
+    inputs, y = exchange.windows()
+    model = keras.models.load_model(written / "forecaster.keras")
+    model.jit_compile = jit()
+    got = model.predict(inputs, verbose=0)
+    np.testing.assert_allclose(got, np.load(written / "forecasts.npy"), atol=1e-5)
+    model.fit(inputs, y, verbose=0)
+    assert int(array(model.optimizer.iterations)) == 4
+
+
 def test_golden_file():
     """Written by version 0.1: attribute names, class names and weight order are the file format."""
     model = keras.models.load_model(GOLDEN / "model.keras", compile=False)

@@ -7,6 +7,7 @@ import keras
 from keras_xlstm.export.step_checks import check_commutes, refuse, symbolic
 from keras_xlstm.layers.block import Block
 from keras_xlstm.layers.recurrent import Recurrent
+from keras_xlstm.models.forecaster import xLSTMForecaster
 from keras_xlstm.models.language_model import xLSTMLanguageModel
 from keras_xlstm.models.stack import StackModel
 
@@ -142,6 +143,11 @@ def _recorded(model):
         for layer in model.layers:
             x = record(layer, x)
         return [first], calls, keras.tree.flatten(x)
+    if isinstance(model, xLSTMForecaster):
+        raise ValueError(
+            f"{model.name} cannot stream: a forecast is of a whole window, normalised by its own "
+            "mean. Export it with parts=('sequence',), and hand its file each new window."
+        )
     if not hasattr(model, "operations"):
         raise ValueError(
             f"{model.name} is a subclass of keras.Model with a `call` of its own, which cannot be "

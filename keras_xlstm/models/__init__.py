@@ -1,6 +1,7 @@
 """Whole models of xLSTM blocks."""
 
 from keras_xlstm.models import cloning, configs
+from keras_xlstm.models.forecaster import xLSTMForecaster
 from keras_xlstm.models.language_model import xLSTMLanguageModel
 from keras_xlstm.models.stack import xLSTMStack
 from keras_xlstm.models.state_files import load_state, save_state
@@ -13,6 +14,7 @@ __all__ = [
     "exclude_from_weight_decay",
     "load_state",
     "save_state",
+    "xLSTMForecaster",
     "xLSTMLanguageModel",
     "xLSTMStack",
 ]
