@@ -20,6 +20,7 @@ from keras_xlstm.backends import reference, stretches
 from keras_xlstm.backends.choice import asked, available, choose, loaded, use
 from keras_xlstm.backends.choice import prefer as prefer
 from keras_xlstm.backends.framework import framework as active
+from keras_xlstm.backends.framework import load as load
 from keras_xlstm.backends.mixing import block_diagonal  # noqa: F401 for layers
 from keras_xlstm.backends.stretches import check_sequential, since_entering  # noqa: F401
 

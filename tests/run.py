@@ -20,7 +20,9 @@ FILES = {
     "swaps": ["keras_io", "tensorflow"],
     "users": ["user_ways", "examples", "docs", "readme", "workers"],
     "blocks": ["blocks"],
-    "models": ["models"],
+    "models": ["models", "generation"],
+    "directions": ["directions", "second_derivatives"],
+    "forecasts": ["forecaster", "windows", "stretches"],
     "regions": ["tensorflow_regions"],
     "training": ["training", "replay", "torch"],
     "kernels": ["triton", "triton_slstm", "jax_triton", "pallas", "gpu"],
@@ -35,14 +37,16 @@ ENVIRONMENT = {"interpreted": {"TRITON_INTERPRET": "1"}}
 
 # The longest first, so that the last to start is short.
 ORDER = [
-    ("torch", "interpreted"), ("tensorflow", "regions"), ("tensorflow", "ops"),
+    ("torch", "interpreted"), ("tensorflow", "directions"), ("tensorflow", "regions"),
+    ("tensorflow", "ops"), ("jax", "directions"), ("tensorflow", "forecasts"),
     ("jax", "kernels"), ("tensorflow", "layers"), ("torch", "kernels"), ("tensorflow", "blocks"),
     ("tensorflow", "models"), ("tensorflow", "swaps"), ("tensorflow", "users"), ("jax", "layers"),
     ("tensorflow", "training"), ("tensorflow", "files"), ("jax", "users"), ("jax", "models"),
     ("jax", "files"), ("jax", "blocks"), ("torch", "users"), ("torch", "files"), ("jax", "ops"),
     ("jax", "swaps"), ("tensorflow", "the rest"), ("jax", "the rest"), ("torch", "the rest"),
     ("torch", "layers"), ("torch", "swaps"), ("torch", "models"), ("torch", "blocks"),
-    ("jax", "training"), ("torch", "training"), ("torch", "ops"),
+    ("jax", "forecasts"), ("torch", "forecasts"), ("torch", "directions"), ("jax", "training"),
+    ("torch", "training"), ("torch", "ops"),
 ]  # fmt: skip
 
 
