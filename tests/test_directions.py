@@ -166,7 +166,7 @@ def test_states_of_bidirectional(case, rng):
     assert_close(out, ways[0] + ways[1], 1e-6)
 
 
-@main
+@pytest.mark.parametrize("case", [pytest.param("mlstm", marks=pytest.mark.sweep), "slstm", "large"])
 def test_bidirectional_in_a_model(case, rng, tmp_path):
     """A mask that comes along, unknown time, dropout; every weight learns; copies are equal."""
     Block, options = CASES[case]
@@ -264,15 +264,14 @@ def test_gradients(kind, rng):
 
     c = data(rng) * mask[:, :, None]
     _, (got,) = vjp(run, [x], [tensor(c)], xla=False)
-    for start, end in ((0, 4), (4, 9)):
-        real = np.arange(start, end)[mask[0, start:end]]
-        alone = lambda x: (stack(x, training=True),)  # noqa: E731
-        part = tensor(array(x)[:, real])
-        _, (want,) = vjp(alone, [part], [tensor(c[:, real])], xla=False)
-        assert_close(array(got)[:, real], array(want), 5e-5)
+    second = np.arange(4, 9)  # by itself
+    alone = lambda x: (stack(x, training=True),)  # noqa: E731
+    part = tensor(array(x)[:, second])
+    _, (want,) = vjp(alone, [part], [tensor(c[:, second])], xla=False)
+    assert_close(array(got)[:, second], array(want), 5e-5)
 
 
-@stacks
+@slow_stacks
 def test_stacks_in_files(kind, rng, tmp_path):
     stack = stack_of(kind, rng, seed=1, dropout=0.1)
     assert len({block.seed for block in stack.blocks}) == len(stack.blocks)
