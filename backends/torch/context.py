@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import sys
 
 import keras
 import torch
@@ -43,26 +44,36 @@ def among(group):
             f"None for all processes. Received: {group!r}. A DeviceMesh gives its groups by "
             "mesh.get_group(name)."
         )
-    token = _group.set(group if group.size() > 1 else None)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what was compiled outside knows of no processes
+    with _within(group if group.size() > 1 else None):
+        yield
+
+
+@contextlib.contextmanager
+def _within(group):
+    token = _group.set(group)
     try:
         yield
     finally:
         _group.reset(token)
 
 
+@torch.compiler.assume_constant_result  # torch.compile would break its graph at a context variable
 def shares_time():
     return _group.get() is not None
 
 
 def own_stretch():
-    group = _group.get()
-    if group is None:
+    if not shares_time():
         return None
     if torch.compiler.is_compiling():
         raise ValueError(
             "context_parallel does not go together with jit_compile=True. Compile the model with "
             "jit_compile=False."
         )
+
+    group = _group.get()
 
     def gather(x):
         if x.is_meta:  # Keras asks for shapes
@@ -79,12 +90,12 @@ def over_stretches(function, *tensors):
 
 def remat(function):
     """`keras.remat`; what it computes again, in a thread of its own, is for the same processes."""
-    group = _group.get()
-    if group is None:
+    if not shares_time():
         return keras.remat(function)
+    group = _group.get()
 
     def run(*tensors):
-        with among(group):
+        with _within(group):
             return function(*tensors)
 
     return keras.remat(run)
