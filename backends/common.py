@@ -27,6 +27,10 @@ def steps_of(x, steps):
     return ops.take_along_axis(x, steps, axis=1)
 
 
+def concatenate_steps(parts):
+    return ops.concatenate(parts, axis=1)
+
+
 def activated(activation, x):
     return activation(x)
 

@@ -93,6 +93,7 @@ class Contract:
     def host_values(x): ...  # as a NumPy array where the host can read x at once; else None
     def signature(first, *others): ...  # equal for equal sizes and dtypes; None: to be converted
     def steps_of(x, steps): ...  # of x (B, T, ...) the steps (B, S): (B, S, ...)
+    def concatenate_steps(parts): ...  # along time: tensors (B, T, ...) of one dtype
 
     # Tracing and files.
     def trace_time(function): ...  # marks one without tensors: it runs while its caller is traced

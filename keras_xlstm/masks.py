@@ -95,10 +95,10 @@ def mask_and_segments(mask, segment_ids, sizes):
         marked = ops.stack([segment_ids, ops.ones_like(segment_ids)], axis=-1)
         newest, _ = newest_of_all(stretches, marked, ops.zeros_like(marked[:, :1]), mask)
         first = ops.where(newest[:, :, 1] != 0, newest[:, :, 0], first)
-    before = ops.concatenate([first[:, :1], segment_ids[:, :-1]], axis=1)
+    before = backends.concatenate_steps([first[:, :1], segment_ids[:, :-1]])
     if mask is not None:
         last = last_real_step(mask)
-        last = ops.concatenate([last[:, :1] * 0 - 1, last[:, :-1]], axis=1)
+        last = backends.concatenate_steps([last[:, :1] * 0 - 1, last[:, :-1]])
         before = backends.steps_of(segment_ids, ops.maximum(last, 0))
         before = ops.where(mask, ops.where(last >= 0, before, first), segment_ids)
     ids = ops.cumsum(ops.cast(segment_ids != before, "int32"), axis=1)

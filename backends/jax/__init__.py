@@ -36,6 +36,11 @@ shares_time, over_stretches = context.shares_time, context.over_stretches
 native_slstm = block_runners = captured_train_step = None
 
 
+def concatenate_steps(parts):
+    # jax2onnx writes jax.numpy's with the length of the first part where the other's is unknown.
+    return jax.lax.concatenate(parts, 1)
+
+
 def export_of(x):
     return export_context.current() if isinstance(x, jax.core.Tracer) else None
 

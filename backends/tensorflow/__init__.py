@@ -20,7 +20,7 @@ joined_heads = 128
 implementations = {"xla": {"mlstm": "mlstm", "slstm": "slstm"}}
 trace_time = size = fusion_barrier = common.unchanged
 signature, steps_of, scripting = common.none, common.steps_of, common.scripting
-changes = common.changes
+changes, concatenate_steps = common.changes, common.concatenate_steps
 export_of, check_export = tracing.export_of, tracing.check_export
 native_slstm = float32_gate_product = keep_unfused = token_losses = None
 block_runners, captured_train_step = compile_blocks.block_runners, None

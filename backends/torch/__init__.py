@@ -35,6 +35,7 @@ implementations = {"triton": {"mlstm": "mlstm", "slstm": "slstm"}}
 trace_time = torch.compiler.assume_constant_result
 no_autograph = fusion_barrier = common.unchanged
 activated, changes, size = common.activated, common.changes, tracing.size
+concatenate_steps = common.concatenate_steps
 export_of, check_export = export_refusals.export_of, export_refusals.check_export
 shares_time, own_stretch = context.shares_time, context.own_stretch
 over_stretches, remat = context.over_stretches, context.remat

@@ -75,17 +75,18 @@ class CausalConv1D(keras.layers.Layer):
             order, count = real_first(mask)
             x = backends.steps_of(x, order)
             ids = None if ids is None else backends.steps_of(ids, order)
-        padded = ops.concatenate([ops.cast(state, x.dtype), x], axis=1)
+        padded = backends.concatenate_steps([ops.cast(state, x.dtype), x])
         if ids is not None:
             first = ops.zeros_like(padded[:, :before, 0], ids.dtype)
-            padded_ids = ops.concatenate([first, ids], axis=1)
+            padded_ids = backends.concatenate_steps([first, ids])
 
         kernel = ops.cast(self.kernel, self.compute_dtype)
         outputs = 0 if self.bias is None else ops.cast(self.bias, self.compute_dtype)
+        time = ops.shape(inputs)[1]
         for tap in range(self.kernel_size):
-            taken = _taken(padded, tap, inputs)
+            taken = padded[:, tap : tap + time]
             if ids is not None:
-                same = _taken(padded_ids, tap, inputs) == ids
+                same = padded_ids[:, tap : tap + time] == ids
                 taken = ops.where(same[:, :, None], taken, ops.zeros_like(taken))
             outputs = outputs + taken * kernel[tap]
 
@@ -113,13 +114,3 @@ class CausalConv1D(keras.layers.Layer):
     def get_config(self):
         config = {"kernel_size": self.kernel_size, "use_bias": self.use_bias}
         return {**super().get_config(), **config}
-
-
-def _taken(padded, tap, inputs):
-    """What a tap sees of (B, before + T, ...): T steps, as many as the inputs, from `tap` on."""
-    time = inputs.shape[1]
-    if keras.backend.backend() == "jax" and not isinstance(time, int):
-        # Exported with an unknown length: jax2onnx reads a slice of it wrong, a gather right.
-        step = ops.cumsum(ops.ones_like(inputs[0, :, 0], "int32")) - 1
-        return ops.take(padded, step + tap, axis=1)
-    return padded[:, tap : tap + ops.shape(inputs)[1]]
