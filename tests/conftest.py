@@ -1,5 +1,6 @@
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import tempfile
@@ -44,15 +45,21 @@ sys.path.insert(0, os.path.dirname(__file__))
 import keras
 import numpy as np
 import pytest
+import sweeps
 
 pytest.register_assert_rewrite("cases", "contract", "tools")
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import faster_interpreter  # noqa: F401
+
 
 def pytest_collection_modifyitems(items):
-    """Of a class that says what of it is for every run, the rest is a sweep."""
+    """Of a class that says what of it is for every run, the rest is a sweep; and sweeps.py."""
+    backend = keras.backend.backend()
     for item in items:
         every_run = getattr(item.cls, "every_run", None)
-        if every_run is not None and not any(words in item.name for words in every_run):
+        left = every_run is not None and not any(words in item.name for words in every_run)
+        if left or sweeps.is_sweep(item.path, item.cls, item.name, backend):
             item.add_marker("sweep")
 
 

@@ -37,13 +37,13 @@ ENVIRONMENT = {"interpreted": {"TRITON_INTERPRET": "1"}}
 
 # The longest first, so that the last to start is short.
 ORDER = [
-    ("torch", "interpreted"), ("tensorflow", "directions"), ("tensorflow", "regions"),
-    ("tensorflow", "ops"), ("jax", "directions"), ("tensorflow", "forecasts"),
-    ("jax", "kernels"), ("tensorflow", "layers"), ("torch", "kernels"), ("tensorflow", "blocks"),
-    ("tensorflow", "models"), ("tensorflow", "swaps"), ("tensorflow", "users"), ("jax", "layers"),
-    ("tensorflow", "training"), ("tensorflow", "files"), ("jax", "users"), ("jax", "models"),
-    ("jax", "files"), ("jax", "blocks"), ("torch", "users"), ("torch", "files"), ("jax", "ops"),
-    ("jax", "swaps"), ("tensorflow", "the rest"), ("jax", "the rest"), ("torch", "the rest"),
+    ("tensorflow", "ops"), ("tensorflow", "swaps"), ("tensorflow", "regions"),
+    ("torch", "interpreted"), ("jax", "kernels"), ("tensorflow", "users"), ("tensorflow", "models"),
+    ("tensorflow", "layers"), ("torch", "kernels"), ("jax", "directions"), ("jax", "layers"),
+    ("tensorflow", "training"), ("tensorflow", "files"), ("jax", "users"), ("jax", "files"),
+    ("torch", "users"), ("tensorflow", "blocks"), ("jax", "models"), ("torch", "the rest"),
+    ("tensorflow", "forecasts"), ("jax", "blocks"), ("torch", "files"), ("jax", "ops"),
+    ("jax", "swaps"), ("tensorflow", "the rest"), ("jax", "the rest"), ("tensorflow", "directions"),
     ("torch", "layers"), ("torch", "swaps"), ("torch", "models"), ("torch", "blocks"),
     ("jax", "forecasts"), ("torch", "forecasts"), ("torch", "directions"), ("jax", "training"),
     ("torch", "training"), ("torch", "ops"),

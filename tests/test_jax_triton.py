@@ -12,7 +12,7 @@ from cases import make_segments, mLSTMCase
 from contract.mlstm import mLSTM
 from contract.on_jax import OnJax, Sharded
 from contract.slstm import sLSTM
-from tools import BACKEND, GPU, array, assert_close
+from tools import BACKEND, GPU, array, assert_close, some
 
 if BACKEND != "jax" or not importlib.util.find_spec("triton"):
     pytest.skip("Triton's kernels under JAX", allow_module_level=True)
@@ -45,7 +45,7 @@ class OnTriton(OnJax):
 
 
 class TestMLSTM(Sharded, OnTriton, mLSTM):
-    lengths, tiny = (1, 16, 17), {"K": 4, "V": 6}
+    lengths, tiny, sizes = (1, 16, 17), {"K": 4, "V": 6}, {"T": 37, "B": 2, "H": 1}
     heads = [{"K": 20, "V": 40, "H": 3, "T": 20}]  # noqa: RUF012
     if GPU:
         sizes, heads = {"T": 300}, heads + [
@@ -131,6 +131,7 @@ class TestClusters(Lanes):
 
 
 class TestWide(Lanes):
+    every_run = ("options[all]",)
     kind, sizes = "wide", {"T": 9 if GPU else 3, "D": 320 if GPU else 96, "H": 1}
     heads = [  # noqa: RUF012
         {"B": 9, "T": 70 if GPU else 2, "D": D, "H": 1}
@@ -203,35 +204,35 @@ def test_parameters_come_as_they_are_passed():
     assert ptx[ptx.index(".reqntid") :] == PTX[PTX.index(".reqntid") :]
 
 
+SMALL_HEADS = "gates chunks hopper_fused hopper_fused hopper_dq_dk gate_gradients"
+FUSED = (
+    "gates chunks hopper_fused hopper_intra_chunk hopper_fused hopper_intra_chunk gate_gradients"
+)
+BY_CHUNKS = """gates chunks chunk_states scan_chunk_states hopper_intra_chunk hopper_intra_chunk
+    chunk_states scan_chunk_states hopper_intra_chunk hopper_intra_chunk gate_gradients"""
+SLSTM = "forward backward kernel_gradient"
+
+
 @pytest.mark.skipif(GPU, reason="once, where nothing runs")
-def test_what_is_launched_on_hopper(monkeypatch):
+@pytest.mark.parametrize(("sizes", "names", "clusters"), some(
+    [("64/128/132", SMALL_HEADS, {1}), ("64/12", SLSTM, {1, 2})],
+    [("128/256/132", FUSED, {1}), ("128/256/2", BY_CHUNKS, {1}), ("192/4", SLSTM, {1, 6}),
+     ("768/1", SLSTM, {1})],
+))  # fmt: skip
+def test_what_is_launched_on_hopper(sizes, names, clusters, monkeypatch):
     """In a process of its own: here the kernels may be the interpreter's. Warps: also those that a
     kernel specialises, which jaxlib must be told of."""
     monkeypatch.delenv("TRITON_INTERPRET")
     script = pathlib.Path(__file__).parent / "lower_for_hopper.py"
-    sizes = "64/128/132", "128/256/132", "128/256/2", "64/12", "192/4", "768/1"
-    command = [sys.executable, str(script), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), sizes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     launches = [line.split() for line in done.stdout.splitlines()]
-    names = [name for name, *_ in launches]
-    assert names[:6] == [
-        "gates", "chunks", "hopper_fused", "hopper_fused", "hopper_dq_dk", "gate_gradients",
-    ]  # fmt: skip
-    assert names[6:13] == [
-        "gates", "chunks", "hopper_fused", "hopper_intra_chunk", "hopper_fused",
-        "hopper_intra_chunk", "gate_gradients",
-    ]  # fmt: skip
-    assert names[13:24] == [
-        "gates", "chunks", "chunk_states", "scan_chunk_states", "hopper_intra_chunk",
-        "hopper_intra_chunk", "chunk_states", "scan_chunk_states", "hopper_intra_chunk",
-        "hopper_intra_chunk", "gate_gradients",
-    ]  # fmt: skip
-    assert names[24:] == ["forward", "backward", "kernel_gradient"] * 3
-    assert [int(cluster) for *_, cluster in launches[24:]] == [2, 2, 1, 6, 6, 1, 1, 1, 1]
+    assert [name for name, *_ in launches] == names.split()
+    assert {int(cluster) for *_, cluster in launches} == clusters
     warps = {name: int(warps) for name, warps, *_ in launches}
-    assert warps["hopper_fused"] == 16
-    assert warps["hopper_intra_chunk"] == warps["hopper_dq_dk"] == 12
+    assert warps.get("hopper_fused", 16) == 16
+    for name in ("hopper_intra_chunk", "hopper_dq_dk"):
+        assert warps.get(name, 12) == 12
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorflow"), reason="needs tensorflow")

@@ -21,7 +21,7 @@ SEGMENTS = np.tile(np.repeat([0, 1, 2], 3), (6, 1))
 
 def compiled(jit_compile, rate=0.5, **options):
     keras.utils.set_random_seed(3)
-    settings = {"num_blocks": 4, "pattern": "1:1", "dtype": "float64", **options}
+    settings = {"num_blocks": 2, "pattern": "1:1", "dtype": "float64", **options}
     model = xLSTMLanguageModel(12, units=8, num_heads=2, **settings)
     for i, variable in enumerate(model.trainable_variables):  # gates start as zeros
         variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=i))
@@ -88,7 +88,7 @@ def test_programs_do_not_grow_with_the_blocks(num_blocks):
 
 
 def test_a_block_is_traced_once_for_all(monkeypatch):
-    model = compiled(True, num_blocks=8)
+    model = compiled(True, num_blocks=4)
     traced = []
     for block in model.blocks:
         own = block._run
@@ -177,7 +177,7 @@ def test_frozen_and_adapted():
     """Of blocks of a kind, some frozen, and one with weights that the others have not."""
     found = []
     for jit in (True, False):
-        model = compiled(jit, rate=0.05, slstm_at=[], pattern=None)
+        model = compiled(jit, rate=0.05, num_blocks=4, slstm_at=[], pattern=None)
         model.blocks[0].trainable = model.blocks[1].trainable = False
         model.blocks[3].up_projection.enable_lora(2)
         model.blocks[3].up_projection.lora_kernel_b.assign(np.full((2, 128), 0.1))
@@ -202,12 +202,12 @@ def test_what_a_compiled_function_would_lose():
     found = []
     for jit in (True, False):
         # At a rate of 0.5 this penalty makes 1e-4 of float32's rounding in two epochs.
-        model = compiled(jit, rate=0.1, dtype="float32")
+        model = compiled(jit, rate=0.1, num_blocks=4, dtype="float32")
         model.blocks[0].norm.activity_regularizer = keras.regularizers.L2(1.0)
         model.blocks[3].norm.epsilon = 0.3
         found.append(results(model))
     assert_alike(*found, 5e-5)
-    plain = compiled(False, rate=0.1, dtype="float32")
+    plain = compiled(False, rate=0.1, num_blocks=4, dtype="float32")
     assert found[0][0][0] > results(plain)[0][0] + 0.1
 
 
@@ -219,7 +219,7 @@ def test_compiling_again():
         model.fit(TOKENS, TOKENS, shuffle=False, verbose=0)
         plain.fit(TOKENS, TOKENS, shuffle=False, verbose=0)
         assert_alike(model.get_weights(), plain.get_weights())
-        assert [block.runner is not run_plain for block in model.blocks] == [jit] * 4
+        assert [block.runner is not run_plain for block in model.blocks] == [jit] * 2
 
 
 def test_what_keras_picks_by_itself():

@@ -2,6 +2,7 @@
 
 import threading
 
+import faster_interpreter  # noqa: F401
 import jax
 import numpy as np
 import torch

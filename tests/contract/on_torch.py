@@ -70,8 +70,10 @@ class OnTorch(Contract):
             inputs = [x.requires_grad_() for x in case.tensors(self.dtypes[0])]
             options["implementation"] = implementation
             found.append(self.second_derivatives(case, inputs, **options))
+        # By m, terms cancel: what is left of them has the rounding of the others.
+        least = 1e-3 * max(np.abs(array(want)).max() for want in found[1])
         for got, want in zip(*found, strict=True):
-            assert_close(got, array(want), TOLERANCE[self.dtypes[0]])
+            assert_close(got, array(want), TOLERANCE[self.dtypes[0]], least=least)
 
     def test_second_derivatives_of_kernels_asked_for_by_name_are_refused(self, rng):
         case = self.case(rng)
@@ -108,12 +110,12 @@ class OnTorch(Contract):
 
     def losses(self, use_kernel, jit_compile=False):
         rng = np.random.default_rng(0)
-        x, y = (rng.normal(size=s).astype("float32") for s in ((8, 9, 3), (8, 1)))
+        x, y = (rng.normal(size=s).astype("float32") for s in ((4, 9, 3), (4, 1)))
         keras.utils.set_random_seed(0)
         layer = getattr(keras_xlstm.layers, self.Case.layer)(8, num_heads=2, use_kernel=use_kernel)
         model = keras.Sequential([keras.Input((9, 3)), layer, keras.layers.Dense(1)])
         model.compile("sgd", "mse", jit_compile=jit_compile)
-        return model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+        return model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0).history["loss"]
 
     def test_fit(self):
         np.testing.assert_allclose(self.losses(True), self.losses(False), rtol=1e-4)

@@ -7,6 +7,7 @@ from keras_xlstm.backends.kernels.mlstm import hopper_plan, tiles
 from keras_xlstm.backends.kernels.mlstm.tiles import power
 from keras_xlstm.backends.kernels.plan import Buffer, Plan, present
 
+BORDERS = 128  # that one step of `chunks` goes along
 _BLOCK = 1024  # elements of a state that one program of `scan_chunk_states` carries
 
 
@@ -215,8 +216,8 @@ class _Forward(_Pass):
         writes = {"m": kept["m"], "through": kept["through"], "last": self.last[2]}
         self.add_pointers(
             "chunks", self.BH, {"chunk": kept["sums"], "m0": self.first[2]},
-            writes | {"parts": kept["parts"]}, {"NC": self.NC}, HAS_STATE=has_state, N=128,
-            PARTS=parts, num_warps=4,
+            writes | {"parts": kept["parts"]}, {"NC": self.NC}, HAS_STATE=has_state,
+            N=BORDERS, PARTS=parts, num_warps=4,
         )  # fmt: skip
 
 
