@@ -44,6 +44,10 @@ from keras_xlstm.models import xLSTMLanguageModel
 
 def read(epoch, process, processes):
     """The bytes (rows, length) of an epoch that one process trains on, and those after them."""
+    if args.batch_size % processes:
+        raise SystemExit(
+            f"--batch-size {args.batch_size} must be a multiple of {processes} processes"
+        )
     text = np.frombuffer(common.read_text(None, None)[0], np.uint8)
     starts = np.random.default_rng(epoch).random(args.steps * args.batch_size)
     starts = starts[process::processes]
@@ -132,7 +136,8 @@ def on_tensorflow():
 
     def epoch_of(epoch):
         x, y = read(epoch, process, processes)
-        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(args.batch_size // processes)
+        rows = args.batch_size // strategy.num_replicas_in_sync
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(rows)
         model.reset_metrics()
         for batch in strategy.distribute_datasets_from_function(lambda context: data):
             loss = step(batch)
