@@ -48,7 +48,11 @@ SWEEPS = {
         test_dropout_differs test_quantised test_a_stack test_gradients
         test_frozen_and_adapted test_files_and_eager""",
     ("test_examples", BOTH): "test_tagging",
-    ("test_examples", TENSORFLOW): "test_forecasting test_first_forecast[lstm]",
+    ("test_examples", TENSORFLOW): """
+        test_forecasting test_first_forecast[lstm] test_state_tracking""",
+    ("test_docs", TENSORFLOW): """
+        test_page[language_models] test_page[tagging] test_page[forecasting]
+        test_page[classification] test_page[lstm]""",
     ("test_keras_io", BOTH): """
         test_example[mLSTM-anomaly test_example[mLSTM-video test_example[mLSTM-sentiment]
         test_example[mLSTM-translation test_example[mLSTM-captcha test_example[mLSTM-traffic
