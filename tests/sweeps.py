@@ -53,6 +53,8 @@ SWEEPS = {
     ("test_docs", TENSORFLOW): """
         test_page[language_models] test_page[tagging] test_page[forecasting]
         test_page[classification] test_page[lstm]""",
+    ("test_tutorials", JAX): "test_tutorial[prompt_cache]",
+    ("test_replay", ("torch",)): "test_compiled_blocks[paper]",
     ("test_keras_io", BOTH): """
         test_example[mLSTM-anomaly test_example[mLSTM-video test_example[mLSTM-sentiment]
         test_example[mLSTM-translation test_example[mLSTM-captcha test_example[mLSTM-traffic
