@@ -10,7 +10,21 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_xlstm.models import xLSTMLanguageModel
+
 # ------------------------------------------------------------------ models
+
+
+def small_language_model():
+    """Of bytes; with the same weights in every process."""
+    keras.utils.set_random_seed(0)
+    return xLSTMLanguageModel(256, units=64, num_blocks=2, num_heads=4, pattern="1:1")
+
+
+def compiled(model, **options):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.AdamW(4e-3), loss, **options)
+    return model
 
 
 class Positions(layers.Layer):
@@ -131,3 +145,11 @@ def windows(ids, starts, length):
     """Tokens from the places in `starts` on, and those that follow them: both (starts, length)."""
     window = ids[starts.astype(int)[:, None] + np.arange(length + 1)].astype("int32")
     return window[:, :-1], window[:, 1:]
+
+
+def rows_of_source(count, length, seed=0, part=0, parts=1):
+    """Bytes of Python's own source code and those that follow them, both (rows, length): of `count`
+    rows one of `parts` parts."""
+    text = np.frombuffer(read_text(None, None)[0], np.uint8)
+    starts = np.random.default_rng(seed).random(count)[part::parts]
+    return windows(text, starts * (len(text) - length - 1), length)

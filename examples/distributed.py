@@ -35,10 +35,8 @@ os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args
 
 import common
 import keras
-import numpy as np
 
 from keras_xlstm.distribution import ModelParallel, fully_shard
-from keras_xlstm.models import xLSTMLanguageModel
 
 if ENGINES[args.engine] == "torch":
     import torch
@@ -46,20 +44,7 @@ if ENGINES[args.engine] == "torch":
 
 def read(part=0, parts=1):
     """Bytes (rows, length), and those that follow them; of every batch one of its parts."""
-    text = np.frombuffer(common.read_text(None, None)[0], np.uint8)
-    starts = np.random.default_rng(0).random(args.steps * args.batch_size)[part::parts]
-    return common.windows(text, starts * (len(text) - args.length - 1), args.length)
-
-
-def language_model():
-    keras.utils.set_random_seed(0)  # the same weights in every process
-    return xLSTMLanguageModel(256, units=64, num_blocks=2, num_heads=4, pattern="1:1")
-
-
-def compiled(model, **options):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(4e-3), loss, **options)
-    return model
+    return common.rows_of_source(args.steps * args.batch_size, args.length, 0, part, parts)
 
 
 def fit(model, x, y):
@@ -85,7 +70,7 @@ def on_jax():
         shape, names = (args.devices // 2, 2), ("batch", "model")
         distribution = ModelParallel(keras.distribution.DeviceMesh(shape, names, devices))
     keras.distribution.set_distribution(distribution)
-    return compiled(language_model())
+    return common.compiled(common.small_language_model())
 
 
 def on_tensorflow():
@@ -96,7 +81,9 @@ def on_tensorflow():
         parts = [tf.config.LogicalDeviceConfiguration()] * args.devices
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
     with tf.distribute.MirroredStrategy([f"{kind}:{n}" for n in range(args.devices)]).scope():
-        return compiled(language_model(), jit_compile=False)  # Keras cannot compile a mirrored step
+        return common.compiled(
+            common.small_language_model(), jit_compile=False
+        )  # Keras cannot compile a mirrored step
 
 
 def on_torch(rank, store):
@@ -108,10 +95,10 @@ def on_torch(rank, store):
         torch.cuda.set_device(rank)
     options = {"init_method": f"file://{store}", "rank": rank, "world_size": args.devices}
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", **options)
-    model, data = language_model(), read(rank, args.devices)
+    model, data = common.small_language_model(), read(rank, args.devices)
     if args.engine == "ddp":
         layer = keras.layers.TorchModuleWrapper(torch.nn.parallel.DistributedDataParallel(model))
-        trained = compiled(keras.Sequential([layer]))
+        trained = common.compiled(keras.Sequential([layer]))
         train(lambda: fit(trained, *data))
     else:
         module = fully_shard(model)

@@ -39,30 +39,19 @@ import keras
 import numpy as np
 
 from keras_xlstm.distribution import fully_shard
-from keras_xlstm.models import xLSTMLanguageModel
+
+
+def rows_of_a_batch(parts):
+    """Of one of the parts, which are equal."""
+    if args.batch_size % parts:
+        raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of {parts} devices")
+    return args.batch_size // parts
 
 
 def read(epoch, process, processes):
     """The bytes (rows, length) of an epoch that one process trains on, and those after them."""
-    if args.batch_size % processes:
-        raise SystemExit(
-            f"--batch-size {args.batch_size} must be a multiple of {processes} processes"
-        )
-    text = np.frombuffer(common.read_text(None, None)[0], np.uint8)
-    starts = np.random.default_rng(epoch).random(args.steps * args.batch_size)
-    starts = starts[process::processes]
-    return common.windows(text, starts * (len(text) - args.length - 1), args.length)
-
-
-def new_model():
-    keras.utils.set_random_seed(0)  # the same weights in every process
-    return xLSTMLanguageModel(256, units=64, num_blocks=2, num_heads=4, pattern="1:1")
-
-
-def compiled(model, **options):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(4e-3), loss, **options)
-    return model
+    rows = args.steps * rows_of_a_batch(processes) * processes
+    return common.rows_of_source(rows, args.length, epoch, process, processes)
 
 
 def finished_epochs():
@@ -90,13 +79,13 @@ def train(epoch_of, save, process, barrier=None):
 def fit(model, epoch, process, processes):
     x, y = read(epoch, process, processes)
     options = {"shuffle": False, "verbose": 0}
-    return model.fit(x, y, args.batch_size // processes, **options).history["loss"][0]
+    return model.fit(x, y, rows_of_a_batch(processes), **options).history["loss"][0]
 
 
 def load_or_make(**options):
     if epoch := finished_epochs():
         return keras.models.load_model(args.checkpoint / f"{epoch}" / "model.keras")
-    return compiled(new_model(), **options)
+    return common.compiled(common.small_language_model(), **options)
 
 
 def on_jax():
@@ -136,7 +125,7 @@ def on_tensorflow():
 
     def epoch_of(epoch):
         x, y = read(epoch, process, processes)
-        rows = args.batch_size // strategy.num_replicas_in_sync
+        rows = rows_of_a_batch(strategy.num_replicas_in_sync)
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(rows)
         model.reset_metrics()
         for batch in strategy.distribute_datasets_from_function(lambda context: data):
@@ -152,7 +141,7 @@ def with_fsdp(process, processes, mean):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    module = fully_shard(new_model())
+    module = fully_shard(common.small_language_model())
     optimizer = torch.optim.AdamW(module.parameters(), 4e-3)
     if epoch := finished_epochs():
         weights, slots = get_state_dict(module, optimizer)
@@ -202,8 +191,8 @@ def on_torch():
         return loss.item() / processes
 
     if args.engine == "ddp":
-        layer = torch.nn.parallel.DistributedDataParallel(new_model())
-        model = compiled(keras.Sequential([keras.layers.TorchModuleWrapper(layer)]))
+        layer = torch.nn.parallel.DistributedDataParallel(common.small_language_model())
+        model = common.compiled(keras.Sequential([keras.layers.TorchModuleWrapper(layer)]))
         model.optimizer.build(model.trainable_variables)
         variables = [*model.variables, *model.optimizer.variables]
         if epoch := finished_epochs():

@@ -53,9 +53,8 @@ def start(engine, folder, processes, epochs):
 def losses(processes):
     """By epoch, as the first process prints them."""
     ended = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), ended[0][1][
-        -3000:
-    ]
+    for process, (_, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, errors[-3000:]
     return {int(n): float(x) for n, x in re.findall(r"epoch (\d+): loss (\S+)", ended[0][0])}
 
 
@@ -63,12 +62,15 @@ def losses(processes):
 def test_killed_and_started_again(engine, tmp_path):
     processes = start(engine, tmp_path / "two", 2, epochs=10_000)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "two" / "2").exists() and time.monotonic() < deadline:
-        assert processes[0].poll() is None, processes[0].communicate()[1][-3000:]
-        time.sleep(0.05)
-    for process in reversed(processes):  # one is lost; the scheduler ends the others
-        process.kill()
-        process.communicate()
+    try:
+        while not (tmp_path / "two" / "2").exists():
+            assert processes[0].poll() is None, processes[0].communicate()[1][-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        for process in reversed(processes):  # one is lost; the scheduler ends the others
+            process.kill()
+            process.communicate()
     done = max(int(path.name) for path in (tmp_path / "two").glob("[0-9]*"))
     two = losses(start(engine, tmp_path / "two", 2, epochs=done + 2))
     one = losses(start(engine, tmp_path / "one", 1, epochs=done + 2))
