@@ -35,8 +35,24 @@ concatenate_steps, changes = active.concatenate_steps, active.changes
 export_of, unsorted = active.export_of, active.unsorted
 scripting, no_autograph, compiled = active.scripting, active.no_autograph, active.compiled
 block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
-captured_train_step, state_copy = active.captured_train_step, active.state_copy
+captured_train_step, default_compilation = active.captured_train_step, active.default_compilation
+state_copy = active.state_copy
 shares_time, own_stretch, remat = active.shares_time, active.own_stretch, active.remat
+
+
+def _kernel(function):
+    """`function` where kernels may run; elsewhere it returns None, as it may do by itself."""
+
+    def run(*arguments):
+        allowed = function is not None and asked() in (None, "triton")
+        return function(*arguments) if allowed else None
+
+    return run
+
+
+head_norm, gated_unit = _kernel(active.head_norm), _kernel(active.gated_unit)
+gate_pair, rms_norm = _kernel(active.gate_pair), _kernel(active.rms_norm)
+products_of_few, added_product = _kernel(active.products_of_few), _kernel(active.added_product)
 
 _ANY_DTYPE = ("triton", "pallas")  # they cast for themselves
 

@@ -33,7 +33,8 @@ ARITHMETIC = (
 # None where the framework has nothing better than what its caller does then.
 OPTIONAL = (
     "native_slstm", "float32_gate_product", "keep_unfused", "token_losses", "block_runners",
-    "captured_train_step",
+    "captured_train_step", "default_compilation", "head_norm", "gated_unit", "gate_pair",
+    "rms_norm", "products_of_few", "added_product",
 )  # fmt: skip
 
 
@@ -84,6 +85,13 @@ class Contract:
     def keep_unfused(x, kernel): ...  # both, for a product not to be joined with others of x
     # x (B, T, D) by a float32 kernel (D, 2, H), H small, in float32; or None: by two products.
     def float32_gate_product(x, kernel): ...
+    # Without gradients, in one pass each, or None: what torch/inference.py says.
+    def head_norm(x, gamma, heads, epsilon, gate=None): ...
+    def gated_unit(x, up, activation): ...
+    def gate_pair(x, first, second, cap): ...
+    def rms_norm(x, scale, epsilon): ...
+    def products_of_few(x, layers): ...
+    def added_product(x, h, layer): ...
     # Cross-entropy (B, T) of logits (B, T, vocabulary) and ids (B, T) in few passes.
     def token_losses(logits, y, dtype): ...
 
@@ -106,11 +114,16 @@ class Contract:
     def scripting(): ...  # whether this is TorchScript, whose converters know fewer operators
 
     # Compiling. `function(state, *tensors)` without gradients, by `variables` as they are at each
-    # call; `repeated`: with the state that it returned, again and again.
-    def compiled(function, variables, jit_compile="auto", repeated=False): ...
-    def state_copy(state): ...  # a `repeated` function's state, as tensors that no step uses up
+    # call. `kind`: "step", with the state that it returned, again and again; "read", of prompts
+    # whose lengths are few.
+    def compiled(function, variables, jit_compile="auto", kind=None): ...
+    def state_copy(state): ...  # a step's state, as tensors that no step uses up
     # {kind of block: its `runner`, compiled once for all equal}: how `compile(jit_compile=True)`
     # compiles. None: whole steps are compiled.
     def block_runners(blocks): ...
-    def captured_train_step(model): ...  # a compiled model's training step as a CUDA graph
+    # A compiled model's training step as a CUDA graph, parts of which may be compiled; whether
+    # `compile` with `given` arguments and jit_compile="auto" makes one, and compiles blocks. None:
+    # "auto" is Keras's.
+    def captured_train_step(model, compiles=False): ...
+    def default_compilation(model, given): ...
     def fuse_optimizer(optimizer, captured): ...  # shortens its update, in a CUDA graph or not

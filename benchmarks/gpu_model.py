@@ -3,7 +3,9 @@
 
     python benchmarks/gpu_model.py [ours-compiled ours official-compiled ...] [--record]
 
-8 sequences of 2048 tokens a step, AdamW. The official model (`xlstm`, `mlstm_kernels`) trains in
+8 sequences of 2048 tokens a step, AdamW. "ours" is compiled as Keras does by default, "compiled"
+with jit_compile=True, "plain" with False, "captured" with False and `callbacks.CapturedTraining`.
+The official model (`xlstm`, `mlstm_kernels`) trains in
 PyTorch's own loop, under autocast, with a fused AdamW. Each family runs in a process of its own;
 the time is that of whole epochs of 20 steps, the best of three, after one that compiles.
 """
@@ -24,14 +26,17 @@ B, T, VOCABULARY, STEPS = 8, 2048, 50304, 20
 UNITS, BLOCKS = 1024, 24
 CASE = "407M parameters, B 8, T 2048"
 METRICS = {"tokens": "training", "peak": "peak memory", "first": "first epoch"}
-FAMILIES = ("ours-compiled", "ours", "official-compiled", "official")
+FAMILIES = (
+    "ours-compiled", "ours", "ours-captured", "ours-plain", "official-compiled", "official"
+)  # fmt: skip
+WAYS = {"": "auto", "compiled": True, "captured": False, "plain": False}
 
 
 def ids(batch):
     return np.random.default_rng(0).integers(0, VOCABULARY, (batch * STEPS, T + 1), dtype="int32")
 
 
-def fitting(jit_compile="auto", batch=B, remat=False):
+def fitting(jit_compile="auto", batch=B, remat=False, captured=False):
     """An epoch of our model's `fit` on Keras's backend, and the number of parameters."""
     import keras
 
@@ -45,18 +50,20 @@ def fitting(jit_compile="auto", batch=B, remat=False):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-4), loss, jit_compile=jit_compile)
     data = ids(batch)
+    callbacks = [keras_xlstm.callbacks.CapturedTraining()] if captured else []
 
     def epoch():
-        model.fit(data[:, :-1], data[:, 1:], batch_size=batch, shuffle=False, verbose=0)
+        x, y = data[:, :-1], data[:, 1:]
+        model.fit(x, y, batch_size=batch, shuffle=False, verbose=0, callbacks=callbacks)
 
     return epoch, model.count_params()
 
 
-def ours(compiled):
+def ours(way):
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = True
-    return fitting(compiled)
+    return fitting(WAYS[way], captured=way == "captured")
 
 
 def official(compiled):
@@ -101,7 +108,7 @@ def measure(family):
     import torch
 
     kind, _, compiled = family.partition("-")
-    epoch, parameters = {"ours": ours, "official": official}[kind](bool(compiled))
+    epoch, parameters = {"ours": ours, "official": official}[kind](compiled)
     first = timed(epoch)
     torch.cuda.reset_peak_memory_stats()
     seconds = min(timed(epoch) for _ in range(3))

@@ -10,6 +10,7 @@ if not _os.path.isdir(_os.path.join(_root, "keras_xlstm", "backends")) and _os.p
 
 from keras_xlstm import (
     backends,
+    callbacks,
     compat,
     convert,
     distribution,
@@ -26,6 +27,7 @@ from keras_xlstm._version import __version__
 __all__ = [
     "__version__",
     "backends",
+    "callbacks",
     "convert",
     "distribution",
     "export",

@@ -2,6 +2,7 @@
 
 python tests/compile_kernels.py 90:128/256:bfloat16    # the mLSTM, keys/values of a head
 python tests/compile_kernels.py 90:192:bfloat16        # the sLSTM, units of a head; or several
+python tests/compile_kernels.py 90:block:bfloat16      # what blocks compute around the memory
 
 Prints a line per kernel: what was asked for, name, registers, shared memory and its limit, bytes
 spilled to the stack.
@@ -17,6 +18,7 @@ os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import triton
+from keras_xlstm.backends.kernels.block import plan as block
 from keras_xlstm.backends.kernels.mlstm import plan as mlstm
 from keras_xlstm.backends.kernels.mlstm import tiles
 from keras_xlstm.backends.kernels.plan import Device, source
@@ -136,6 +138,19 @@ def plans_of_slstm(device, D, dtype):
         yield slstm.backward(device, call, clip)
 
 
+def plans_of_block(device, dtype):
+    """Of the 7B model's block, for one step and for many."""
+    for rows in (1, 64):
+        shape = rows, 1, 4096
+        yield block.rms_norm(shape, dtype, 1e-6)
+        yield block.head_norm(shape, 8, dtype, "float32", True, 1e-6)
+        yield block.gated_unit((rows, 1, 21888), dtype, False)
+        yield block.gate_pair(shape, 8, dtype, 15.0)
+        if dtype != "float32":
+            yield block.products(device, shape, (2048, 2048, 4096, 4096), dtype)
+            yield block.added_product(device, shape, 10944, dtype)
+
+
 def compile_all(arch, sizes, dtype):
     """A `Compiler` that has compiled the kernels of this call."""
     amd = arch.startswith("gfx")
@@ -148,7 +163,10 @@ def compile_all(arch, sizes, dtype):
     )  # fmt: skip
     compiler = Compiler(target, of.pipelined)
     plans = plans_of_mlstm if "/" in sizes else plans_of_slstm
-    sizes = map(int, sizes.split("/"))
+    if sizes == "block":
+        plans, sizes = plans_of_block, ()
+    else:
+        sizes = map(int, sizes.split("/"))
     for plan in plans(of, *sizes, dtype):
         for step in plan.steps:
             compiler.compile(step)

@@ -70,6 +70,10 @@ STAGES = {
     },
     "cluster": {"cluster.forward", "cluster.backward", "kernel_gradient.kernel_gradient"},
     "grid": {"grid.forward", "grid.backward", "kernel_gradient.kernel_gradient"},
+    "block": {
+        "inference.rms_norm", "inference.head_norm", "inference.gated_unit", "inference.gate_pair",
+        "inference.products", "inference.add_parts",
+    },
 }  # fmt: skip
 
 
@@ -89,6 +93,8 @@ COMPILED = [
     ("cluster", "80:64:bfloat16"), ("cluster", "100:64:float16"),
     ("grid", "90:768:bfloat16"), ("grid", "90:1024:float16"), ("grid", "80:192:bfloat16"),
     ("grid", "100:288:bfloat16"),
+    ("block", "90:block:bfloat16"), ("block", "80:block:float16"), ("block", "100:block:bfloat16"),
+    ("block", "gfx942:block:bfloat16"),
 ]  # fmt: skip
 
 # Cards with less shared memory: every kernel that is not Hopper's, in every dtype. Their tiles are
@@ -101,6 +107,7 @@ for arch in LESS_MEMORY:
         for stages, sizes in (
             ("mlstm", "64/128"), ("mlstm", "128/256"), ("mlstm", "512/1024"),
             ("recurrence_whole", "24"), ("recurrence_split", "200"),
+            *((("block", "block"),) if dtype != "float32" else ()),
             *((("recurrence_split", "512"),) if dtype == "float32" else
               (("cluster", "64"), ("grid", "192"), ("grid", "1024"))),
         )
@@ -110,7 +117,7 @@ for arch in LESS_MEMORY:
 EVERY_RUN = [
     (stages, asked) for stages, asked in COMPILED if asked in (
         "90:64/128:bfloat16", "90:100:bfloat16", "90:32:bfloat16", "90:768:bfloat16",
-        "gfx942:64/128:bfloat16", "80:24/40:float32", "86:64:float32",
+        "gfx942:64/128:bfloat16", "80:24/40:float32", "86:64:float32", "90:block:bfloat16",
     )
 ]  # fmt: skip
 

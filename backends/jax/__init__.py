@@ -4,7 +4,7 @@ import jax
 import keras
 import numpy as np
 from keras_xlstm.backends import common, export_context, sizes
-from keras_xlstm.backends.jax import context, device, gradients, products
+from keras_xlstm.backends.jax import context, device, gradients, inference, products
 
 # keras.ops turns float64 into float32 in these, on one backend or another.
 tanh, maximum, largest = jax.numpy.tanh, jax.numpy.maximum, jax.numpy.max
@@ -33,7 +33,10 @@ float32_gate_product = products.float32_gate_product
 own_stretch, remat = common.own_stretch, keras.remat
 shares_time, over_stretches = context.shares_time, context.over_stretches
 # Whole steps are compiled.
-native_slstm = block_runners = captured_train_step = None
+native_slstm = block_runners = captured_train_step = default_compilation = None
+head_norm, gated_unit = inference.head_norm, inference.gated_unit
+gate_pair, rms_norm = inference.gate_pair, inference.rms_norm
+products_of_few, added_product = inference.products, inference.added_product
 
 
 def concatenate_steps(parts):
@@ -125,8 +128,9 @@ def scan_chunks(step, init, long, short, reverse=False):
     return carry, tuple(outputs), entries
 
 
-def compiled(function, variables, jit_compile="auto", repeated=False):
+def compiled(function, variables, jit_compile="auto", kind=None):
     """The buffers of the state go into what the function returns."""
+    function = inference.generating(function)
     if jit_compile is False:
         return function
 

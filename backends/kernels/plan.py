@@ -38,8 +38,12 @@ class Buffer(NamedTuple):
     bit: int | None = None  # every bit of it before the first step; None: any
 
     @property
+    def count(self):
+        return math.prod(self.shape)
+
+    @property
     def bytes(self):
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return self.count * SIZES[self.dtype]
 
 
 class Matrix(NamedTuple):

@@ -9,6 +9,7 @@ from keras_xlstm.backends.torch import (
     custom_op,
     decode_step,
     export_refusals,
+    inference,
     products,
     slstm_loop,
     tracing,
@@ -41,10 +42,14 @@ shares_time, own_stretch = context.shares_time, context.own_stretch
 over_stretches, remat = context.over_stretches, context.remat
 native_slstm = slstm_loop.native_slstm
 float32_gate_product = products.float32_gate_product
+head_norm, gated_unit = inference.head_norm, inference.gated_unit
+gate_pair, rms_norm = inference.gate_pair, inference.rms_norm
+products_of_few, added_product = inference.products, inference.added_product
 # Products stay as they are written; losses are Keras's own, but in a step that is captured.
 keep_unfused = token_losses = None
 block_runners, state_copy = compile_blocks.block_runners, decode_step.state_copy
 captured_train_step, fuse_optimizer = train_step.CapturedTrainStep, train_step.fuse_optimizer
+default_compilation = train_step.default_compilation
 
 _LOG2_E = 1.4426950408889634
 
@@ -247,10 +252,11 @@ def tensor(array):
     return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
 
 
-def compiled(function, variables, jit_compile="auto", repeated=False):
+def compiled(function, variables, jit_compile="auto", kind=None):
     """PyTorch has nothing to compile the whole by that a machine without a C++ compiler could
     run."""
     function = torch.no_grad()(function)
-    if not repeated or jit_compile is False:
+    if kind is None or jit_compile is False:
         return function
-    return decode_step.CapturedDecodeStep(function, variables, required=jit_compile is True)
+    captured = {"step": decode_step.CapturedDecodeStep, "read": decode_step.CapturedRead}[kind]
+    return captured(function, variables, required=jit_compile is True)

@@ -3,6 +3,7 @@ them than they run.
 """
 
 import contextlib
+import contextvars
 
 import keras
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _FEW = 8  # numbers for a kernel each; a shape has fewer
+# Whether a step may write a new state over the old one, which nobody reads again.
+overwrites = contextvars.ContextVar("overwrites", default=False)
 
 
 def can_capture(tensor):
@@ -20,13 +23,14 @@ class CapturedGraph:
     """A CUDA graph of `function(*inputs)`, with a buffer for every tensor that goes in.
 
     The function runs on the buffers, and may write into them what the next replay is to read.
+    Graphs that run one after another, never at once, may share a `pool` of memory.
     """
 
-    def __init__(self, function, *inputs):
+    def __init__(self, function, *inputs, pool=None):
         inputs = keras.tree.map_structure(lambda x: None if x is None else x.clone(), inputs)
         self.buffers = keras.tree.flatten(inputs)
         self._graph = torch.cuda.CUDAGraph()
-        with _capture(self._graph):
+        with _capture(self._graph, pool):
             self._run(function, inputs)
 
     def _run(self, function, inputs):
@@ -46,14 +50,14 @@ class CapturedGraph:
 
 
 @contextlib.contextmanager
-def _capture(graph):
+def _capture(graph, pool):
     """What runs inside is not run, but recorded as this CUDA graph."""
     stream = torch.cuda.current_stream()
     draws = torch.cuda.default_generators[stream.device_index]
     before = draws.clone_state()
     try:
         # Only this thread must keep from what cannot be recorded.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield
     except BaseException:
         # Where a recording fails PyTorch leaves its generator as if in one: dropout would fail.

@@ -1,4 +1,4 @@
-"""A step of generation that is repeated, as a CUDA graph."""
+"""What generation repeats, as CUDA graphs: the step, and the reading of short prompts."""
 
 import collections
 import logging
@@ -7,9 +7,14 @@ import weakref
 
 import keras
 import torch
-from keras_xlstm.backends.torch.cuda_graph import CapturedGraph, NumbersAsKernels, can_capture
+from keras_xlstm.backends.torch.cuda_graph import (
+    CapturedGraph,
+    NumbersAsKernels,
+    can_capture,
+    overwrites,
+)
 
-_KEPT = 4  # recordings of one function: each has its own state and scratch memory
+_SHORT = 4096  # tokens up to which Python takes longer to launch kernels than they run
 _log = logging.getLogger("keras_xlstm")
 
 
@@ -20,6 +25,8 @@ class CapturedDecodeStep:
     then on the recording runs. A state given once is used up. Where a step cannot be recorded it
     runs as it is, after a line in the log; if `required`, that is an error.
     """
+
+    kept = 4  # recordings: each has its own state and scratch memory
 
     def __init__(self, function, variables, required):
         self._function, self._variables, self._required = function, variables, required
@@ -43,7 +50,7 @@ class CapturedDecodeStep:
         key = self._key(state, tensors)
         if key not in self._steps:
             self._steps[key] = None  # the kernels are compiled and tuned by a run
-            while len(self._steps) > _KEPT:
+            while len(self._steps) > self.kept:
                 self._steps.popitem(last=False)
             return None
         if self._steps[key] is None:
@@ -59,7 +66,7 @@ class CapturedDecodeStep:
 
     def _captured(self, state, tensors):
         try:
-            return _CapturedStep(self._function, state, tensors, self._lock)
+            return self._recorded(state, tensors)
         except RuntimeError as error:
             if self._required:
                 raise RuntimeError(
@@ -69,22 +76,56 @@ class CapturedDecodeStep:
             _log.info("Steps run one kernel at a time: no CUDA graph could be made. %s", error)
             return False
 
+    def _recorded(self, state, tensors):
+        return _CapturedStep(self._function, state, tensors, self._lock)
+
+
+class CapturedRead(CapturedDecodeStep):
+    """`function(state, tokens, *tensors)` of whole prompts, if they are short. A state may be given
+    again."""
+
+    kept, _pool = 16, None  # they share their memory
+
+    def __call__(self, state, tokens, *tensors):
+        if tokens.numel() > _SHORT:
+            return self._function(state, tokens, *tensors)
+        return super().__call__(state, tokens, *tensors)
+
+    def _recorded(self, state, tensors):
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return _CapturedRead(CapturedGraph(self._function, state, *tensors, pool=self._pool))
+
+
+class _CapturedRead:
+    def __init__(self, graph):
+        self._graph = graph
+
+    def replay(self, state, tensors):
+        return self._graph.replay([*keras.tree.flatten(state), *tensors])
+
 
 class _CapturedStep:
     """A graph of the step, in which new state goes where the old was."""
 
     def __init__(self, function, state, tensors, lock):
         def advance(state, *tensors):
-            output, new = function(state, *tensors)
+            token = overwrites.set(True)
+            try:
+                output, new = function(state, *tensors)
+            finally:
+                overwrites.reset(token)
             buffers = keras.tree.flatten(state)
             ours = {x.untyped_storage().data_ptr() for x in buffers}
             # A new state may be a part of an old one, which must be read before it is overwritten.
-            new = [
-                x.clone() if x.untyped_storage().data_ptr() in ours else x
-                for x in keras.tree.flatten(new)
+            pairs = zip(buffers, keras.tree.flatten(new), strict=True)
+            pairs = [(buffer, value) for buffer, value in pairs if value is not buffer]
+            pairs = [
+                (buffer, x.clone() if x.untyped_storage().data_ptr() in ours else x)
+                for buffer, x in pairs
             ]
-            for buffer, value in zip(buffers, new, strict=True):
-                buffer.copy_(value)
+            if pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
             return output
 
         self._graph = CapturedGraph(advance, state, *tensors)

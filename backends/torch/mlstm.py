@@ -11,6 +11,7 @@ from keras_xlstm.backends.kernels.mlstm import plan, tiles
 from keras_xlstm.backends.kernels.plan import packed
 from keras_xlstm.backends.log_space import carried, holds_something
 from keras_xlstm.backends.torch import device
+from keras_xlstm.backends.torch.cuda_graph import overwrites
 from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
 from keras_xlstm.backends.torch.device import name
 from keras_xlstm.backends.torch.launch import bound
@@ -45,7 +46,8 @@ def mlstm(
     if q.shape[1] == 1 and not trains and state is not None:  # one segment: that of the state
         if segment_ids is not None:
             state = tuple(_kept(t, segment_ids[:, 0] == 0) for t in state)
-        h, *state = _step(q, k, v, i, f, *state, input_gate == "sigmoid", eps)
+        step = _step_in_place if overwrites.get() and not torch.compiler.is_compiling() else _step
+        h, *state = step(q, k, v, i, f, *state, input_gate == "sigmoid", eps)
         return h, tuple(state)
     C, n, m = state or (None, None, None)
     if m is not None:
@@ -86,8 +88,8 @@ def _backward_plan(where, has_state, states, shape, V, *call, aligned):
     return plan.backward(device.of(where, dtypes[0]), call, has_state, states, aligned)
 
 
-def _step_plan(where, shape, V, *call, aligned):
-    return plan.single_step(plan_call(shape, V, call[:3], False, *call[3:]))
+def _step_plan(where, overwrites, shape, V, *call, aligned):
+    return plan.single_step(plan_call(shape, V, call[:3], False, *call[3:]), overwrites)
 
 
 @operator("mlstm_forward")
@@ -186,9 +188,20 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor,
     sigmoid: bool, eps: float,
 ) -> list[Tensor]:  # fmt: skip
+    return _stepped(False, q, k, v, i, f, C, n, m, sigmoid, eps)
+
+
+def _step_in_place(q, k, v, i, f, C, n, m, sigmoid, eps):
+    """`_step`, which writes the next C over C."""
+    h, n, m = _stepped(True, q, k, v, i, f, C, n, m, sigmoid, eps)
+    return h, C, n, m
+
+
+def _stepped(overwrites, q, k, v, i, f, C, n, m, sigmoid, eps):
     run = bound(
-        _step_plan, q.device, q.shape, v.shape[3], q.dtype, i.dtype, f.dtype, sigmoid, 1, eps
-    )
+        _step_plan, q.device, overwrites, q.shape, v.shape[3], q.dtype, i.dtype, f.dtype, sigmoid,
+        1, eps,
+    )  # fmt: skip
     return run(q, k, v, i, f, C, n, m)[0]
 
 

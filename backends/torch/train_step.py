@@ -1,5 +1,5 @@
-"""The training step of `model.compile(jit_compile=True)`: what is around the blocks, and, on a CUDA
-device, the whole of it as one CUDA graph.
+"""A training step as one CUDA graph, on a CUDA device: for `compile` of our models and for
+`callbacks.CapturedTraining`.
 
 A step of a model of many blocks is thousands of small kernels, which Python launches more slowly
 than the device runs them. Recorded once, they are launched as one.
@@ -8,6 +8,9 @@ than the device runs them. Recorded once, they are launched as one.
 import collections
 import contextlib
 import logging
+import os
+import shutil
+import types
 
 import keras
 import numpy as np
@@ -21,6 +24,50 @@ _KEPT = 2  # recordings of one model: each holds the memory of a step
 _log = logging.getLogger("keras_xlstm")
 
 
+def default_compilation(model, given):
+    """What `compile(jit_compile="auto")` does, of a model and the arguments `given` to `compile`:
+    whether the step is captured, and whether blocks are compiled."""
+    on_gpu = any(can_capture(variable._value) for variable in model.variables)
+    if not on_gpu or model.run_eagerly or torch.distributed.is_initialized():
+        return False, False
+    for part in _parts(model, given):
+        if not _is_known(part):
+            _log.info(
+                "Training runs one kernel at a time: a CUDA graph repeats what Python did once, "
+                f"and {part!r} is code of your own. jit_compile=True makes one all the same."
+            )
+            return False, False
+    compiles = _has_compiler()
+    _log.info(
+        "Training is recorded as a CUDA graph; blocks are %scompiled. jit_compile=False does "
+        "neither.",
+        "" if compiles else "not ",
+    )
+    return True, compiles
+
+
+def _parts(model, given):
+    """All that a training step calls."""
+    names = "optimizer", "loss", "metrics", "weighted_metrics"
+    return [*model._flatten_layers(), *keras.tree.flatten([given.get(name) for name in names])]
+
+
+def _is_known(part):
+    """Whether this is a name, or Keras's or ours and holds no function of a user's."""
+    if part is None or isinstance(part, str):
+        return True
+    functions = [x for x in vars(part).values() if isinstance(x, types.FunctionType)]
+    own = part if isinstance(part, types.FunctionType | type) else type(part)
+    modules = {x.__module__.partition(".")[0] for x in (own, *functions)}
+    return modules <= {"keras", "keras_xlstm"}
+
+
+def _has_compiler():
+    """Whether torch.compile finds what it needs."""
+    names = os.environ.get("CXX"), "c++", "g++", "clang++"
+    return any(name and shutil.which(name) for name in names)
+
+
 class CapturedTrainStep:
     """`self(step, data) -> logs`, with `step(data)` a whole training step of a model.
 
@@ -31,8 +78,8 @@ class CapturedTrainStep:
     (Without a seed PyTorch draws new masks in every replay.)
     """
 
-    def __init__(self, model):
-        self._model, self._refused = model, False
+    def __init__(self, model, compiles=False):
+        self._model, self._compiles, self._refused = model, compiles, False
         self._variables = self._feeding = None
         self._forget(None)
 
@@ -40,9 +87,11 @@ class CapturedTrainStep:
     def token_losses(self):
         return self.compiled(token_losses)
 
-    @staticmethod
-    def compiled(function):
-        """`function` of tensors and numbers, compiled where its tensors hold something."""
+    def compiled(self, function):
+        """`function` of tensors and numbers, compiled where its tensors hold something, if parts of
+        the step are to be compiled."""
+        if not self._compiles:
+            return function
         fast = torch.compile(function)
 
         def run(x, *arguments):

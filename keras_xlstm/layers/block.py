@@ -20,7 +20,10 @@ from keras_xlstm.validation import (
 
 def run_plain(block, *arguments, states=True):
     """`block._run(*arguments)`; `states`: whether anybody reads the new state."""
-    return block._run(*arguments)
+    if block.use_kernel is not False:
+        return block._run(*arguments)
+    with backends.use(block._implementation):  # of what is around the memory, too
+        return block._run(*arguments)
 
 
 class Block(StateLayer):

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import backends, initializers
-from keras_xlstm.layers.projections import are_plain
+from keras_xlstm.layers.projections import added_dense, are_plain, unfused_dense
 from keras_xlstm.validation import check_positive, freeze
 
 
@@ -65,6 +65,9 @@ class GatedFeedForward(keras.layers.Layer):
         freeze(self)
 
     def call(self, inputs):
+        y = backends.gated_unit(inputs, self._up, self.activation)
+        if y is not None:
+            return self.down_projection(y)
         many = len(inputs.shape) > 2 and backends.size(inputs.shape[-2]) != 1
         if backends.split_gate_and_up and many and are_plain(self.up_projection):
             # Not for a single step, where the kernel is the largest array, not what it makes.
@@ -73,6 +76,14 @@ class GatedFeedForward(keras.layers.Layer):
         else:
             gate, up = ops.split(self.up_projection(inputs), 2, axis=-1)
         return self.down_projection(backends.activated(self.activation, gate) * up)
+
+    def added(self, x, inputs):
+        """x + self(inputs), in a block of the same compute dtype."""
+        y = backends.gated_unit(inputs, self._up, self.activation)
+        return x + self(inputs) if y is None else added_dense(x, y, self.down_projection)
+
+    def _up(self, inputs):
+        return unfused_dense(inputs, self.up_projection)[0]
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -3,14 +3,13 @@
 import keras
 from keras import ops
 
-from keras_xlstm import backends, initializers
+from keras_xlstm import initializers
 from keras_xlstm import ops as xlstm_ops
 from keras_xlstm.compat import forget_bias
 from keras_xlstm.layers.block import Block, dense
 from keras_xlstm.layers.feed_forward import GatedFeedForward, rounded_up
 from keras_xlstm.layers.norms import MultiHeadNorm, RMSNormalization
-from keras_xlstm.layers.projections import gate_pair, unfused_dense
-from keras_xlstm.layers.soft_cap import soft_cap
+from keras_xlstm.layers.projections import added_dense, gate_pair, unfused_dense
 from keras_xlstm.validation import check_cap, check_flag
 
 
@@ -168,14 +167,16 @@ class xLSTMLargeBlock(Block):
             return ops.reshape(x, (batch, time, self.num_heads, x.shape[-1] // self.num_heads))
 
         u = self.norm(x)
-        input_gate, forget_gate = gate_pair(u, self.input_gate, self.forget_gate)
+        input_gate, forget_gate = gate_pair(
+            u, self.input_gate, self.forget_gate, self.gate_soft_cap
+        )
         q, k, v, gate = unfused_dense(u, self.query, self.key, self.value, self.output_gate)
         h, state = xlstm_ops.mlstm(
             heads(q),
             heads(k),
             heads(v),
-            soft_cap(input_gate, self.gate_soft_cap),
-            soft_cap(forget_gate, self.gate_soft_cap),
+            input_gate,
+            forget_gate,
             initial_state=state,
             mask=mask,
             segment_ids=segment_ids,
@@ -183,10 +184,12 @@ class xLSTMLargeBlock(Block):
             input_gate="exp" if self.input_gate_activation == "exponential" else "sigmoid",
             implementation=self._implementation,
         )
-        h = self.head_norm(ops.reshape(h, (batch, time, self.values)))
-        y = self.output_projection(h * ops.sigmoid(backends.fusion_barrier(gate)))
-        x = x + (y if dropped is None else y * dropped)
-        return x + self.feed_forward(self.feed_forward_norm(x)), list(state)
+        h = self.head_norm.gated(ops.reshape(h, (batch, time, self.values)), gate)
+        if dropped is None:
+            x = added_dense(x, h, self.output_projection)
+        else:
+            x = x + self.output_projection(h) * dropped
+        return self.feed_forward.added(x, self.feed_forward_norm(x)), list(state)
 
     def get_config(self):
         return {

@@ -47,6 +47,9 @@ class RMSNormalization(keras.layers.RMSNormalization):
     """
 
     def call(self, inputs):
+        y = backends.rms_norm(inputs, self.scale, self.epsilon)
+        if y is not None:
+            return y
         if not backends.scripting():
             return super().call(inputs)
         return ops.cast(_scaled(inputs, self.scale, self.epsilon, False), self.compute_dtype)
@@ -96,6 +99,18 @@ class MultiHeadNorm(keras.layers.Layer):
         )
 
     def call(self, inputs):
+        return self.gated(inputs, None)
+
+    def gated(self, inputs, gate):
+        """The output times sigmoid(gate), of the same shape; None does not gate."""
+        if keras.backend.standardize_dtype(inputs.dtype) == self.compute_dtype:
+            y = backends.head_norm(inputs, self.gamma, self.num_heads, self.epsilon, gate)
+            if y is not None:
+                return y
+        y = self._normalised(inputs)
+        return y if gate is None else y * ops.sigmoid(backends.fusion_barrier(gate))
+
+    def _normalised(self, inputs):
         units = inputs.shape[-1]
         work = inputs if self.compute_dtype == "float64" else ops.cast(inputs, "float32")
         heads = (*ops.shape(inputs)[:-1], self.num_heads, units // self.num_heads)

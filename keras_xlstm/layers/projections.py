@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_xlstm import backends
+from keras_xlstm.layers.soft_cap import soft_cap
 
 
 def are_plain(*layers):
@@ -19,20 +20,30 @@ class Gate(keras.layers.Dense):
         return super().add_weight(*args, **{**kwargs, "autocast": False})
 
 
-def gate_pair(x, first, second):
-    """first(x) and second(x) for two `Gate`s of as many units: where the backend has a faster way,
-    by one product."""
+def gate_pair(x, first, second, cap=None):
+    """first(x) and second(x) for two `Gate`s of as many units, each bounded by `cap`: where the
+    backend has a faster way, by one product."""
     both = None
-    if backends.float32_gate_product is not None and are_plain(first, second):
-        # Heads last, where model parallelism divides them.
-        both = backends.float32_gate_product(x, ops.stack([first.kernel, second.kernel], axis=1))
+    if are_plain(first, second):
+        both = backends.gate_pair(x, first, second, cap)
+        if both is not None:
+            return both
+        if backends.float32_gate_product is not None:
+            # Heads last, where model parallelism divides them.
+            kernel = ops.stack([first.kernel, second.kernel], axis=1)
+            both = backends.float32_gate_product(x, kernel)
     if both is None:
-        return first(x), second(x)
-    return both[:, :, 0] + first.bias, both[:, :, 1] + second.bias
+        return soft_cap(first(x), cap), soft_cap(second(x), cap)
+    pair = both[:, :, 0] + first.bias, both[:, :, 1] + second.bias
+    return tuple(soft_cap(gate, cap) for gate in pair)
 
 
 def unfused_dense(x, *layers):
     """[layer(x) for layer in layers], for Dense layers without activation."""
+    if are_plain(*layers):
+        few = backends.products_of_few(x, layers)
+        if few is not None:
+            return few
     if backends.keep_unfused is None or x.shape[1] == 1 or not are_plain(*layers):
         return [layer(x) for layer in layers]
 
@@ -44,6 +55,12 @@ def unfused_dense(x, *layers):
         return y + ops.cast(layer.bias, dtype) if layer.use_bias else y
 
     return [product(layer) for layer in layers]
+
+
+def added_dense(x, h, layer):
+    """x + layer(h), for a Dense layer without activation."""
+    y = backends.added_product(x, h, layer) if are_plain(layer) else None
+    return x + layer(h) if y is None else y
 
 
 class BlockDiagonal(keras.layers.EinsumDense):

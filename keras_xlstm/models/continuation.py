@@ -96,7 +96,8 @@ class Continuation:
         mask = np.arange(tokens.shape[1]) < lengths[:, None]
         tokens[mask] = np.concatenate(texts)
         last = np.maximum(lengths - 1, 0).astype("int32")
-        arrays = [ops.convert_to_tensor(x) for x in (tokens, mask, last)]
+        arrays = [tokens, last] if mask.all() else [tokens, last, mask]
+        arrays = map(ops.convert_to_tensor, arrays)
         logits, blocks = self._run.read(blocks, *arrays)
         if (count := self._options.num_samples) > 1:
             logits = ops.repeat(logits, count, axis=0)

@@ -249,7 +249,7 @@ class Generates:
         def logits_of(features):
             return ops.cast(self.logits(features), "float32")
 
-        def read(blocks, tokens, mask, last):
+        def read(blocks, tokens, last, mask=None):
             features, blocks = self._features(tokens, blocks, mask)
             features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
             return logits_of(features), blocks
@@ -257,10 +257,10 @@ class Generates:
         def advance(state, tokens, *given):
             """The model's own logits, and those with the penalty."""
             given, (before, *seen) = dict(zip(plan.names, given, strict=True)), state
-            features, blocks = self._features(tokens[:, None], before, None, runners)
+            alive = given.get("alive")  # other rows keep their state
+            mask = None if alive is None else alive[:, None]
+            features, blocks = self._features(tokens[:, None], before, mask, runners)
             own = weighed = logits_of(features[:, 0])
-            if "alive" in given:
-                blocks = sampling.held(given["alive"], blocks, before)
             if seen:
                 seen = [sampling.mark(seen[0], tokens)]
                 weighed = sampling.penalized(own, seen[0], given["penalty"])
@@ -278,16 +278,17 @@ class Generates:
             return pick([], *logits, *given)[0], state
 
         return Compiled(
-            backends.compiled(read, variables, jit_compile),
-            backends.compiled(advance, variables, jit_compile, repeated=True),
+            backends.compiled(read, variables, jit_compile, kind="read"),
+            backends.compiled(advance, variables, jit_compile, kind="step"),
             backends.compiled(pick, [], jit_compile),
-            backends.compiled(step, variables, jit_compile, repeated=True),
+            backends.compiled(step, variables, jit_compile, kind="step"),
         )
 
     def _features(self, tokens, state, mask, runners=None):
         """`run`, by `runners`, or without what `model.compile` compiled: to compile a block for
         every length of a prompt would take minutes."""
         if runners is not None:
-            return self._run_blocks(self.get_layer("embedding")(tokens), state, runners=runners)
+            x = self.get_layer("embedding")(tokens)
+            return self._run_blocks(x, state, mask, runners=runners)
         with self._run_by():
             return self.run(tokens, state, mask)

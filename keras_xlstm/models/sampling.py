@@ -1,6 +1,5 @@
 """Tokens from logits: what is drawn, and from which of them."""
 
-import keras
 from keras import ops
 
 
@@ -11,15 +10,6 @@ def bucket(length):
         if length <= 1024
         else -(-length // 1024) * 1024
     )
-
-
-def held(alive, new, old):
-    """States of rows (B,) that go on, and the old ones of those that do not."""
-
-    def chosen(new, old):
-        return ops.where(ops.reshape(alive, (-1, *[1] * (len(new.shape) - 1))), new, old)
-
-    return keras.tree.map_structure(chosen, new, old)
 
 
 def mark(seen, tokens):

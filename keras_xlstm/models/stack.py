@@ -119,7 +119,7 @@ class StackModel(BlockTraining, keras.Model):
                 )  # fmt: skip
             else:
                 x = ops.cast(x, block.compute_dtype)
-                x, after = runners[type(block)](block, x, list(before), None, None, None)
+                x, after = runners[type(block)](block, x, list(before), padding_mask, None, None)
                 x = ops.cast(x, block.compute_dtype)
             new.append(list(after))
         return (self.get_layer("norm")(x) if self.settings["final_norm"] else x), new

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 
 import keras
 
@@ -23,21 +24,35 @@ class BlockTraining:
     def compile(self, *args, **kwargs):
         """`keras.Model.compile`. On TensorFlow and torch, `jit_compile=True` compiles a block of
         each kind for all. On torch it also records the step as a CUDA graph, on a CUDA device: a
-        step's memory stays its own, and Python beside the tensors is left out. On TensorFlow, what
-        is around the blocks runs as a graph, and Adam's update is one operator."""
+        step's memory stays its own, and Python beside the tensors is left out. There `"auto"` does
+        the same where loss, metrics, optimizer and layers are Keras's and ours, and compiles blocks
+        where a C++ compiler is found; False does neither. On TensorFlow, what is around the blocks
+        runs as a graph, and Adam's update is one operator."""
         super().compile(*args, **kwargs)
-        compiles = bool(backends.block_runners is not None and self.jit_compile)
-        captured = compiles and backends.captured_train_step is not None
+        given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
+        captures, compiles = self._compilation(given)
         if compiles:
             self.jit_compile = False
-        self._captured_step = backends.captured_train_step(self) if captured else None
-        backends.fuse_optimizer(self.optimizer, captured)
+        self._captured_step = backends.captured_train_step(self, compiles) if captures else None
+        backends.fuse_optimizer(self.optimizer, captures)
         runners = backends.block_runners(self.blocks) if compiles else {}
         for block in self.blocks:
             block.runner = runners.get(type(block), run_plain)
         for layer in self.layers:
             if isinstance(layer, SoftCap):
-                layer.runner = self._captured_step.compiled(soft_cap) if captured else soft_cap
+                layer.runner = self._captured_step.compiled(soft_cap) if captures else soft_cap
+
+    def _compilation(self, given):
+        """Whether the step is captured, and whether blocks are compiled."""
+        if backends.block_runners is None:
+            return False, False
+        asked = given.get("jit_compile", "auto")
+        if asked == "auto" and backends.default_compilation is not None:
+            # Keras's own word for it there is False, which a file would say.
+            self._compile_config.config["jit_compile"] = "auto"
+            return backends.default_compilation(self, given)
+        compiles = bool(self.jit_compile)
+        return compiles and backends.captured_train_step is not None, compiles
 
     @contextlib.contextmanager
     def _run_by(self, runners=None):

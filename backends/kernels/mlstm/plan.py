@@ -350,8 +350,10 @@ def backward(device, call, has_state, states, aligned=True):
     )  # fmt: skip
 
 
-def single_step(call):
-    """q, k, v, i, f, C, n, m -> h and the next C, n, m, of one step that is not trained through."""
+def single_step(call, overwrites=False):
+    """q, k, v, i, f, C, n, m -> h and the next C, n, m, of one step that is not trained through.
+    If it `overwrites`, the next C stands where C was, and is no output. (Of n and m all thread
+    blocks of a head read all.)"""
     B, _, H, K, V = call[:5]
     shapes = {name: (B, 1, H, K) for name in "qk"} | {"v": (B, 1, H, V)}
     inputs = [Buffer(name, shape, call.dtype) for name, shape in shapes.items()]
@@ -361,13 +363,14 @@ def single_step(call):
     inputs += [Buffer(name, shape) for name, shape in states.items()]
     outputs = [Buffer("h", shapes["v"], call.dtype)]
     outputs += [Buffer(f"{name}_out", shape) for name, shape in states.items()]
+    writes = _pointers({b.name: b for b in outputs})
+    if overwrites:
+        writes["C_out_p"] = next(b for b in inputs if b.name == "C")
+        outputs = [b for b in outputs if b.name != "C_out"]
     BV, warps = tiles.step(B * H, K, V)
     constants = {
         "K": K, "V": V, "P": power(K), "BV": BV, "SIGMOID": call.sigmoid, "num_warps": warps,
     }  # fmt: skip
     reads = _pointers({b.name: b for b in inputs}) | {"scale": K**-0.5, "eps": call.eps}
-    only = plan.step(
-        _kernels()["step"], B * H * -(-V // BV), reads, _pointers({b.name: b for b in outputs}),
-        constants,
-    )  # fmt: skip
+    only = plan.step(_kernels()["step"], B * H * -(-V // BV), reads, writes, constants)
     return Plan(tuple(inputs), tuple(outputs), (), (), (only,))

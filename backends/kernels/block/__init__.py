@@ -1,0 +1,1 @@
+"""What blocks compute around the memory, without gradients: a pass each, in place of many."""
