@@ -36,7 +36,7 @@ export_of, unsorted = active.export_of, active.unsorted
 scripting, no_autograph, compiled = active.scripting, active.no_autograph, active.compiled
 block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
 captured_train_step, default_compilation = active.captured_train_step, active.default_compilation
-state_copy = active.state_copy
+state_copy, version = active.state_copy, active.version
 shares_time, own_stretch, remat = active.shares_time, active.own_stretch, active.remat
 
 

@@ -34,7 +34,7 @@ ARITHMETIC = (
 OPTIONAL = (
     "native_slstm", "float32_gate_product", "keep_unfused", "token_losses", "block_runners",
     "captured_train_step", "default_compilation", "head_norm", "gated_unit", "gate_pair",
-    "rms_norm", "products_of_few", "added_product",
+    "rms_norm", "products_of_few", "added_product", "version",
 )  # fmt: skip
 
 
@@ -113,10 +113,11 @@ class Contract:
     def activated(activation, x): ...  # activation(x) by operators that a file can hold
     def scripting(): ...  # whether this is TorchScript, whose converters know fewer operators
 
-    # Compiling. `function(state, *tensors)` without gradients, by `variables` as they are at each
-    # call. `kind`: "step", with the state that it returned, again and again; "read", of prompts
-    # whose lengths are few.
-    def compiled(function, variables, jit_compile="auto", kind=None): ...
+    # Compiling. `function(state, *tensors)` without gradients, by the `values` of `weights`
+    # (models/step_weights.py) at each call. `kind`: "step", with the state that it returned, again
+    # and again; "read", of prompts whose lengths are few. None: without weights.
+    def compiled(function, weights=None, jit_compile="auto", kind=None): ...
+    def version(x): ...  # of a variable's tensor: another one once it was written to
     def state_copy(state): ...  # a step's state, as tensors that no step uses up
     # {kind of block: its `runner`, compiled once for all equal}: how `compile(jit_compile=True)`
     # compiles. None: whole steps are compiled.

@@ -14,6 +14,7 @@ one step of `fit` take. Each backend and policy runs in a process of its own.
 import argparse
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -168,6 +169,8 @@ def main():
         policy, jit_compile, names = arguments.run
         import keras
 
+        logging.basicConfig(format="%(message)s")  # which steps are recorded, and why others not
+        logging.getLogger("keras_xlstm").setLevel("INFO")
         keras.config.set_dtype_policy(policy)
         jit_compile = True if jit_compile == "true" else "auto"
         return measure(names.split("|"), arguments.shapes, jit_compile)

@@ -6,6 +6,7 @@ import pytest
 from tools import BACKEND, array, assert_close, perturbed
 
 from keras_xlstm.models import load_state, sampling, save_state, xLSTMLanguageModel
+from keras_xlstm.models.step_weights import StepWeights
 
 V = 23
 KINDS = {"paper": {"pattern": "1:1"}, "large": {"architecture": "large"}}
@@ -372,6 +373,32 @@ def test_mixed_precision():
         lambda x: keras.ops.cast(x, "bfloat16"), state["blocks"])}  # fmt: skip
     with pytest.raises(ValueError, match="'bfloat16'. where .*'float32'. is expected"):
         model.generate(B, 4, state=wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_read_the_weights_as_they_are_by_then(kind, rng, monkeypatch):
+    """Under a mixed policy copies of them, made anew once they were trained."""
+    model = model_of(kind, dtype="mixed_bfloat16")
+
+    def log_probs():
+        return np.stack(model.generate(A, 6, temperature=0, return_log_probs=True)[1])
+
+    def check():
+        found = log_probs()
+        with monkeypatch.context() as patch:
+            patch.setattr(StepWeights, "refresh", lambda self: None)
+            model.__dict__.pop("_generation")
+            assert_close(found, log_probs(), 2e-2)
+        model.__dict__.pop("_generation")
+        return log_probs()
+
+    before = check()
+    perturbed(model, rng, 0.5)
+    assert np.abs(log_probs() - before).max() > 0.3
+    before = check()
+    model.weights[0].assign(2 * model.weights[0])
+    assert np.abs(log_probs() - before).max() > 0.1
+    check()
 
 
 # ------------------------------------------------------------------------------------- bad values

@@ -1,4 +1,4 @@
-"""PyTorch: the training step of `model.compile(jit_compile=True)`, replayed as a CUDA graph.
+"""PyTorch: a training step, replayed as a CUDA graph.
 
 Without a GPU a stand-in for the graph runs the step again, and nothing is compiled.
 """
@@ -14,6 +14,8 @@ import keras
 import torch
 from keras_xlstm.backends.torch import cuda_graph, train_step
 
+from keras_xlstm.callbacks import CapturedTraining
+from keras_xlstm.layers import mLSTM, sLSTM
 from keras_xlstm.models import xLSTMLanguageModel, xLSTMStack
 
 GPU = torch.cuda.is_available()
@@ -201,8 +203,115 @@ def test_dropout_without_a_seed_is_drawn_in_every_replay(recordings):
     assert len(set(losses)) == 6
 
 
+def own_loss(y, y_pred):
+    return keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
+
+
+class OwnModel(xLSTMLanguageModel):
+    pass
+
+
+@pytest.mark.parametrize("compiler", [False, True])
+def test_by_default(compiler, recordings, monkeypatch, caplog, tmp_path):
+    """What is Keras's and ours is recorded without being asked for; a file does not say "no"."""
+    monkeypatch.setattr(train_step, "_has_compiler", lambda: compiler)
+    want = model_of(jit_compile=False, metrics=["accuracy"])
+    with caplog.at_level("INFO", "keras_xlstm"):
+        model = model_of(jit_compile="auto", metrics=["accuracy"])
+    assert f"blocks are {'' if compiler else 'not '}compiled" in caplog.text
+    fitted(want), fitted(model)
+    assert len(recordings) == 1
+    same(want, model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (loaded, model):
+        fitted(each, epochs=1)
+    assert len(recordings) == 3  # of the first one the short batch, too
+    same(loaded, model)
+
+
+OWN = {
+    "loss": ({"loss": own_loss}, {}),
+    "wrapped loss": ({"loss": keras.losses.MeanSquaredError()}, {}),
+    "metric": ({"loss": LOSS, "metrics": [own_loss]}, {}),
+    "eager": ({"loss": LOSS, "run_eagerly": True}, {}),
+    "no": ({"loss": LOSS, "jit_compile": False}, {}),
+    "model": ({"loss": LOSS}, {"kind": OwnModel}),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_users_own_code_is_not_recorded_unasked(case, recordings, caplog):
+    arguments, options = OWN[case]
+    if case == "wrapped loss":
+        arguments = {"loss": keras.losses.get(own_loss)}
+    kind = options.get("kind", xLSTMLanguageModel)
+    model = kind(9, 8, 1, num_heads=2, architecture="large")
+    with caplog.at_level("INFO", "keras_xlstm"):
+        model.compile("adam", **arguments)
+    fitted(model)
+    assert not recordings
+    assert ("is code of your own" in caplog.text) == (case not in ("eager", "no"))
+
+
+@pytest.mark.parametrize("case", ["layers", "stack", "subclass"])
+def test_any_keras_model_by_a_callback(case, recordings, rng):
+    x, y = rng.normal(size=(11, 5, 8)), rng.normal(size=(11, 1))
+
+    class Subclassed(keras.Model):
+        def __init__(self, layers):
+            super().__init__()
+            self.parts = layers
+
+        def call(self, x):
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    def built():
+        keras.utils.set_random_seed(0)
+        layers = [sLSTM(4, return_sequences=True), mLSTM(4)]
+        if case == "stack":
+            layers = [xLSTMStack(8, 2, num_heads=2), keras.layers.GlobalAveragePooling1D()]
+        layers.append(keras.layers.Dense(1))
+        if case == "subclass":
+            return Subclassed(layers)
+        return keras.Sequential([keras.Input((5, 8)), *layers])
+
+    callback = CapturedTraining()
+    want, model = built(), built()
+    for each, callbacks in ((want, []), (model, [callback])):
+        each.compile("adam", "mse", metrics=["mae"])
+        for _ in range(2):
+            options = {"batch_size": 2, "epochs": 2, "shuffle": False, "verbose": 0}
+            each.fit(x, y, callbacks=callbacks, **options)
+    same(want, model)
+    assert len(recordings) == 2  # the short batch in the second `fit`
+    assert "train_step" not in vars(model)
+    for each in (want, model):
+        each.compile("sgd", "mae")
+        each.fit(x, y, callbacks=[] if each is want else [callback], batch_size=2, epochs=2,
+                 shuffle=False, verbose=0)  # fmt: skip
+    assert len(recordings) == 3
+    same(want, model)
+
+
+def test_a_callback_has_nothing_to_add(recordings):
+    model = model_of()
+    fitted(model, callbacks=[CapturedTraining()])
+    assert len(recordings) == 1
+
+
+def stacked():
+    layers = [keras.Input((8, 8)), xLSTMStack(8, 2, num_heads=2, pattern="1:1")]
+    model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling1D()])
+    model.compile("adam", "mse", metrics=["mae"])
+    x = np.zeros((8, 8, 8), "float32")
+    model.fit(x, x[:, 0], batch_size=2, verbose=0, callbacks=[CapturedTraining()])
+
+
 @pytest.mark.skipif(GPU, reason="there the recording itself refuses what would")
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion", "stack"])
 def test_nothing_comes_from_the_host(optimizer, recordings, monkeypatch):
     """A copy from the host is what a CUDA graph refuses first, a number for it the second."""
     copied = []
@@ -228,7 +337,7 @@ def test_nothing_comes_from_the_host(optimizer, recordings, monkeypatch):
         monkeypatch.setattr(
             cuda_graph.CapturedGraph, name, watched(getattr(cuda_graph.CapturedGraph, name))
         )
-    fitted(model_of(optimizer))
+    stacked() if optimizer == "stack" else fitted(model_of(optimizer))
     assert len(recordings) == 1
     assert not copied
 

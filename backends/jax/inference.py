@@ -91,6 +91,7 @@ def added_product(x, h, layer):
 def of_few_steps(function):
     """`function(x, ...)`, for as few steps x (..., D) as the products."""
 
+    @functools.wraps(function)
     def run(x, *arguments):
         few = math.prod(x.shape[:-1]) <= plan.ROWS
         return function(x, *arguments) if few else None

@@ -24,7 +24,7 @@ changes, concatenate_steps = common.changes, common.concatenate_steps
 export_of, check_export = tracing.export_of, tracing.check_export
 native_slstm = float32_gate_product = keep_unfused = token_losses = None
 block_runners = compile_blocks.block_runners
-captured_train_step = default_compilation = None
+captured_train_step = default_compilation = version = None
 head_norm = gated_unit = gate_pair = rms_norm = products_of_few = added_product = None
 fuse_optimizer = adam.fuse_optimizer
 shares_time, own_stretch, remat = common.shares_time, common.own_stretch, keras.remat
@@ -176,8 +176,8 @@ def differentiable(forward, backward, tensors, **options):
     return function(*(tensors[index] for index in present))
 
 
-def compiled(function, variables, jit_compile="auto", kind=None):
-    """A graph, which captures `variables`; XLA compiles it if `jit_compile` is True."""
+def compiled(function, weights=None, jit_compile="auto", kind=None):
+    """A graph, which captures the weights; XLA compiles it if `jit_compile` is True."""
     return tf.function(function, jit_compile=jit_compile is True or None)
 
 

@@ -252,11 +252,18 @@ def tensor(array):
     return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
 
 
-def compiled(function, variables, jit_compile="auto", kind=None):
+def compiled(function, weights=None, jit_compile="auto", kind=None):
     """PyTorch has nothing to compile the whole by that a machine without a C++ compiler could
     run."""
     function = torch.no_grad()(function)
-    if kind is None or jit_compile is False:
+    if weights is None:
+        return function
+    function = weights.scoped(function)
+    if jit_compile is False:
         return function
     captured = {"step": decode_step.CapturedDecodeStep, "read": decode_step.CapturedRead}[kind]
-    return captured(function, variables, required=jit_compile is True)
+    return captured(function, weights, required=jit_compile is True)
+
+
+def version(x):
+    return x._version, x.data_ptr()

@@ -28,8 +28,8 @@ class CapturedDecodeStep:
 
     kept = 4  # recordings: each has its own state and scratch memory
 
-    def __init__(self, function, variables, required):
-        self._function, self._variables, self._required = function, variables, required
+    def __init__(self, function, weights, required):
+        self._function, self._weights, self._required = function, weights, required
         self._steps = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -60,7 +60,7 @@ class CapturedDecodeStep:
     def _key(self, state, tensors):
         """What a recording depends on: shapes, the stream, and where the weights lie."""
         given = [*keras.tree.flatten(state), *tensors]
-        places = [variable._value.data_ptr() for variable in self._variables]
+        places = [value.data_ptr() for value in self._weights.values]
         kinds = [(tuple(x.shape), x.dtype, x.device) for x in given]
         return torch.cuda.current_stream().cuda_stream, *places, *kinds
 

@@ -26,7 +26,7 @@ class Continuation:
     def __init__(self, model, prompts, state, options, at_once=1):
         self._options, samples = options, options.num_samples
         if state is None:
-            self._unread, self._blocks = prompts, model.get_initial_state(len(prompts))
+            self._unread, self._blocks = prompts, []  # a fresh state
             words = Words.none(len(prompts), options.vocabulary_size)
         else:  # which has not read its last token: so there is one to go on from
             self._blocks, words = unpacked(state, model, prompts)

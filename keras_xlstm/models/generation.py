@@ -7,10 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_xlstm import backends
-from keras_xlstm.layers.block import run_plain
 from keras_xlstm.models import sampling
 from keras_xlstm.models.continuation import AT_ONCE, Continuation
 from keras_xlstm.models.generation_options import Options
+from keras_xlstm.models.step_weights import StepWeights
 
 # `read` and `advance` give logits, `pick` a token of them, and `step` is both of these at once.
 Compiled = namedtuple("Compiled", "read advance pick step")
@@ -59,10 +59,11 @@ class Generates:
                 new numbers at every call. A `numpy.random.Generator` draws on from call to call.
             stop_token: an id, or a list of ids. A text ends with the first of these tokens.
             jit_compile: how the step is compiled. `"auto"`: JAX, XLA; TensorFlow, a graph; PyTorch,
-                as `model.compile` was told, and on a CUDA device a CUDA graph is recorded at the
-                third token. True: XLA on TensorFlow too; on PyTorch torch.compile makes one block
-                of each kind for all of them, which needs a C++ compiler and up to a minute for each
-                kind and batch size. False: not compiled (TensorFlow: a graph).
+                on a CUDA device a CUDA graph, recorded at the third token, and compiled blocks if
+                `model.compile` was given `jit_compile=True`. True: XLA on TensorFlow; on PyTorch
+                torch.compile makes one block of each kind for all of them, which needs a C++
+                compiler and up to a minute for each kind and batch size. False: not compiled
+                (TensorFlow: a graph).
             min_p: draw from tokens at least this times as likely as the likeliest alone
                 ([Nguyen et al.](https://arxiv.org/abs/2407.01082)); None draws from all.
             repetition_penalty: above 1, makes all tokens of the prompt, the state's text and the
@@ -227,22 +228,21 @@ class Generates:
 
     def _compiled(self, plan, jit_compile):
         """The functions of a plan, kept until the model's variables are others."""
-        variables = list(self.variables)
-        compiles = backends.captured_train_step is not None and jit_compile is not False
-        if jit_compile == "auto":
-            compiles = compiles and self.blocks[0].runner is not run_plain
+        asked = self._compiles_steps if jit_compile == "auto" else jit_compile
+        compiles = asked and backends.captured_train_step is not None
         key = (plan, jit_compile, compiles, backends.prefer("auto"))
-        ids = [id(variable) for variable in variables]
-        of, kept = self.__dict__.get("_generation", (None, {}))
+        ids = [id(variable) for variable in self.variables]
+        of, weights, kept = self.__dict__.get("_generation", (None, None, {}))
         if of != ids:  # what quantize replaced is not held in memory
-            kept = {}
-            self.__dict__["_generation"] = ids, kept
+            weights, kept = StepWeights(self), {}
+            self.__dict__["_generation"] = ids, weights, kept
+        weights.refresh()
         if key not in kept:
             runners = backends.block_runners(self.blocks) if compiles else None
-            kept[key] = self._functions(plan, variables, jit_compile, runners)
+            kept[key] = self._functions(plan, weights, jit_compile, runners)
         return kept[key]
 
-    def _functions(self, plan, variables, jit_compile, runners):
+    def _functions(self, plan, weights, jit_compile, runners):
         """Compiled. A step's state is that of the blocks and, if tokens are penalised for it, which
         ones each row has had."""
 
@@ -250,7 +250,8 @@ class Generates:
             return ops.cast(self.logits(features), "float32")
 
         def read(blocks, tokens, last, mask=None):
-            features, blocks = self._features(tokens, blocks, mask)
+            # No state is a fresh one.
+            features, blocks = self._features(tokens, blocks or None, mask)
             features = ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
             return logits_of(features), blocks
 
@@ -278,10 +279,10 @@ class Generates:
             return pick([], *logits, *given)[0], state
 
         return Compiled(
-            backends.compiled(read, variables, jit_compile, kind="read"),
-            backends.compiled(advance, variables, jit_compile, kind="step"),
-            backends.compiled(pick, [], jit_compile),
-            backends.compiled(step, variables, jit_compile, kind="step"),
+            backends.compiled(read, weights, jit_compile, kind="read"),
+            backends.compiled(advance, weights, jit_compile, kind="step"),
+            backends.compiled(pick, None, jit_compile),
+            backends.compiled(step, weights, jit_compile, kind="step"),
         )
 
     def _features(self, tokens, state, mask, runners=None):

@@ -20,6 +20,7 @@ class BlockTraining:
     """
 
     _captured_step = None  # on torch, the compiled training step
+    _compiles_steps = False  # whether `compile` was asked to compile
 
     def compile(self, *args, **kwargs):
         """`keras.Model.compile`. On TensorFlow and torch, `jit_compile=True` compiles a block of
@@ -30,6 +31,7 @@ class BlockTraining:
         runs as a graph, and Adam's update is one operator."""
         super().compile(*args, **kwargs)
         given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
+        self._compiles_steps = given.get("jit_compile") is True
         captures, compiles = self._compilation(given)
         if compiles:
             self.jit_compile = False
