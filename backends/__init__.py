@@ -40,19 +40,19 @@ state_copy, version = active.state_copy, active.version
 shares_time, own_stretch, remat = active.shares_time, active.own_stretch, active.remat
 
 
-def _kernel(function):
-    """`function` where kernels may run; elsewhere it returns None, as it may do by itself."""
+def _kernel(name):
+    """A function of `inference.Inference`; it returns None where layers are to compute."""
 
     def run(*arguments):
-        allowed = function is not None and asked() in (None, "triton")
-        return function(*arguments) if allowed else None
+        allowed = active.without_gradients is not None and asked() in (None, "triton")
+        return active.without_gradients(name, *arguments) if allowed else None
 
     return run
 
 
-head_norm, gated_unit = _kernel(active.head_norm), _kernel(active.gated_unit)
-gate_pair, rms_norm = _kernel(active.gate_pair), _kernel(active.rms_norm)
-products_of_few, added_product = _kernel(active.products_of_few), _kernel(active.added_product)
+head_norm, rms_norm, gated_unit = map(_kernel, ("head_norm", "rms_norm", "gated_unit"))
+gate_pair, products_of_few = _kernel("gate_pair"), _kernel("products_of_few")
+added_product = _kernel("added_product")
 
 _ANY_DTYPE = ("triton", "pallas")  # they cast for themselves
 

@@ -179,6 +179,9 @@ def main():
         for case in itertools.product(arguments.backends, arguments.policies, arguments.jit_compile)
         if case[0] == "torch" or case[2] == "auto"
     ]
+    from gpu_torch import environment
+
+    environment()
     for case in cases:
         table(arguments, *case)
 

@@ -68,6 +68,12 @@ FIT = {
     "form": "{:.2f}",
     "goal": "<= 1",
 }
+SERVING = {"script": "gpu_generation", "cases": "^xLSTM-7B, 32 blocks"}
+SERVED = (
+    *((f"decode, {b} texts", f"decode {b}", 1.3) for b in (1, 16, 64)),
+    ("prefill 1 x 128", "prefill 1x128", 4.8), ("prefill 1 x 2048", "prefill 1x2048", 1.6),
+    ("prefill 1 x 16384", "prefill 1x16384", 1.35), ("prefill 8 x 2048", "prefill 8x2048", 1.35),
+)  # fmt: skip
 OFFICIAL = "tokens/s, the official model under `torch.compile` = 1"
 DEFAULTS = (
     (
@@ -84,8 +90,12 @@ DEFAULTS = (
         {"script": "gpu_model", "device": H200, "of": "ours-compiled / official-compiled"},
     ),
     (
-        "… on torch, by default | the same",
-        {"script": "gpu_model", "device": H100, "of": "ours / official-compiled"},
+        "… on torch, by default | tokens/s, `jit_compile=True` = 1",
+        {"script": "gpu_model", "device": H200, "of": "ours / ours-compiled"},
+    ),
+    (
+        "xLSTM-7B, a new token of one text, GPU | speed, Hugging Face's model = 1",
+        {**SERVING, "metric": "decode 1", "of": ["hugging-face / torch", "hugging-face / jax"]},
     ),
     (
         "mLSTM's kernel, 2,048 to 65,536 steps, GPU | speed, a Transformer's attention (cuDNN) = 1",
@@ -158,15 +168,35 @@ TABLES = {
             {"label": f"JAX | {H200}", "script": "gpu_jax", "device": H200, "goal": ">= 1.4"},
             {"label": f"PyTorch, `jit_compile=True` | {H200}", "script": "gpu_model", "device": H200, "goal": ">= 1.3"},
             {"label": f"PyTorch, `jit_compile=True` | {H100}", "script": "gpu_model", "device": H100, "goal": ">= 1.3"},
-            {"label": f"PyTorch, not compiled | {H100}", "script": "gpu_model", "device": H100, "goal": ">= 1", "own": "ours"},
+            {"label": f"PyTorch, by default, with a C++ compiler | {H200}", "script": "gpu_model", "device": H200, "own": "ours", "beside": "-"},
+            {"label": f"PyTorch, by default, without one | {H200}", "script": "gpu_model", "device": H200, "own": "ours-captured", "beside": "-"},
+            {"label": f"PyTorch, `jit_compile=False` | {H100}", "script": "gpu_model", "device": H100, "goal": ">= 1", "own": "ours"},
         ],
-        "own": "ours-compiled", "cases": "2048$",
+        "own": "ours-compiled", "beside": "official-compiled", "cases": "2048$",
         "columns": [
             [{"metric": "training", "of": "{own}", "form": "{:,.0f}", "goal": None}],
-            [{"metric": "training", "of": "official-compiled", "form": "{:,.0f}", "goal": None}],
-            [{"metric": "training", "of": "{own} / official-compiled", "form": "{:.2f}x"}],
+            [{"metric": "training", "of": "{beside}", "form": "{:,.0f}", "goal": None}],
+            [{"metric": "training", "of": "{own} / {beside}", "form": "{:.2f}x"}],
             [{"metric": "peak memory", "of": "{own}", "form": "{:.1f}", "goal": None}],
         ],
+    },
+    "serving": {
+        **SERVING, "head": ["xLSTM-7B, ms", "PyTorch", "of the floor (goal)", "JAX", "of the floor (goal)", "Hugging Face"],
+        "rows": [{"label": label, "metric": metric, "goal": f"<= {goal}"} for label, metric, goal in SERVED],
+        "columns": [part for own in ("torch", "jax") for part in (
+            [{"of": own, "form": "{:.2f}", "goal": None}], [{"of": f"{own} / floor"}],
+        )] + [[{"of": "hugging-face", "form": "{:.1f}", "goal": None}]],
+    },
+    "gpu_layers": {
+        "script": "gpu_layers", "by": ["case", "metric"], "strip": "jit_compile=auto, B T F units ",
+        "head": ["", "LSTM, ms", *(GPU_LAYERS := ("sLSTM", "sLSTM, heads of 64", "mLSTM", "mLSTM, heads of 64", "stack of 2"))],
+        "columns": [[{"of": "LSTM", "form": "{:.2f}"}], *(
+            [{"of": f"{name} / LSTM", "goal": "<= 0.6" if name[0] == "m" else "<= 1" if name[:2] == "sL" else None}]
+            for name in GPU_LAYERS
+        )],
+    },
+    "context": {
+        "script": "gpu_context", "metric": "training", "cases": " 2048$", "of": "torch / llama", "form": "{:.2f}", "goal": ">= 1.05",
     },
     "fastest_official": {
         "script": "gpu_model", "cases": "the fastest host$", "of": "official-compiled", "form": "{:,.0f} tokens/s",

@@ -142,10 +142,10 @@ def plans_of_block(device, dtype):
     """Of the 7B model's block, for one step and for many."""
     for rows in (1, 64):
         shape = rows, 1, 4096
-        yield block.rms_norm(shape, dtype, 1e-6)
-        yield block.head_norm(shape, 8, dtype, "float32", True, 1e-6)
-        yield block.gated_unit((rows, 1, 21888), dtype, False)
-        yield block.gate_pair(shape, 8, dtype, 15.0)
+        yield block.rms_norm(device, shape, dtype, 1e-6)
+        yield block.head_norm(device, shape, 8, dtype, "float32", True, 1e-6)
+        yield block.gated_unit(device, (rows, 1, 21888), dtype, False)
+        yield block.gate_pair(device, shape, 8, dtype, 15.0)
         if dtype != "float32":
             yield block.products(device, shape, (2048, 2048, 4096, 4096), dtype)
             yield block.added_product(device, shape, 10944, dtype)

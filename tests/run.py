@@ -25,9 +25,9 @@ FILES = {
     "forecasts": ["forecaster", "windows", "stretches"],
     "regions": ["tensorflow_regions"],
     "training": ["training", "replay", "torch"],
-    "kernels": ["triton", "triton_slstm", "jax_triton", "pallas", "gpu"],
+    "kernels": ["triton", "triton_slstm", "jax_triton", "pallas", "gpu", "inference_kernels"],
     "files": ["export", "keras_export"],
-    "interpreted": ["triton", "triton_slstm", "fuzz"],
+    "interpreted": ["triton", "triton_slstm", "fuzz", "inference_kernels"],
 }
 PARTS = {name: [str(HERE / f"test_{f}.py") for f in files] for name, files in FILES.items()}
 PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values() for file in files)]

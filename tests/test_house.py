@@ -13,10 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 8712,
+    "core": 9020,
     "tools": 1930,
-    "wing": 10250,
-    "tests": 14920,
+    "wing": 10760,
+    "tests": 15300,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,
@@ -43,7 +43,13 @@ KERNELS = "backends/kernels", "backends/jax/pallas"
 # From the ground up: a module imports those of its own floor and of the floors below.
 FLOORS = [
     ["backends.kernels"],
-    ["backends.log_space", "backends.sizes", "backends.export_context", "backends.common"],
+    [
+        "backends.log_space",
+        "backends.sizes",
+        "backends.export_context",
+        "backends.common",
+        "backends.inference",
+    ],
     ["backends.torch", "backends.jax", "backends.tensorflow"],
     ["backends.framework"],
     ["backends.choice"],

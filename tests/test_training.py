@@ -3,6 +3,9 @@
 Without a GPU a stand-in for the graph runs the step again, and nothing is compiled.
 """
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from tools import BACKEND, RefusedGraph, stand_in_for_cuda
@@ -294,6 +297,24 @@ def test_any_keras_model_by_a_callback(case, recordings, rng):
                  shuffle=False, verbose=0)  # fmt: skip
     assert len(recordings) == 3
     same(want, model)
+
+
+def test_what_earlier_steps_left_is_gone_before_a_recording(recordings, monkeypatch):
+    """Keras's cycles keep nodes of the autograd graph, of another stream than the recording's."""
+
+    class Left:
+        pass
+
+    left = Left()
+    left.cycle, alive = left, weakref.ref(left)
+    del left
+    gc.disable()
+    try:
+        fitted(model_of())
+    finally:
+        gc.enable()
+    assert len(recordings) == 1
+    assert alive() is None
 
 
 def test_a_callback_has_nothing_to_add(recordings):

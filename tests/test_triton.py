@@ -36,7 +36,7 @@ runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or the 
 def test_interpreted():
     """In one process: each would import the frameworks again."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    files = ["test_triton.py", "test_triton_slstm.py", "test_fuzz.py"]
+    files = ["test_triton.py", "test_triton_slstm.py", "test_fuzz.py", "test_inference_kernels.py"]
     command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings"]
     command += [str(HERE / file) for file in files]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

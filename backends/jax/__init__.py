@@ -34,9 +34,7 @@ own_stretch, remat = common.own_stretch, keras.remat
 shares_time, over_stretches = context.shares_time, context.over_stretches
 # Whole steps are compiled.
 native_slstm = block_runners = captured_train_step = default_compilation = None
-head_norm, gated_unit = inference.head_norm, inference.gated_unit
-gate_pair, rms_norm = inference.gate_pair, inference.rms_norm
-products_of_few, added_product = inference.products, inference.added_product
+without_gradients = inference.inference
 
 
 def concatenate_steps(parts):

@@ -25,7 +25,7 @@ export_of, check_export = tracing.export_of, tracing.check_export
 native_slstm = float32_gate_product = keep_unfused = token_losses = None
 block_runners = compile_blocks.block_runners
 captured_train_step = default_compilation = version = None
-head_norm = gated_unit = gate_pair = rms_norm = products_of_few = added_product = None
+without_gradients = None
 fuse_optimizer = adam.fuse_optimizer
 shares_time, own_stretch, remat = common.shares_time, common.own_stretch, keras.remat
 over_stretches = common.over_stretches

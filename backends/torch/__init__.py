@@ -42,9 +42,7 @@ shares_time, own_stretch = context.shares_time, context.own_stretch
 over_stretches, remat = context.over_stretches, context.remat
 native_slstm = slstm_loop.native_slstm
 float32_gate_product = products.float32_gate_product
-head_norm, gated_unit = inference.head_norm, inference.gated_unit
-gate_pair, rms_norm = inference.gate_pair, inference.rms_norm
-products_of_few, added_product = inference.products, inference.added_product
+without_gradients = inference.inference
 # Products stay as they are written; losses are Keras's own, but in a step that is captured.
 keep_unfused = token_losses = None
 block_runners, state_copy = compile_blocks.block_runners, decode_step.state_copy

@@ -4,6 +4,7 @@ them than they run.
 
 import contextlib
 import contextvars
+import gc
 
 import keras
 import numpy as np
@@ -29,6 +30,9 @@ class CapturedGraph:
     def __init__(self, function, *inputs, pool=None):
         inputs = keras.tree.map_structure(lambda x: None if x is None else x.clone(), inputs)
         self.buffers = keras.tree.flatten(inputs)
+        # Keras's walks over arguments leave cycles behind, which keep gradients' nodes of earlier
+        # steps. Those belong to another stream, by which a recording would fail.
+        gc.collect()
         self._graph = torch.cuda.CUDAGraph()
         with _capture(self._graph, pool):
             self._run(function, inputs)

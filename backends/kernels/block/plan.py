@@ -1,6 +1,5 @@
 """The launches of a block's kernels for inference as plans (kernels/plan.py)."""
 
-import keras
 from keras_xlstm.backends.kernels.mlstm.tiles import power
 from keras_xlstm.backends.kernels.plan import Buffer, Plan, present, step, without_pipeline
 
@@ -9,7 +8,6 @@ _COLUMNS = 64  # of a product, of a thread block
 ROWS = 64  # steps up to which a product is one of few
 GATE_ROWS = 256  # likewise, for both gates together
 WIDEST = 16384  # numbers that a thread block normalises
-ACTIVATIONS = {keras.activations.silu: False, keras.activations.gelu: True}  # whether it is gelu
 
 
 def _plan(kernel, grid, inputs, outputs, numbers, constants):
@@ -23,7 +21,7 @@ def _plan(kernel, grid, inputs, outputs, numbers, constants):
     return Plan(present(*inputs.values()), tuple(outputs.values()), (), (), (only,))
 
 
-def rms_norm(shape, dtype, eps):
+def rms_norm(device, shape, dtype, eps):
     """x, scale -> y, all (..., D) but the scale (D,)."""
     x, D = Buffer("x", shape, dtype), shape[-1]
     inputs = {"x": x, "scale": Buffer("scale", (D,), dtype)}
@@ -33,7 +31,7 @@ def rms_norm(shape, dtype, eps):
     )
 
 
-def head_norm(shape, H, dtype, gamma_dtype, gated, eps):
+def head_norm(device, shape, H, dtype, gamma_dtype, gated, eps):
     """x, gamma, perhaps a gate -> y, all (..., H * D) but gamma."""
     D = shape[-1] // H
     x = Buffer("x", shape, dtype)
@@ -45,7 +43,7 @@ def head_norm(shape, H, dtype, gamma_dtype, gated, eps):
     )
 
 
-def gated_unit(shape, dtype, gelu):
+def gated_unit(device, shape, dtype, gelu):
     """x (..., 2 * F) -> activation(x[..., :F]) * x[..., F:]."""
     F, x = shape[-1] // 2, Buffer("x", shape, dtype)
     y = Buffer("y", (*shape[:-1], F), dtype)
@@ -54,7 +52,7 @@ def gated_unit(shape, dtype, gelu):
     return _plan("gated_unit", y.count // F * -(-F // BF), {"x": x}, {"y": y}, {}, constants)
 
 
-def gate_pair(shape, H, dtype, cap):
+def gate_pair(device, shape, H, dtype, cap):
     """x (..., D), both gates' kernels and biases -> both gates (..., H) in float32; `cap` or None
     bounds them."""
     D, x = shape[-1], Buffer("x", shape, dtype)
@@ -85,9 +83,9 @@ def _product(device, N, K, widths, dtype, parts):
     return constants if device.pipelined else without_pipeline(constants)
 
 
-def unsupported_product(N, K, widths):
-    """Whether `products` cannot multiply (N, K) by kernels of these widths, or had better not."""
-    return N > ROWS or len(widths) > 4 or K % 64 or any(M % _COLUMNS for M in widths)
+def unsupported_product(K, widths):
+    """Whether `products` cannot multiply (N, K) by kernels of these widths."""
+    return len(widths) > 4 or K % 64 or any(M % _COLUMNS for M in widths)
 
 
 def products(device, shape, widths, dtype):

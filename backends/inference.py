@@ -1,0 +1,102 @@
+"""What blocks compute around the memory where nobody asks for gradients: a kernel of
+kernels/block/ each, in place of up to twenty of a framework's.
+
+Each function returns None where layers are to compute as they are written.
+"""
+
+import math
+
+import keras
+from keras_xlstm.backends.kernels.block import plan
+
+_ACTIVATIONS = {keras.activations.silu: False, keras.activations.gelu: True}  # whether it is gelu
+
+
+def _rows(x):
+    return math.prod(x.shape[:-1])
+
+
+class Inference:
+    """By what a framework gives: `fits(*tensors)`, whether kernels may run on them; `run(name of a
+    plan, dtype, its arguments, tensors)`, the plan's outputs; `name(dtype)`; `by_interpreter()`,
+    whether they run on a CPU; `rows`, for how many steps they are better at most (None: any)."""
+
+    def __init__(self, fits, run, name, by_interpreter, rows=None):
+        self._fits, self._run, self._name, self._rows = fits, run, name, rows
+        self._by_interpreter = by_interpreter
+
+    def __call__(self, name, *arguments):
+        return getattr(self, name)(*arguments)
+
+    def _may(self, x, *others, widest=None):
+        few = self._rows is None or _rows(x) <= self._rows
+        narrow = widest is None or widest <= plan.WIDEST
+        return few and narrow and self._fits(x, *others)
+
+    def head_norm(self, x, gamma, heads, epsilon, gate=None):
+        """Every head of x (..., units) normalised by itself, times the variable gamma (units,), and
+        times sigmoid(gate), if there is one."""
+        gates, gamma = [] if gate is None else [gate], gamma.value
+        if not self._may(x, gamma, *gates, widest=x.shape[-1] // heads):
+            return None
+        if any(gate.dtype != x.dtype for gate in gates):
+            return None
+        dtypes = self._name(x.dtype), self._name(gamma.dtype)
+        call = tuple(x.shape), heads, *dtypes, bool(gates), epsilon
+        return self._run("head_norm", x.dtype, call, (x, gamma, *gates))[0]
+
+    def rms_norm(self, x, scale, epsilon):
+        """x over the root of its mean square along the last axis, times the variable scale."""
+        scale = scale.value
+        if not self._may(x, scale, widest=x.shape[-1]) or x.dtype != scale.dtype:
+            return None
+        call = tuple(x.shape), self._name(x.dtype), epsilon
+        return self._run("rms_norm", x.dtype, call, (x, scale))[0]
+
+    def gated_unit(self, x, up, activation):
+        """activation(first half of up(x)) * second half, where up(x) is (..., 2 * units)."""
+        if activation not in _ACTIVATIONS or not self._may(x):
+            return None
+        y = up(x)
+        call = tuple(y.shape), self._name(y.dtype), _ACTIVATIONS[activation]
+        return self._run("gated_unit", y.dtype, call, (y,))[0]
+
+    def gate_pair(self, x, first, second, cap):
+        """first(x) and second(x) of x (..., D) for two Dense layers in float32, bounded by `cap`,
+        if it is not None, to cap * tanh(gate / cap)."""
+        if _rows(x) > plan.GATE_ROWS or not self._fits(x):
+            return None
+        weights = first.kernel.value, second.kernel.value, first.bias.value, second.bias.value
+        if not self._fits(*weights) or any(self._name(w.dtype) != "float32" for w in weights):
+            return None
+        call = tuple(x.shape), weights[0].shape[1], self._name(x.dtype), cap
+        return tuple(self._run("gate_pair", x.dtype, call, (x, *weights)))
+
+    def _kernels(self, x, layers):
+        """Of Dense layers, where few steps x (..., K) had better be multiplied by our kernels."""
+        if _rows(x) > plan.ROWS or any(layer.bias is not None for layer in layers):
+            return None
+        if not self._fits(x) or (self._name(x.dtype) == "float32" and not self._by_interpreter()):
+            return None
+        kernels = [layer.kernel.value for layer in layers]
+        if plan.unsupported_product(x.shape[-1], [kernel.shape[1] for kernel in kernels]):
+            return None
+        same = all(kernel.dtype == x.dtype for kernel in kernels)
+        return kernels if same and self._fits(*kernels) else None
+
+    def products_of_few(self, x, layers):
+        """[layer(x) for layer in layers], up to four plain Dense layers, for few steps x."""
+        kernels = self._kernels(x, layers)
+        if kernels is None:
+            return None
+        widths = tuple(kernel.shape[1] for kernel in kernels)
+        call = tuple(x.shape), widths, self._name(x.dtype)
+        return self._run("products", x.dtype, call, (x, *kernels))
+
+    def added_product(self, x, h, layer):
+        """x + layer(h), of a plain Dense layer, for few steps."""
+        kernels = self._kernels(h, [layer])
+        if kernels is None or not self._fits(x) or x.dtype != h.dtype:
+            return None
+        call = tuple(x.shape), h.shape[-1], self._name(x.dtype)
+        return self._run("added_product", x.dtype, call, (x, h, *kernels))[0]
