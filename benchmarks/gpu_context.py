@@ -4,8 +4,9 @@
 
 `model.fit` of xLSTM-Large (24 blocks, 1024 wide, 407M parameters) at Keras's defaults, beside a
 Transformer of as many parameters. That has RoPE, SwiGLU, RMSNorm and PyTorch's flash attention, and
-trains under torch.compile with a fused AdamW. A step has one sequence, or as many as make 16,384 tokens. Each family and length runs
-in a process of its own: the rate of the best of two epochs after the first, of 8 steps or fewer.
+trains under torch.compile with a fused AdamW. A step has one sequence, or as many as make 16,384
+tokens. Each family and length runs in a process of its own: the rate of the best of two epochs
+after the first, of 8 steps or fewer.
 """
 
 import argparse

@@ -102,13 +102,17 @@ def test_a_rate_that_is_set_and_weights_that_move(recordings):
         model.optimizer.learning_rate = 0.1
         fitted(model, epochs=1)
     assert len(recordings) == 2  # by now the short batch too
+    for model in models:
+        model.optimizer.clipvalue = 1e-3  # a number that Python holds
+        fitted(model)
+    assert len(recordings) == 3
     same(*models)
     for model in models:
         kernel = model.get_layer("head").kernel
         kernel.value.data = kernel.value.data.clone()  # elsewhere in memory
         model.get_layer("embedding").trainable = False
         fitted(model)
-    assert len(recordings) == 3
+    assert len(recordings) == 4
     same(*models)
 
 

@@ -84,7 +84,11 @@ class CapturedRead(CapturedDecodeStep):
     """`function(state, tokens, *tensors)` of whole prompts, if they are short. A state may be given
     again."""
 
-    kept, _pool = 16, None  # they share their memory
+    kept = 16
+
+    def __init__(self, function, weights, required):
+        super().__init__(function, weights, required)
+        self._pools = {}  # of each stream, where one recording runs after another
 
     def __call__(self, state, tokens, *tensors):
         if tokens.numel() > _SHORT:
@@ -92,9 +96,11 @@ class CapturedRead(CapturedDecodeStep):
         return super().__call__(state, tokens, *tensors)
 
     def _recorded(self, state, tensors):
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return _CapturedRead(CapturedGraph(self._function, state, *tensors, pool=self._pool))
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream not in self._pools:
+            self._pools[stream] = torch.cuda.graph_pool_handle()
+        pool = self._pools[stream]
+        return _CapturedRead(CapturedGraph(self._function, state, *tensors, pool=pool))
 
 
 class _CapturedRead:

@@ -183,10 +183,11 @@ class CapturedTrainStep:
         return self._graphs.get(key)
 
     def _where(self):
-        """What a recording depends on besides shapes."""
+        """What a recording depends on besides shapes: numbers of the optimizer's are in it, too."""
         stream = torch.cuda.current_stream().cuda_stream
         places = [v._value.data_ptr() for v in self._variables]
-        return stream, places, [v.trainable for v in self._variables]
+        numbers = [x for x in vars(self._model.optimizer).items() if type(x[1]) in (int, float)]
+        return stream, places, [v.trainable for v in self._variables], numbers
 
 
 class _Feeding(TorchFunctionMode):
