@@ -12,7 +12,7 @@ class CapturedTraining(keras.callbacks.Callback):
     as long as it takes the GPU. With this callback the first two steps of a batch's shapes run so.
     The third is recorded, and from then on the recording runs. It needs no C++ compiler.
 
-    `xLSTMStack`, `xLSTMLanguageModel` and `xLSTMForecaster` do the same without it. On JAX and
+    `xLSTMStack` and `xLSTMLanguageModel` do the same without it. On JAX and
     TensorFlow, where Keras compiles the step, and without a CUDA device it does nothing.
 
     A recording repeats what Python did once: a custom layer, loss or metric must not change what it
