@@ -29,9 +29,11 @@ class Inference:
         return getattr(self, name)(*arguments)
 
     def _may(self, x, *others, widest=None):
+        # First: in a file's trace a size may be none that can be compared.
+        if not self._fits(x, *others):
+            return False
         few = self._rows is None or _rows(x) <= self._rows
-        narrow = widest is None or widest <= plan.WIDEST
-        return few and narrow and self._fits(x, *others)
+        return few and (widest is None or widest <= plan.WIDEST)
 
     def head_norm(self, x, gamma, heads, epsilon, gate=None):
         """Every head of x (..., units) normalised by itself, times the variable gamma (units,), and
@@ -64,7 +66,7 @@ class Inference:
     def gate_pair(self, x, first, second, cap):
         """first(x) and second(x) of x (..., D) for two Dense layers in float32, bounded by `cap`,
         if it is not None, to cap * tanh(gate / cap)."""
-        if _rows(x) > plan.GATE_ROWS or not self._fits(x):
+        if not self._fits(x) or _rows(x) > plan.GATE_ROWS:
             return None
         weights = first.kernel.value, second.kernel.value, first.bias.value, second.bias.value
         if not self._fits(*weights) or any(self._name(w.dtype) != "float32" for w in weights):
@@ -74,9 +76,11 @@ class Inference:
 
     def _kernels(self, x, layers):
         """Of Dense layers, where few steps x (..., K) had better be multiplied by our kernels."""
-        if _rows(x) > plan.ROWS or any(layer.bias is not None for layer in layers):
+        if not self._fits(x) or _rows(x) > plan.ROWS:
             return None
-        if not self._fits(x) or (self._name(x.dtype) == "float32" and not self._by_interpreter()):
+        if any(layer.bias is not None for layer in layers):
+            return None
+        if self._name(x.dtype) == "float32" and not self._by_interpreter():
             return None
         kernels = [layer.kernel.value for layer in layers]
         if plan.unsupported_product(x.shape[-1], [kernel.shape[1] for kernel in kernels]):
