@@ -63,9 +63,9 @@ def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):
     """Inside a layer that computes in bfloat16 Keras reads other layers' weights as such."""
     seen = []
 
-    def spy(x, *layers):
-        gates = gate_pair(x, *layers)
-        seen.append((x, layers, gates))
+    def spy(x, first, second, cap=None):
+        gates = gate_pair(x, first, second, cap)
+        seen.append((x, (first, second), cap, gates))
         return gates
 
     monkeypatch.setattr(module, "gate_pair", spy)
@@ -74,10 +74,11 @@ def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):
     for gate in (layer.input_gate, layer.forget_gate):
         gate.kernel.assign(rng.normal(size=gate.kernel.shape))
     layer(ops.convert_to_tensor(rng.normal(size=(2, 5, 16)), "bfloat16"))
-    [(x, layers, gates)] = seen
+    [(x, layers, cap, gates)] = seen
     x = array(ops.cast(x, "float32")).astype("float64")
     for gate, got in zip(layers, gates):
         want = x @ array(gate.kernel).astype("float64") + array(gate.bias)
+        want = want if cap is None else cap * np.tanh(want / cap)
         np.testing.assert_allclose(array(got), want, rtol=1e-5, atol=1e-5)
 
 
