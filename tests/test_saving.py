@@ -40,8 +40,9 @@ def test_every_backend_reads_every_backend(written):
 def test_both_directions_on_every_backend(written):
     tagger = keras.models.load_model(written / "tagger.keras")
     got = tagger.predict_on_batch(exchange.TAGGED)
-    # Six blocks deep, backends add float32 numbers in other orders.
-    np.testing.assert_allclose(got, np.load(written / "tags.npy"), rtol=1e-5, atol=1e-5)
+    # Six blocks deep, backends add float32 numbers in other orders, and processors have other
+    # instructions for it: up to 1.8e-5 was seen.
+    np.testing.assert_allclose(got, np.load(written / "tags.npy"), rtol=1e-5, atol=4e-5)
 
 
 def test_every_backend_reads_forecasters_of_every_backend(written):
