@@ -70,7 +70,7 @@ FIT = {
 }
 SERVING = {"script": "gpu_generation", "cases": "^xLSTM-7B, 32 blocks"}
 SERVED = (
-    *((f"decode, {b} texts", f"decode {b}", 1.3) for b in (1, 16, 64)),
+    *((f"decode, {b} text{'s' * (b > 1)}", f"decode {b}", 1.3) for b in (1, 16, 64)),
     ("prefill 1 x 128", "prefill 1x128", 4.8), ("prefill 1 x 2048", "prefill 1x2048", 1.6),
     ("prefill 1 x 16384", "prefill 1x16384", 1.35), ("prefill 8 x 2048", "prefill 8x2048", 1.35),
 )  # fmt: skip
