@@ -15,8 +15,8 @@ LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
     "core": 9020,
     "tools": 1930,
-    "wing": 10765,
-    "tests": 15310,
+    "wing": 10790,
+    "tests": 15335,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

@@ -237,6 +237,31 @@ def test_by_default(compiler, recordings, monkeypatch, caplog, tmp_path):
     same(loaded, model)
 
 
+@pytest.mark.parametrize("jit_compile", ["auto", True])
+def test_a_compiler_that_fails(jit_compile, recordings, monkeypatch, caplog):
+    """Only what was asked for is an error."""
+
+    def compile(function):
+        def run(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException("no such header")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(train_step, "_has_compiler", lambda: True)
+    model = model_of(jit_compile=jit_compile)
+    if jit_compile is True:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            fitted(model)
+        return
+    fitted(model)
+    assert caplog.text.count("torch.compile failed. no such header") == 3  # block, loss, soft cap
+    assert len(recordings) == 1
+    want = model_of(jit_compile=False)
+    fitted(want)
+    same(want, model)
+
+
 OWN = {
     "loss": ({"loss": own_loss}, {}),
     "wrapped loss": ({"loss": keras.losses.MeanSquaredError()}, {}),

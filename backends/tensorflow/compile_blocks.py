@@ -15,7 +15,8 @@ from keras_xlstm.backends.tensorflow.tracing import exported_to
 _MAY_DIFFER = ("name", "seed", "trainable", "block_index")
 
 
-def block_runners(blocks):
+def block_runners(blocks, required=True):
+    """They are always `required`: nothing is compiled unasked."""
     return {kind: _runner() for kind in {type(block) for block in blocks}}
 
 

@@ -5,18 +5,40 @@ Compiling Keras's whole training step traces every layer of every block: minutes
 blocks. This takes as long as one block does.
 """
 
+import logging
 import types
 
 import keras
 import torch
 from keras_xlstm.backends.torch.tracing import exporting
 
-
-def block_runners(blocks):
-    return {kind: _runner(block) for kind, block in {type(b): b for b in blocks}.items()}
+_log = logging.getLogger("keras_xlstm")
 
 
-def _runner(template):
+def block_runners(blocks, required=True):
+    kinds = {type(block): block for block in blocks}
+    return {kind: _runner(block, required) for kind, block in kinds.items()}
+
+
+def or_plain(compiled, plain, required):
+    """`compiled`; unless `required`, once PyTorch cannot compile it, `plain` from then on."""
+    if required:
+        return compiled
+    failed = []
+
+    def run(*arguments):
+        if not failed:
+            try:
+                return compiled(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                failed.append(error)
+                _log.warning("Not compiled: torch.compile failed. %s", error)
+        return plain(*arguments)
+
+    return run
+
+
+def _runner(template, required):
     """`template._run` compiled, as a function of a block like it and the same arguments."""
 
     def compute(weights, *arguments):
@@ -27,11 +49,12 @@ def _runner(template):
     code = compute.__code__.replace(co_name=f"compute_{type(template).__name__}")
     cells = compute.__closure__
     compiled = torch.compile(types.FunctionType(code, globals(), code.co_name, None, cells))
+    tried = or_plain(compiled, compute, required)
 
     def run(block, *arguments, states=True):
         if arguments[0].device.type == "meta" or exporting():  # Keras works out shapes
             return block._run(*arguments)
         # Not .value, which would cast them for the block's policy one by one.
-        return compiled([variable._value for variable in block.variables], *arguments)
+        return tried([variable._value for variable in block.variables], *arguments)
 
     return run

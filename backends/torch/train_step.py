@@ -15,6 +15,7 @@ import types
 import keras
 import numpy as np
 import torch
+from keras_xlstm.backends.torch.compile_blocks import or_plain
 from keras_xlstm.backends.torch.cuda_graph import CapturedGraph, NumbersAsKernels, can_capture
 from keras_xlstm.backends.torch.products import token_losses
 from torch.overrides import TorchFunctionMode
@@ -78,8 +79,9 @@ class CapturedTrainStep:
     (Without a seed PyTorch draws new masks in every replay.)
     """
 
-    def __init__(self, model, compiles=False):
-        self._model, self._compiles, self._refused = model, compiles, False
+    def __init__(self, model, compiles=False, required=True):
+        self._model, self._refused = model, False
+        self._compiles, self._required = compiles, required
         self._variables = self._feeding = None
         self._forget(None)
 
@@ -92,7 +94,7 @@ class CapturedTrainStep:
         the step are to be compiled."""
         if not self._compiles:
             return function
-        fast = torch.compile(function)
+        fast = or_plain(torch.compile(function), function, self._required)
 
         def run(x, *arguments):
             return (function if x.device.type == "meta" else fast)(x, *arguments)

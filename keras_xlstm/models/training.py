@@ -31,13 +31,15 @@ class BlockTraining:
         runs as a graph, and Adam's update is one operator."""
         super().compile(*args, **kwargs)
         given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
-        self._compiles_steps = given.get("jit_compile") is True
+        required = self._compiles_steps = given.get("jit_compile") is True
         captures, compiles = self._compilation(given)
         if compiles:
             self.jit_compile = False
-        self._captured_step = backends.captured_train_step(self, compiles) if captures else None
+        self._captured_step = None
+        if captures:
+            self._captured_step = backends.captured_train_step(self, compiles, required)
         backends.fuse_optimizer(self.optimizer, captures)
-        runners = backends.block_runners(self.blocks) if compiles else {}
+        runners = backends.block_runners(self.blocks, required) if compiles else {}
         for block in self.blocks:
             block.runner = runners.get(type(block), run_plain)
         for layer in self.layers:
