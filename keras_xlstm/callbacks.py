@@ -12,8 +12,8 @@ class CapturedTraining(keras.callbacks.Callback):
     as long as it takes the GPU. With this callback the first two steps of a batch's shapes run so.
     The third is recorded, and from then on the recording runs. It needs no C++ compiler.
 
-    `xLSTMStack` and `xLSTMLanguageModel` do the same without it. On JAX and
-    TensorFlow, where Keras compiles the step, and without a CUDA device it does nothing.
+    `xLSTMStack` and `xLSTMLanguageModel` do the same without it. On JAX and TensorFlow, where Keras
+    compiles the step, and without a CUDA device it does nothing.
 
     A recording repeats what Python did once: a custom layer, loss or metric must not change what it
     computes from step to step by numbers that Python holds. Use variables for them. Steps with
@@ -42,7 +42,15 @@ class CapturedTraining(keras.callbacks.Callback):
             self._of, self._step = of, backends.captured_train_step(model)
         self._step.look_again()
         step, plain = self._step, type(model).train_step.__get__(model)
-        model.__dict__["train_step"] = lambda *arguments: step(plain, *arguments)
+
+        def train_step(*arguments):
+            try:
+                return step(plain, *arguments)
+            except BaseException:  # then nobody calls on_train_end
+                self.on_train_end()
+                raise
+
+        model.__dict__["train_step"] = train_step
 
     def on_train_end(self, logs=None):
         self.model.__dict__.pop("train_step", None)

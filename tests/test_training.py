@@ -286,6 +286,10 @@ def test_a_users_own_code_is_not_recorded_unasked(case, recordings, caplog):
     assert ("is code of your own" in caplog.text) == (case not in ("eager", "no"))
 
 
+def test_a_function_of_pytorch_is_no_fault():
+    assert not train_step._is_known(torch.dist)  # which has no attributes of its own
+
+
 @pytest.mark.parametrize("case", ["layers", "stack", "subclass"])
 def test_any_keras_model_by_a_callback(case, recordings, rng):
     x, y = rng.normal(size=(11, 5, 8)), rng.normal(size=(11, 1))
@@ -326,6 +330,19 @@ def test_any_keras_model_by_a_callback(case, recordings, rng):
                  shuffle=False, verbose=0)  # fmt: skip
     assert len(recordings) == 3
     same(want, model)
+
+
+def test_a_step_that_fails_leaves_the_model_as_it_was(recordings, monkeypatch):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+
+    def interrupted(self, step, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_step.CapturedTrainStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0, callbacks=[CapturedTraining()])
+    assert "train_step" not in vars(model)
 
 
 def test_what_earlier_steps_left_is_gone_before_a_recording(recordings, monkeypatch):

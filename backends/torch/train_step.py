@@ -57,7 +57,8 @@ def _is_known(part):
     """Whether this is a name, or Keras's or ours and holds no function of a user's."""
     if part is None or isinstance(part, str):
         return True
-    functions = [x for x in vars(part).values() if isinstance(x, types.FunctionType)]
+    held = getattr(part, "__dict__", {}).values()  # of PyTorch's own functions there is none
+    functions = [x for x in held if isinstance(x, types.FunctionType)]
     own = part if isinstance(part, types.FunctionType | type) else type(part)
     modules = {x.__module__.partition(".")[0] for x in (own, *functions)}
     return modules <= {"keras", "keras_xlstm"}

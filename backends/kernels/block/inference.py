@@ -4,20 +4,12 @@ Names: _p pointers; N steps. Tensors are contiguous.
 """
 
 from keras_xlstm.backends.kernels.load_triton import tl, triton
+from keras_xlstm.backends.kernels.slstm.cell import tanh
 
 
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    y = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - y) / (1.0 + y)
-    t = x * x
-    near = x * (1.0 + t * (-1 / 3 + t * (2 / 15 + t * (-17 / 315 + t * (62 / 2835)))))
-    return tl.where(t < 0.06, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -81,7 +73,7 @@ def _gate(
         )
     y = tl.sum(total, 0) + tl.load(bias_p + h, mask=h < H, other=0.0)
     if CAP:
-        y = cap * _tanh(y / cap)
+        y = cap * tanh(y / cap, False)
     tl.store(y_p + row * H + h, y, mask=h < H)
 
 

@@ -1,4 +1,6 @@
-"""The launches of a block's kernels for inference as plans (kernels/plan.py)."""
+"""The launches of a block's kernels for inference as plans (kernels/plan.py). All are given the
+device, which the products alone depend on.
+"""
 
 from keras_xlstm.backends.kernels.mlstm.tiles import power
 from keras_xlstm.backends.kernels.plan import Buffer, Plan, present, step, without_pipeline

@@ -41,7 +41,7 @@ def _over(a, b, FAST: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x, FAST: tl.constexpr):
+def tanh(x, FAST: tl.constexpr):
     y = _exp(-2.0 * tl.abs(x), FAST)
     far = _over(1.0 - y, 1.0 + y, FAST)
     t = x * x
@@ -61,7 +61,7 @@ def cell(i, f, z, o, c, n, m, EXP_FORGET: tl.constexpr, FAST: tl.constexpr = Fal
     new_m = tl.maximum(log_f + m, i)
     i = _exp(i - new_m, FAST)
     f = _exp((m - new_m) + log_f, FAST)
-    z, o = _tanh(z, FAST), _over(1.0, 1.0 + _exp(-o, FAST), FAST)
+    z, o = tanh(z, FAST), _over(1.0, 1.0 + _exp(-o, FAST), FAST)
     c = f * c + i * z
     n = f * n + i
     return o * (c / n), c, n, new_m, i, f, z, o, slope
