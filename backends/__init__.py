@@ -16,6 +16,7 @@ import functools
 import keras
 import numpy as np
 from keras import ops
+from keras_xlstm.backends import head_loss as head_loss
 from keras_xlstm.backends import reference, stretches
 from keras_xlstm.backends.choice import asked, available, choose, loaded, use
 from keras_xlstm.backends.choice import prefer as prefer
@@ -37,6 +38,7 @@ scripting, no_autograph, compiled = active.scripting, active.no_autograph, activ
 block_runners, fuse_optimizer = active.block_runners, active.fuse_optimizer
 captured_train_step, default_compilation = active.captured_train_step, active.default_compilation
 state_copy, version = active.state_copy, active.version
+whole_batch = active.whole_batch
 shares_time, own_stretch, remat = active.shares_time, active.own_stretch, active.remat
 
 

@@ -69,6 +69,8 @@ class Contract:
     def multiplies_inside(batch, time, features, units): ...
     def joined_blocks(): ...  # up to what width a product in blocks is one with zeros between
     def alone_on_device(): ...  # whether no other device holds some of the heads
+    # Whether a training step here reads all of its batch and of its weights.
+    def whole_batch(): ...
 
     # Context parallelism. Whether a device has a stretch of the steps alone; how, where a tensor of
     # this process holds its stretch (None: all steps); a function of `common.Stretches` and tensors

@@ -8,6 +8,8 @@ import tempfile
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 tests; Keras still computes in float32
+# On a GPU, products of float32 as they are: by default JAX rounds what goes into them to TF32.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # A cached graph of an older version of our operators would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # Nearly all of the time is XLA compiling: code that runs once need not be fast. XLA_FLAGS="" runs

@@ -388,7 +388,8 @@ def test_steps_read_the_weights_as_they_are_by_then(kind, rng, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(StepWeights, "refresh", lambda self: None)
             model.__dict__.pop("_generation")
-            assert_close(found, log_probs(), 2e-2)
+            # In bfloat16, on a GPU by other kernels: far below what training changes, see below.
+            assert_close(found, log_probs(), 8e-2)
         model.__dict__.pop("_generation")
         return log_probs()
 

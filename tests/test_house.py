@@ -13,10 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 9025,
+    "core": 9250,
     "tools": 1930,
     "wing": 10790,
-    "tests": 15350,
+    "tests": 15590,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

@@ -53,13 +53,7 @@ def without_gradients(function):
 def compare(function, dtype, *tensors):
     function = without_gradients(function)
     with backends.use("native"):
-        if BACKEND == "jax":
-            import jax
-
-            with jax.default_matmul_precision("float32"):  # a GPU's own would be TF32
-                want = function(*tensors)
-        else:
-            want = function(*tensors)
+        want = function(*tensors)
     got = function(*tensors)
     for x, y in zip(keras.tree.flatten(got), keras.tree.flatten(want), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)

@@ -227,6 +227,7 @@ def test_as_many_addresses_as_there_is_room_for(monkeypatch):
     """The parameter memory of those that came first is written anew."""
     fake = Driver(monkeypatch)
     monkeypatch.setattr(launch, "_SETS", 3)
+    monkeypatch.setattr(launch, "BOUND", {})  # with many signatures there is other room
     bound = launch.Bound(lambda aligned: small())
     calls = [[inputs_of(bound), None] for _ in range(5)]
     wrote, write = [], launch._Memory.write

@@ -95,6 +95,11 @@ def alone_on_device():
     return keras.distribution.distribution() is None
 
 
+def whole_batch():
+    # A device's rows stay where they are. Shared weights would be gathered for every part.
+    return type(keras.distribution.distribution()) in (type(None), keras.distribution.DataParallel)
+
+
 def scan(step, init, xs, reverse=False):
     return jax.lax.scan(step, init, xs, reverse=reverse)
 

@@ -61,6 +61,10 @@ def alone_on_device():
     return True
 
 
+def whole_batch():
+    return not tf.distribute.has_strategy()
+
+
 def unsorted(x):
     return False
 

@@ -87,6 +87,10 @@ def alone_on_device():
     return True
 
 
+def whole_batch():
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def host_values(x):
     if (
         tracing.exporting()

@@ -5,7 +5,6 @@ import inspect
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_xlstm import backends, initializers
 from keras_xlstm.layers.base import plain
@@ -14,6 +13,7 @@ from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.graph import stacked
 from keras_xlstm.models.settings import ARGUMENTS, settings_of
 from keras_xlstm.models.stack import StackModel
+from keras_xlstm.models.token_loss import TokenLoss
 from keras_xlstm.validation import check_cap, check_flag, check_positive, check_rate
 
 
@@ -34,24 +34,8 @@ def _checked(method):
     return checked
 
 
-def _without_padding(sample_weight, mask, loss):
-    """The weights of tokens by which Keras leaves masked ones out of a loss."""
-    weight = ops.cast(mask, loss.dtype)
-    if loss.reduction != "sum":  # the mean is over the real ones
-        count = ops.cast(ops.prod(ops.shape(weight)), loss.dtype)
-        weight = weight * (count / (ops.sum(weight) + keras.config.epsilon()))
-    return weight if sample_weight is None else weight * ops.cast(sample_weight, loss.dtype)
-
-
-class _Given(keras.losses.Loss):
-    """The mean, or whatever the reduction is, of losses that were computed elsewhere."""
-
-    def call(self, y_true, y_pred):
-        return y_pred
-
-
 @keras.saving.register_keras_serializable(package="keras_xlstm")
-class xLSTMLanguageModel(Generates, StackModel):
+class xLSTMLanguageModel(Generates, TokenLoss, StackModel):
     """A language model of xLSTM blocks: embedding, `xLSTMStack`'s blocks and norm, head.
 
     A functional model: [xLSTM: Extended Long Short-Term Memory](https://arxiv.org/abs/2405.04517),
@@ -166,63 +150,6 @@ class xLSTMLanguageModel(Generates, StackModel):
         if settings["logit_soft_cap"] is not None:
             x = SoftCap(settings["logit_soft_cap"], dtype=settings["dtype"], name="soft_cap")(x)
         return x
-
-    # ------------------------------------------------------------------ loss
-
-    _token_losses = _ignored = None
-
-    def compile(self, *args, **kwargs):
-        """`keras.Model.compile`."""
-        super().compile(*args, **kwargs)
-        given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
-        config = self.loss.get_config() if isinstance(self.loss, keras.losses.Loss) else {}
-        self._ignored = config.get("ignore_class")
-        plain = (
-            given.get("loss_weights") is None
-            and config.get("from_logits", False)
-            and self._ignored is None
-            and not config.get("label_smoothing")  # from Keras 3.16 on
-        )
-        fast = backends.token_losses
-        if self._captured_step is not None:
-            fast = self._captured_step.token_losses
-        self._token_losses = fast if plain else None
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """`keras.Model.compute_loss`."""
-        backend = keras.backend.backend()
-        mask = x.get("padding_mask") if isinstance(x, dict) else None
-        mask = mask if self.settings["output_mask"] else None
-        if backend != "tensorflow" and self._tokens_count_alike(y, y_pred, sample_weight, mask):
-            if mask is not None:
-                sample_weight = _without_padding(sample_weight, mask, self.loss)
-            if backend == "torch":
-                # As one row of tokens: over (batch, vocabulary, time) PyTorch's cross-entropy reads
-                # across the vocabulary at strides, and was a third of the time of a training step.
-                y, y_pred = ops.reshape(y, (-1,)), ops.reshape(y_pred, (-1, y_pred.shape[-1]))
-                sample_weight = None if sample_weight is None else ops.reshape(sample_weight, (-1,))
-            # Not while Keras works out shapes, which makes its own loss ready.
-            ready = self._compile_loss.built if backend == "jax" else y_pred.device.type != "meta"
-            if self._token_losses is not None and ready:
-                return self._given_loss(y, y_pred, sample_weight)
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
-
-    def _tokens_count_alike(self, y, y_pred, sample_weight, mask):
-        """Whether the loss is a mean over tokens that may stand in any order."""
-        return (
-            type(self.loss) is keras.losses.SparseCategoricalCrossentropy
-            and self.loss.reduction in ("sum", "sum_over_batch_size", "mean")
-            and (mask is None or self._ignored is None)  # Keras joins the two masks
-            and len(y_pred.shape) == 3
-            and len(y.shape) == 2
-            and (sample_weight is None or tuple(sample_weight.shape) == tuple(y.shape))
-        )
-
-    def _given_loss(self, y, y_pred, sample_weight):
-        """The loss by Keras, from the tokens' own, which are computed in fewer passes."""
-        given = _Given(reduction=self.loss.reduction, dtype=self.loss.dtype)
-        losses = self._token_losses(y_pred, y, self.loss.dtype)
-        return given(losses, losses, sample_weight) + sum(ops.sum(loss) for loss in self.losses)
 
     # ------------------------------------------------------------------ checks
 

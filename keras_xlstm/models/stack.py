@@ -1,5 +1,6 @@
 """xLSTMStack: residual blocks one after another, and what models of them share."""
 
+import contextlib
 from collections import OrderedDict
 
 import keras
@@ -54,16 +55,22 @@ class StackModel(BlockTraining, keras.Model):
     def call(self, inputs, training=None, mask=None):
         inputs = self._named(inputs)
         mask = None if mask is None else self._named(mask)[self._main]
+        with self._side(inputs):
+            outputs = super().call(inputs[self._main], training=training, mask=mask)
+        # The last layer's outputs carry the mask: a copy does not.
+        return outputs if self.settings["output_mask"] else ops.copy(outputs)
+
+    @contextlib.contextmanager
+    def _side(self, inputs):
+        """Inside, blocks are given what these named inputs hold beside the main one."""
         side = [inputs[name] for name in self._optional]
         if side[1] is not None:
             check_segments(side[1])  # Keras would round them
         token = SIDE.set(side)
         try:
-            outputs = super().call(inputs[self._main], training=training, mask=mask)
+            yield
         finally:
             SIDE.reset(token)
-        # The last layer's outputs carry the mask: a copy does not.
-        return outputs if self.settings["output_mask"] else ops.copy(outputs)
 
     def compute_mask(self, inputs, mask=None):
         if not self.settings["output_mask"]:

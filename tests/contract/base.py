@@ -111,12 +111,16 @@ class Contract:
                 got = array(ops.cast(got, "float64"))[others]
                 assert_close(got, want[others], max(1e-4, 2 * TOLERANCE[self.dtypes[0]]), name)
 
+    cancelling = ()  # gradients that are small differences of what float32 cannot hold exactly
+
     def test_the_edge_of_float16(self, rng):
         """What float16 can hold comes out finite, whatever the gates."""
         if "float16" not in self.dtypes:
             pytest.skip("not one of its dtypes")
         case, largest = self.case(rng, B=2, H=1).at_the_edge(rng), 65504.0
         for name, got, want in self.results(case, "float16"):
+            if name.removeprefix("gradient of ") in self.cancelling:
+                continue
             half = keras.backend.standardize_dtype(got.dtype) == "float16"
             held = np.abs(want) < (0.99 * largest if half else 1e37)
             assert np.isfinite(array(ops.cast(got, "float32")))[held].all(), name
