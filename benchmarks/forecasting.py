@@ -49,10 +49,13 @@ def ours(x, horizon, seed, args):
         horizon, patch_size=24, units=args.units, dropout=args.dropout, seed=seed
     )
     rate = keras.optimizers.schedules.CosineDecay(3e-3, args.epochs * len(train))
-    model.compile(keras.optimizers.AdamW(rate, clipnorm=1.0), "mse")
+    # Means of the weights over the last steps: single ones swing by more than models differ.
+    optimizer = keras.optimizers.AdamW(rate, clipnorm=1.0, use_ema=True)
+    model.compile(optimizer, "mse")
     stop = keras.callbacks.EarlyStopping(patience=args.epochs, restore_best_weights=True)
+    means = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     begin = time.perf_counter()
-    options = {"epochs": args.epochs, "callbacks": [stop], "verbose": 0}
+    options = {"epochs": args.epochs, "callbacks": [means, stop], "verbose": 0}
     history = model.fit(train, validation_data=validation, **options).history
     seconds = (time.perf_counter() - begin) / len(history["loss"])
     print("validation:", *(f"{loss:.4f}" for loss in history["val_loss"]), flush=True)
@@ -73,6 +76,7 @@ def of_neuralforecast(name, x, horizon, seed, args):
         h=horizon, input_size=HISTORY, loss=MSE(), max_steps=steps, windows_batch_size=windows,
         early_stop_patience_steps=5, val_check_steps=max(1, steps // 20), random_seed=seed + 1,
         enable_progress_bar=False, enable_model_summary=False, logger=False,
+        inference_windows_batch_size=64,  # more would need more than 23 GB
     )  # fmt: skip
     hours = pandas.date_range("2016-07-01", periods=len(x), freq="h")
     columns = [pandas.DataFrame({"unique_id": i, "ds": hours, "y": x[:, i]}) for i in range(7)]
@@ -82,7 +86,7 @@ def of_neuralforecast(name, x, horizon, seed, args):
         pandas.concat(columns), val_size=VALIDATION, test_size=TEST, step_size=1, n_windows=None,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
-    taken = forecaster.models[0].trainer.global_step if hasattr(model, "trainer") else steps
+    taken = len(forecaster.models[0].train_trajectories)  # early stopping may end it
     an_epoch = 7 * (TRAIN - HISTORY - horizon + 1) / windows
     return found[type(model).__name__].to_numpy(), found["y"].to_numpy(), seconds / taken * an_epoch
 

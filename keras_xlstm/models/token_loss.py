@@ -38,6 +38,7 @@ class TokenLoss:
 
     _token_losses = _ignored = None
     _plain_loss = False  # whether the loss is nothing but the tokens' cross-entropies
+    _has_metrics = False
     _by_tokens = staticmethod(backends.head_loss.cross_entropy)
 
     def compile(self, *args, **kwargs):
@@ -52,6 +53,8 @@ class TokenLoss:
             and self._ignored is None
             and not config.get("label_smoothing")  # from Keras 3.16 on
         )
+        metrics = [given.get(name) for name in ("metrics", "weighted_metrics")]
+        self._has_metrics = any(x is not None for x in keras.tree.flatten(metrics))
         fast, self._by_tokens = backends.token_losses, backends.head_loss.cross_entropy
         if self._captured_step is not None:
             fast = self._captured_step.token_losses
@@ -119,7 +122,7 @@ class TokenLoss:
         head = self._head_layer()
         fits = (
             self._plain_loss
-            and self._compile_metrics is None
+            and not self._has_metrics
             and self._is_unchanged()
             and getattr(head, "quantization_mode", None) is None
             and backends.whole_batch()
