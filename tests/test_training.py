@@ -15,7 +15,7 @@ if BACKEND != "torch":
 
 import keras
 import torch
-from keras_xlstm.backends.torch import cuda_graph, train_step
+from keras_xlstm.backends.torch import compile_blocks, cuda_graph, train_step
 
 from keras_xlstm.callbacks import CapturedTraining
 from keras_xlstm.layers import mLSTM, sLSTM
@@ -260,6 +260,22 @@ def test_a_compiler_that_fails(jit_compile, recordings, monkeypatch, caplog):
     want = model_of(jit_compile=False)
     fitted(want)
     same(want, model)
+
+
+def test_a_compiler_that_fails_keeps_no_tensors(caplog):
+    """Gradient nodes from before a recording would end it on a GPU."""
+
+    def fails(x):
+        raise torch._dynamo.exc.TorchDynamoException("no such header")
+
+    x = torch.ones(3, requires_grad=True)
+    y, tried = 2 * x, compile_blocks.or_plain(fails, torch.sum, False)
+    kept = weakref.ref(y)
+    assert tried(y) == 6
+    assert "no such header" in caplog.text
+    del y
+    gc.collect()
+    assert kept() is None
 
 
 OWN = {

@@ -31,8 +31,10 @@ def or_plain(compiled, plain, required):
             try:
                 return compiled(*arguments)
             except torch._dynamo.exc.TorchDynamoException as error:
-                failed.append(error)
-                _log.warning("Not compiled: torch.compile failed. %s", error)
+                # Its words alone: its frames hold tensors, whose gradient nodes belong to this
+                # step's stream. With those there, no CUDA graph can be recorded.
+                failed.append(True)
+                _log.warning("Not compiled: torch.compile failed. %s", str(error))
         return plain(*arguments)
 
     return run
