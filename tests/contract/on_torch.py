@@ -72,8 +72,9 @@ class OnTorch(Contract):
             found.append(self.second_derivatives(case, inputs, **options))
         # By m, terms cancel: where 20 is left beside 2e6, the native form is 3e-3 from float64.
         least = 1e-3 * max(np.sqrt(np.mean(array(want) ** 2)) for want in found[1])
+        # Both are in float32. How the processor multiplies decides: 2.2e-5 was seen on one of two.
         for got, want in zip(*found, strict=True):
-            assert_close(got, array(want), TOLERANCE[self.dtypes[0]], least=least)
+            assert_close(got, array(want), 2 * TOLERANCE[self.dtypes[0]], least=least)
 
     def test_second_derivatives_of_kernels_asked_for_by_name_are_refused(self, rng):
         case = self.case(rng)
