@@ -209,7 +209,8 @@ def losses(model):
 
 
 def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
-    """One block of each kind, whose code the others run with their own weights, and the loss."""
+    """One block of each kind, whose code the others run with their own weights, and the loss: of
+    logits, and of parts of them."""
     compiled = []
 
     def compile_(function):
@@ -223,7 +224,7 @@ def test_a_model_is_compiled_by_its_blocks(monkeypatch, tmp_path):
     model = language_model(True, **options)
     # Among them sums of logits that nearly cancel: 5e-6 on one processor, of 0.3.
     np.testing.assert_allclose(losses(model), want, rtol=1e-5, atol=2e-5)
-    assert compiled == ["compute_xLSTMLargeBlock", "token_losses"]
+    assert compiled == ["compute_xLSTMLargeBlock", "token_losses", "cross_entropy"]
     model.enable_lora(2)
     model.compile("sgd", model.loss, jit_compile=False)
     assert all(block.runner is run_plain for block in model.blocks)

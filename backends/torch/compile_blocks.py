@@ -31,9 +31,7 @@ def or_plain(compiled, plain, required):
             try:
                 return compiled(*arguments)
             except torch._dynamo.exc.TorchDynamoException as error:
-                # Its words alone: its frames hold tensors, whose gradient nodes belong to this
-                # step's stream. With those there, no CUDA graph can be recorded.
-                failed.append(True)
+                failed.append(True)  # its frames hold gradient nodes, which end a recording
                 _log.warning("Not compiled: torch.compile failed. %s", str(error))
         return plain(*arguments)
 
