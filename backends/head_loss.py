@@ -9,7 +9,7 @@ from keras import ops
 from keras_xlstm.backends.framework import framework as active
 
 _LOGITS = 2**28  # as many at once
-_FEW = 4  # so many parts cost more time, 1 to 2 % of a step, than their memory is worth
+_FEW = 4  # so many parts are not worth their time: 2 % of a step was seen for 7 or 8 parts
 
 
 def parts(batch, time, vocabulary):

@@ -379,6 +379,12 @@ def test_mixed_precision():
 def test_steps_read_the_weights_as_they_are_by_then(kind, rng, monkeypatch):
     """Under a mixed policy copies of them, made anew once they were trained."""
     model = model_of(kind, dtype="mixed_bfloat16")
+    tolerance = 2e-2
+    if BACKEND == "jax":
+        import jax
+
+        # There kernels read the copies, and XLA the weights: 4.5e-2 was seen on an H200.
+        tolerance = 8e-2 if jax.default_backend() == "gpu" else tolerance
 
     def log_probs():
         return np.stack(model.generate(A, 6, temperature=0, return_log_probs=True)[1])
@@ -388,8 +394,7 @@ def test_steps_read_the_weights_as_they_are_by_then(kind, rng, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(StepWeights, "refresh", lambda self: None)
             model.__dict__.pop("_generation")
-            # In bfloat16, on a GPU by other kernels: far below what training changes, see below.
-            assert_close(found, log_probs(), 8e-2)
+            assert_close(found, log_probs(), tolerance)
         model.__dict__.pop("_generation")
         return log_probs()
 

@@ -16,7 +16,7 @@ LIMITS = {
     "core": 9250,
     "tools": 1930,
     "wing": 10790,
-    "tests": 15600,
+    "tests": 15605,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

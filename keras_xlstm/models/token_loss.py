@@ -72,7 +72,7 @@ class TokenLoss:
     def call(self, inputs, training=None, mask=None):
         if not _PARTS.get():
             return super().call(inputs, training=training, mask=mask)
-        return self._before_head(inputs, training=training)
+        return self._before_head(inputs, training, mask)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """`keras.Model.compute_loss`."""
@@ -143,7 +143,7 @@ class TokenLoss:
     def _head_layer(self):
         return self.get_layer("embedding" if self.settings["tie_embeddings"] else "head")
 
-    def _before_head(self, inputs, training):
+    def _before_head(self, inputs, training, mask):
         """What the head is given."""
         if "_features_model" not in self.__dict__:  # not by an attribute, which Keras would save
             x = self.outputs[0]
@@ -152,8 +152,9 @@ class TokenLoss:
                 (x,) = operation._inbound_nodes[index].input_tensors
             self.__dict__["_features_model"] = keras.Model(self.inputs, x)
         inputs = self._named(inputs)
+        mask = None if mask is None else self._named(mask)[self._main]
         with self._side(inputs):
-            return self._features_model(inputs[self._main], training=training)
+            return self._features_model(inputs[self._main], training=training, mask=mask)
 
     def _loss_of_features(self, features, y, sample_weight):
         head, dtype = self._head_layer(), self.loss.dtype
