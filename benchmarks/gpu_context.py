@@ -21,7 +21,7 @@ import numpy as np
 import record
 
 FAMILIES = ("torch", "jax", "llama")
-LENGTHS = (2048, 8192, 32768, 65536)
+LENGTHS = (2048, 8192, 32768, 65536, 131072)
 TOKENS, VOCABULARY, UNITS, BLOCKS, HEADS, HIDDEN = 16384, 50304, 1024, 24, 16, 2752
 
 

@@ -9,7 +9,7 @@ import functools
 import torch
 from keras_xlstm.backends.kernels.mlstm import plan, tiles
 from keras_xlstm.backends.kernels.plan import packed
-from keras_xlstm.backends.log_space import carried, holds_something
+from keras_xlstm.backends.log_space import NEVER, holds_something
 from keras_xlstm.backends.torch import device
 from keras_xlstm.backends.torch.cuda_graph import overwrites
 from keras_xlstm.backends.torch.custom_op import no_second_derivative, operator
@@ -51,7 +51,8 @@ def mlstm(
         return h, tuple(state)
     C, n, m = state or (None, None, None)
     if m is not None:
-        m = carried(m, holds_something(C, n))
+        # As log_space.carried, whose number Keras copies to the device: no CUDA graph records that.
+        m = torch.where(holds_something(C, n), m, NEVER)
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int32).contiguous()
     h, *state = _forward(

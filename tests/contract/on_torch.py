@@ -139,6 +139,20 @@ class OnTorch(Contract):
         inputs = self.case(rng, T=length).tensors(self.dtypes[-1])
         assert_same_in_a_cuda_graph(lambda: self.op(*inputs))
 
+    @pytest.mark.parametrize("length", [1, 20])
+    def test_no_number_is_copied_to_the_device(self, length, rng):
+        """By which a CUDA graph could not be recorded; with no GPU there."""
+        from torch.overrides import TorchFunctionMode
+
+        class Refusing(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                assert func.__name__ not in ("as_tensor", "tensor") or not np.isscalar(args[0])
+                return func(*args, **(kwargs or {}))
+
+        inputs = self.case(rng, B=2, H=1, T=length).tensors(self.dtypes[-1])
+        with Refusing():
+            self.op(*inputs)
+
     def test_what_does_not_fit_is_refused_or_native(self, unfit, words, rng):
         changed = {**unfit}
         dtype = changed.pop("dtype", "float32")
