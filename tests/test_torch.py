@@ -39,6 +39,31 @@ def test_operators_are_well_formed(rng):
     )
 
 
+def test_shapes_of_long_texts_take_no_longer():
+    """Before a first step `fit` asks a model for shapes: every chunk would be worked out there."""
+    from keras.src.backend import compute_output_spec
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = set()
+    for options in ({"architecture": "large"}, {"pattern": "1:1"}):
+        model = xLSTMLanguageModel(9, 8, 2, num_heads=2, **options)
+        for length in (192, 1920):
+            with Calls() as calls:
+                logits = compute_output_spec(model, keras.KerasTensor((2, length), "int32"))
+            assert logits.shape == (2, length, 9)
+            counts.add((*options, calls.count))
+    assert len(counts) == 2
+
+
 @pytest.mark.parametrize("Layer", [sLSTM, mLSTM])
 def test_meta_tensors_run_no_loop(Layer, monkeypatch):
     """A user's own layer is traced on meta tensors: the loop must not run then."""
