@@ -7,22 +7,16 @@ import sys
 import keras
 import numpy as np
 import pytest
-from tools import BACKEND, array, tensor
+from tools import BACKEND, GPU, array, tensor
 
 from keras_xlstm import ops
 
-if BACKEND == "torch":
-    import torch
-
-    GPU = torch.cuda.is_available()
-elif BACKEND == "jax":
-    import jax
-
-    GPU = jax.default_backend() == "gpu"
-else:
-    GPU = False
 if not GPU:
     pytest.skip("needs a GPU, on torch or JAX", allow_module_level=True)
+if BACKEND == "torch":
+    import torch
+else:
+    import jax
 
 KERNEL = {"torch": "triton", "jax": "pallas"}[BACKEND]
 # B, T, heads, sizes: several programs everywhere; sLSTM heads in one program and in several.

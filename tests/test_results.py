@@ -55,9 +55,11 @@ def test_pages_show_the_data():
     assert result.returncode == 0, f"run `make results`: {result.stdout}{result.stderr}"
 
 
-def test_the_picture_shows_the_data():
-    drawn = run("-c", "import plot; print(plot.digest(plot.data()))", PYTHONPATH=str(BENCHMARKS))
-    picture = (ROOT / "docs/_static/cpu.svg").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["cpu", "context"])
+def test_pictures_show_the_data(name):
+    code = f"import plot; print(plot.digest({name!r}))"
+    drawn = run("-c", code, PYTHONPATH=str(BENCHMARKS))
+    picture = (ROOT / f"docs/_static/{name}.svg").read_text(encoding="utf-8")
     assert drawn.stdout.strip() in picture, f"run `make results`: {drawn.stderr}"
     assert len(picture) < 60_000
 
@@ -103,14 +105,7 @@ def test_no_figure_is_written_by_hand(page):
 
 
 def test_every_benchmark_records():
-    helpers = {
-        "memory",
-        "record",
-        "render",
-        "pages",
-        "plot",
-        "tune_torch",
-    }  # a tuner keeps no figure
+    helpers = {"memory", "record", "render", "pages", "plot", "tune_torch"}  # no figure is kept
     for path in BENCHMARKS.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         both = "record.option(" in text and "record.add(" in text

@@ -225,12 +225,6 @@ class TestMLSTM(OnTorch, mLSTM):
         np.testing.assert_allclose(self.losses(True, True), self.losses(False), rtol=1e-4)
 
     @on_gpu
-    @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128, 256, 512])
-    def test_chunk_sizes(self, chunk_size, rng):
-        case = self.case(rng, B=1, T=700, H=1, K=64, V=64)
-        self.check(case, "bfloat16", chunk_size=chunk_size)
-
-    @on_gpu
     @pytest.mark.parametrize("many", [True, False], ids=["many heads", "few heads"])
     @pytest.mark.parametrize(("K", "V", "chunk_size"), [
         (128, 256, 64), (128, 256, 128), (128, 256, 256), (128, 256, 512), (64, 128, 128),

@@ -145,25 +145,21 @@ def scan(step, init, xs, reverse=False):
     columns = [x.contiguous().unbind(0) for x in xs]
     length = len(columns[0])
     carry, outputs = init, None
+    places = range(length)[::-1] if reverse else range(length)
     # To these, or in a file, a write into a part of a tensor is one of the whole.
     if tracing.transforms() or tracing.exporting() or torch.is_grad_enabled():
         rows = {}
-        for t in reversed(range(length)) if reverse else range(length):
+        for t in places:
             carry, rows[t] = step(carry, tuple(column[t] for column in columns))
         return carry, _stacked(rows)
-    for t in _places(xs[0], length, reverse):
+    # Of meta tensors Keras asks for shapes: one step tells those of all.
+    for t in places[:1] if xs[0].is_meta else places:
         carry, ys = step(carry, tuple(column[t] for column in columns))
         if outputs is None:
             outputs = tuple(y.new_empty(length, *y.shape) for y in ys)
         for output, y in zip(outputs, ys, strict=True):
             output[t].copy_(y)
     return carry, outputs
-
-
-def _places(x, length, reverse):
-    """The steps to take. Of meta tensors one is enough: Keras asks for shapes, which all steps have."""
-    places = range(1 if x.is_meta else length)
-    return reversed(places) if reverse else places
 
 
 def _stacked(rows):
@@ -179,7 +175,8 @@ def scan_chunks(step, init, long, short, reverse=False):
     chunks = [x.unflatten(1, (count, L)).unbind(1) for x in long]
     entries = [x.unbind(0) for x in short]
     carry, outputs = init, None
-    for t in _places(short[0], count, reverse):
+    places = range(count)[::-1] if reverse else range(count)
+    for t in places[:1] if short[0].is_meta else places:
         # contiguous: each is swapped and enters several products.
         xs = (x[t].transpose(1, 2).contiguous().transpose(1, 2) for x in chunks)
         carry, *ys = step(carry, (*xs, *(x[t] for x in entries)))

@@ -45,7 +45,8 @@ def mlstm(
         state = tuple(t.float().contiguous() for t in state)
     if q.shape[1] == 1 and not trains and state is not None:  # one segment: that of the state
         if segment_ids is not None:
-            state = tuple(_kept(t, segment_ids[:, 0] == 0) for t in state)
+            keep = segment_ids[:, 0] == 0
+            state = tuple(torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, 0.0) for t in state)
         step = _step_in_place if overwrites.get() and not torch.compiler.is_compiling() else _step
         h, *state = step(q, k, v, i, f, *state, input_gate == "sigmoid", eps)
         return h, tuple(state)
@@ -65,10 +66,6 @@ def mlstm(
 def _by_native(native, states, q, k, v, i, f, C, n, m, segment_ids):
     h, state = native(q, k, v, i, f, None if C is None else (C, n, m), segment_ids)
     return (h, *state) if states else (h,)
-
-
-def _kept(t, keep):
-    return torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, 0.0)
 
 
 def plan_call(shape, V, dtypes, segments, sigmoid, chunk, eps=0.0):

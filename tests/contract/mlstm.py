@@ -1,5 +1,6 @@
 """What the mLSTM computes, by whatever implementation."""
 
+import pytest
 from cases import mLSTMCase
 from tools import GPU
 
@@ -17,6 +18,12 @@ class mLSTM(Contract):
     lengths = (1, 15, 16, 17, 65)
     heads = ({"K": 20, "V": 40}, {"K": 64, "V": 16})
     variants = ({"input_gate": "sigmoid"}, {"eps": 0.0}, {"eps": 0.1})
+
+    @pytest.mark.skipif(not GPU, reason="needs a GPU")
+    @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128, 256, 512])
+    def test_chunk_sizes(self, chunk_size, rng):
+        case = self.case(rng, B=1, T=700, H=1, K=64, V=64)
+        self.check(case, "bfloat16", chunk_size=chunk_size)
 
     def test_options(self, changed, rng):
         self.check(self.case(rng), **changed)
