@@ -35,18 +35,17 @@ PARTS["the rest"] = [str(HERE), *(f"--ignore={file}" for files in PARTS.values()
 OPTIONS = {("torch", "kernels"): ["--deselect", "tests/test_triton.py::test_interpreted"]}
 ENVIRONMENT = {"interpreted": {"TRITON_INTERPRET": "1"}}
 
-# The longest first, so that the last to start is short. Training's files are torch's alone.
+# The longest first, so that the last to start is short. Joined where memory allows: a process takes
+# seconds to import its framework. Training's files are torch's alone.
 ORDER = [
-    ("tensorflow", "ops"), ("tensorflow", "swaps"), ("tensorflow", "regions"),
-    ("torch", "interpreted"), ("jax", "kernels"), ("tensorflow", "users"), ("tensorflow", "models"),
-    ("tensorflow", "layers"), ("torch", "kernels"), ("jax", "directions"), ("jax", "layers"),
-    ("tensorflow", "files"), ("jax", "users"), ("jax", "files"), ("torch", "users"),
-    ("tensorflow", "blocks"), ("jax", "models"), ("torch", "the rest"),
-    ("tensorflow", "forecasts"), ("jax", "blocks"), ("torch", "files"), ("jax", "ops"),
-    ("jax", "swaps"), ("tensorflow", "the rest"), ("jax", "the rest"), ("tensorflow", "directions"),
-    ("torch", "layers"), ("torch", "swaps"), ("torch", "models"), ("torch", "blocks"),
-    ("jax", "forecasts"), ("torch", "forecasts"), ("torch", "directions"), ("torch", "training"),
-    ("torch", "ops"),
+    ("torch", "kernels"), ("tensorflow", "ops"), ("tensorflow", "swaps"), ("torch", "interpreted"),
+    ("torch", "files"), ("jax", "kernels"), ("torch", "the rest"), ("tensorflow", "regions"), ("jax", "users"),
+    ("tensorflow", "models"), ("tensorflow", "the rest"), ("jax", "the rest"), ("tensorflow", "files"),
+    ("jax", "files"), ("tensorflow", "users"), ("torch", "training"), ("jax", "layers"),
+    ("tensorflow", "forecasts + directions"), ("torch", "users"), ("jax", "swaps + blocks"),
+    ("jax", "directions + forecasts"), ("jax", "ops"), ("tensorflow", "layers"), ("jax", "models"),
+    ("torch", "layers + swaps + models + blocks + forecasts + directions + ops"),
+    ("tensorflow", "blocks"),
 ]  # fmt: skip
 
 
@@ -65,7 +64,8 @@ def start(backend, part, everything, log, shared):
         "TESTS_SHARED": shared,
         **ENVIRONMENT.get(part, {}),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *PARTS[part]]
+    paths = [path for name in part.split(" + ") for path in PARTS[name]]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *paths]
     command += OPTIONS.get((backend, part), [])
     if everything:
         env["EXPORT_CELLS"] = "all"

@@ -7,14 +7,7 @@ from keras import ops
 from tools import BACKEND, array
 
 from keras_xlstm import backends
-from keras_xlstm.layers import (
-    large_block,
-    mLSTM,
-    mlstm,
-    mlstm_block,
-    mLSTMBlock,
-    xLSTMLargeBlock,
-)
+from keras_xlstm.layers import large_block, mlstm, mlstm_block
 from keras_xlstm.layers.projections import Gate, gate_pair, unfused_dense
 from keras_xlstm.models import xLSTMLanguageModel
 
@@ -54,9 +47,9 @@ def test_gates_are_those_of_both_layers(dtype, time, rng):
 @pytest.mark.parametrize(
     ("make", "module"),
     [
-        (lambda: mLSTM(8, num_heads=2, dtype="mixed_bfloat16"), mlstm),
-        (lambda: mLSTMBlock(num_heads=2, dtype="mixed_bfloat16"), mlstm_block),
-        (lambda: xLSTMLargeBlock(num_heads=2, dtype="mixed_bfloat16"), large_block),
+        (lambda: mlstm.mLSTM(8, num_heads=2, dtype="mixed_bfloat16"), mlstm),
+        (lambda: mlstm_block.mLSTMBlock(num_heads=2, dtype="mixed_bfloat16"), mlstm_block),
+        (lambda: large_block.xLSTMLargeBlock(num_heads=2, dtype="mixed_bfloat16"), large_block),
     ],
 )
 def test_gates_are_float32_in_half_precision(make, module, rng, monkeypatch):

@@ -107,13 +107,10 @@ def masked(x=TOKENS):
     ("inputs", "options"),
     [
         (TOKENS, {}),
-        pytest.param(masked(), {}, marks=pytest.mark.sweep),  # segments are given with a mask
+        (masked(), {}),
         ({**masked(), "segment_ids": SEGMENTS}, {}),
         (TOKENS, {"remat": True, "dropout": 0.5, "embedding_dropout": 0.2, "seed": 1}),
-        # Recomputed with the same dropout above.
-        pytest.param(
-            TOKENS, {"dropout": 0.5, "embedding_dropout": 0.2, "seed": 1}, marks=pytest.mark.sweep
-        ),
+        (TOKENS, {"dropout": 0.5, "embedding_dropout": 0.2, "seed": 1}),
         (TOKENS, {"architecture": "large", "pattern": None, "logit_soft_cap": 5.0}),
         (TOKENS, {"use_kernel": False, "tie_embeddings": True}),
     ],
