@@ -74,33 +74,58 @@ class Inference:
         call = tuple(x.shape), weights[0].shape[1], self._name(x.dtype), cap
         return tuple(self._run("gate_pair", x.dtype, call, (x, *weights)))
 
-    def _kernels(self, x, layers):
-        """Of Dense layers, where few steps x (..., K) had better be multiplied by our kernels."""
-        if not self._fits(x) or _rows(x) > plan.ROWS:
+    def _weights(self, x, layers):
+        """Of Dense layers, where few steps x (..., K) had better be multiplied by our kernels:
+        (their kernels and, of bytes, the scales; what a plan is told of those)."""
+        modes = {layer.quantization_mode for layer in layers}
+        in_bytes = modes == {"int8"}
+        if not self._fits(x) or _rows(x) > (1 if in_bytes else plan.ROWS):
             return None
-        if any(layer.bias is not None for layer in layers):
+        if any(layer.bias is not None or layer.lora_enabled for layer in layers):
+            return None
+        if in_bytes:
+            return self._bytes(x, layers)
+        if modes != {None}:
             return None
         if self._name(x.dtype) == "float32" and not self._by_interpreter():
             return None
         kernels = [layer.kernel.value for layer in layers]
-        if plan.unsupported_product(x.shape[-1], [kernel.shape[1] for kernel in kernels]):
+        if plan.unsupported_product(x.shape[-1], [kernel.shape[1] for kernel in kernels], False):
             return None
         same = all(kernel.dtype == x.dtype for kernel in kernels)
-        return kernels if same and self._fits(*kernels) else None
+        return (kernels, ()) if same and self._fits(*kernels) else None
+
+    def _bytes(self, x, layers):
+        kernels = [layer._kernel.value for layer in layers]
+        scales = [layer.kernel_scale.value for layer in layers]
+        if plan.unsupported_product(x.shape[-1], [kernel.shape[1] for kernel in kernels], True):
+            return None
+        told = set()
+        for layer, scale in zip(layers, scales, strict=True):
+            quantizer = layer.inputs_quantizer  # None: weights alone are bytes
+            if type(quantizer) is not keras.quantizers.AbsMaxQuantizer:
+                return None
+            told.add((self._name(scale.dtype), quantizer.epsilon, *quantizer.value_range))
+        dtype, eps, *bounds = told.pop()
+        alike = not told and bounds == [-127, 127]
+        fit = alike and self._fits(x, *kernels, *scales)
+        return ((*kernels, *scales), (dtype, eps)) if fit else None
 
     def products_of_few(self, x, layers):
-        """[layer(x) for layer in layers], up to four plain Dense layers, for few steps x."""
-        kernels = self._kernels(x, layers)
-        if kernels is None:
+        """[layer(x) for layer in layers], up to four Dense layers, for few steps x."""
+        found = self._weights(x, layers)
+        if found is None:
             return None
-        widths = tuple(kernel.shape[1] for kernel in kernels)
-        call = tuple(x.shape), widths, self._name(x.dtype)
-        return self._run("products", x.dtype, call, (x, *kernels))
+        weights, options = found
+        widths = tuple(weight.shape[1] for weight in weights[: len(layers)])
+        call = tuple(x.shape), widths, self._name(x.dtype), *options
+        return self._run("products", x.dtype, call, (x, *weights))
 
     def added_product(self, x, h, layer):
-        """x + layer(h), of a plain Dense layer, for few steps."""
-        kernels = self._kernels(h, [layer])
-        if kernels is None or not self._fits(x) or x.dtype != h.dtype:
+        """x + layer(h), of a Dense layer, for few steps."""
+        found = self._weights(h, [layer])
+        if found is None or not self._fits(x) or x.dtype != h.dtype:
             return None
-        call = tuple(x.shape), h.shape[-1], self._name(x.dtype)
-        return self._run("added_product", x.dtype, call, (x, h, *kernels))[0]
+        weights, options = found
+        call = tuple(x.shape), h.shape[-1], self._name(x.dtype), *options
+        return self._run("added_product", x.dtype, call, (x, h, *weights))[0]

@@ -1,13 +1,14 @@
 """Serving xLSTM-7B (or fewer of its blocks) in bfloat16 on one NVIDIA GPU, with random weights.
 
-    python benchmarks/gpu_generation.py [torch torch-compiled jax hugging-face] [--blocks 8]
-        [--record]
+    python benchmarks/gpu_generation.py [torch torch-compiled torch-int8 jax jax-int8 hugging-face]
+        [--blocks 8] [--record]
 
 A decode step: ms a token, from texts of 66 and of 2 new tokens, for each batch. A prefill: ms of a
 prompt with one new token; the first call, and the least of three later ones. The floors: bytes of
 weights and of states, read and written, over the rate of a large copy; products of the prefill over
-the rate of a large one; both rates of the same run. "torch-compiled" is `jit_compile=True`. Hugging
-Face's model runs by `mlstm_kernels`. Each family runs in a process of its own.
+the rate of a large one; both rates of the same run. "torch-compiled" is `jit_compile=True`, "int8"
+after `model.quantize("int8")`, beside the floors of bfloat16. Hugging Face's model runs by
+`mlstm_kernels`. Each family runs in a process of its own.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import record
 
 DECODES = ((1, 128), (16, 128), (64, 128))
 PREFILLS = ((1, 128), (1, 2048), (1, 16384), (8, 2048))
-FAMILIES = ("torch", "torch-compiled", "jax", "hugging-face")
+FAMILIES = ("torch", "torch-compiled", "torch-int8", "jax", "jax-int8", "hugging-face")
 VOCABULARY = 50304
 
 
@@ -30,7 +31,7 @@ def seconds(f, *arguments):
     return time.perf_counter() - start
 
 
-def ours(blocks, jit_compile):
+def ours(blocks, jit_compile, in_bytes):
     import keras
     import numpy as np
 
@@ -39,6 +40,8 @@ def ours(blocks, jit_compile):
     keras.config.set_dtype_policy("bfloat16")
     config = configs.xlstm_7b()
     model = xLSTMLanguageModel(**{**config, "num_blocks": blocks or config["num_blocks"]})
+    if in_bytes:
+        model.quantize("int8")
     rng = np.random.default_rng(0)
 
     def generate(batch, length, new):
@@ -99,7 +102,7 @@ def measure(family, blocks):
     if family == "hugging-face":
         generate, parameters = hugging_face(blocks)
     else:
-        generate, parameters = ours(blocks, compiled or "auto")
+        generate, parameters = ours(blocks, compiled or "auto", family.endswith("int8"))
     print(f"{family}: {parameters:,} parameters", file=sys.stderr)
     found, first = {}, {}
     for batch, length in DECODES:
@@ -131,7 +134,7 @@ def main():
     print(f"| | {' | '.join(f'{case}: {ms:.1f}' for case, ms in floor.items())} |")
     print(f"|{'---|' * (1 + len(floor))}", flush=True)
     for family in arguments.families or FAMILIES:
-        os.environ["KERAS_BACKEND"] = "jax" if family == "jax" else "torch"
+        os.environ["KERAS_BACKEND"] = "jax" if family.startswith("jax") else "torch"
         options = "--family", family, "--blocks", str(arguments.blocks)
         out, _ = run(__file__, *options, errors=None).communicate()
         lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]

@@ -149,6 +149,8 @@ def plans_of_block(device, dtype):
         if dtype != "float32":
             yield block.products(device, shape, (2048, 2048, 4096, 4096), dtype)
             yield block.added_product(device, shape, 10944, dtype)
+    yield block.products(device, (1, 1, 4096), (2048, 2048, 4096, 4096), dtype, dtype, 1e-7)
+    yield block.added_product(device, (1, 1, 4096), 10944, dtype, "float32", 1e-7)
 
 
 def compile_all(arch, sizes, dtype):

@@ -13,10 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 9250,
+    "core": 9275,
     "tools": 1930,
-    "wing": 10790,
-    "tests": 15605,
+    "wing": 10880,
+    "tests": 15630,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

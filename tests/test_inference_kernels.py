@@ -126,6 +126,24 @@ def test_products_of_few(rows, K, widths, dtype, rng, used):
     assert used == ["products", "added_product"]
 
 
+@each
+@pytest.mark.parametrize(("K", "widths"), [(64, [64, 128, 64, 128]), (192, [64])])
+def test_products_of_bytes(K, widths, dtype, rng, used):
+    """As Keras's quantised layers: of one step, whose numbers become bytes, too."""
+    layers = []
+    for width in widths:
+        layer = keras.layers.Dense(width, use_bias=False, dtype=dtype)
+        layer.build((None, None, K))
+        layer.quantize("int8")
+        layers.append(layer)
+    x, h = (tensor(rng, 1, 1, size, dtype=dtype) for size in (widths[0], K))
+    compare(lambda h: unfused_dense(h, *layers), dtype, h)
+    compare(lambda x, h: added_dense(x, h, layers[0]), dtype, x, h)
+    assert used == ["products", "added_product"]
+    compare(lambda h: unfused_dense(h, *layers), dtype, tensor(rng, 2, 1, K, dtype=dtype))
+    assert used == ["products", "added_product"]
+
+
 @pytest.mark.parametrize("case", ["rows", "bias", "width", "lora"])
 def test_other_products_stay_as_they_are(case, rng, used):
     layer = keras.layers.Dense(100 if case == "width" else 64, use_bias=case == "bias")
@@ -173,13 +191,22 @@ def test_a_user_who_asks_for_the_native_form(rng, used):
     assert not used
 
 
-def test_generated_tokens(rng):
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_generated_tokens(mode, rng, used):
     model = keras_xlstm.models.xLSTMLanguageModel(
-        23, 32, 2, num_heads=2, architecture="large", logit_soft_cap=3.0
+        64, 128, 2, num_heads=2, architecture="large", logit_soft_cap=3.0
     )
     perturbed(model, rng, 0.2)
-    texts = model.generate([[3, 4, 5], [6]], 6, temperature=0)
+    prompts = [[3, 4, 5]]
+    if mode:
+        model.quantize(mode)
+    else:
+        prompts.append([6])
+    texts = model.generate(prompts, 6, temperature=0)
+    kernels = used.count("products") + used.count("added_product")
+    # JAX traces two functions. Of bytes those of one row alone, and of the logits.
+    assert kernels >= (10 if mode else 16)
     with backends.use("native"):
-        want = model.generate([[3, 4, 5], [6]], 6, temperature=0)
+        want = model.generate(prompts, 6, temperature=0)
     for x, y in zip(texts, want, strict=True):
         np.testing.assert_array_equal(x, y)

@@ -30,7 +30,7 @@ def _fits(*arrays):
     if not _generates.get() or keras.distribution.distribution() is not None:
         return False
     interpreted = device.triton_interpreted()
-    if interpreted and any(x.dtype.name != "float32" for x in arrays):
+    if interpreted and any(x.dtype.name in ("bfloat16", "float16") for x in arrays):
         return False
     if not interpreted and device.capability() // 10 != 9:  # where nothing was measured
         return False

@@ -40,10 +40,9 @@ def gate_pair(x, first, second, cap=None):
 
 def unfused_dense(x, *layers):
     """[layer(x) for layer in layers], for Dense layers without activation."""
-    if are_plain(*layers):
-        few = backends.products_of_few(x, layers)
-        if few is not None:
-            return few
+    few = backends.products_of_few(x, layers)
+    if few is not None:
+        return few
     if backends.keep_unfused is None or x.shape[1] == 1 or not are_plain(*layers):
         return [layer(x) for layer in layers]
 
@@ -59,7 +58,7 @@ def unfused_dense(x, *layers):
 
 def added_dense(x, h, layer):
     """x + layer(h), for a Dense layer without activation."""
-    y = backends.added_product(x, h, layer) if are_plain(layer) else None
+    y = backends.added_product(x, h, layer)
     return x + layer(h) if y is None else y
 
 

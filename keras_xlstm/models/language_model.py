@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_xlstm import backends, initializers
 from keras_xlstm.layers.base import plain
+from keras_xlstm.layers.projections import unfused_dense
 from keras_xlstm.layers.soft_cap import SoftCap, soft_cap
 from keras_xlstm.models.generation import Generates
 from keras_xlstm.models.graph import stacked
@@ -219,8 +220,10 @@ class xLSTMLanguageModel(Generates, TokenLoss, StackModel):
         """Features (..., units) to logits (..., vocabulary_size)."""
         if self.settings["tie_embeddings"]:
             logits = self.get_layer("embedding")(features, reverse=True)
+        elif (head := self.get_layer("head")).quantization_mode:
+            (logits,) = unfused_dense(features, head)
         else:
-            logits = self.get_layer("head")(features)
+            logits = head(features)
         return soft_cap(logits, self.settings["logit_soft_cap"])
 
 

@@ -148,6 +148,72 @@ def products(
 
 
 @triton.jit
+def _byte(x, scale, kind):
+    """x * scale as a whole number within +-127, rounded as layers round: first to `kind`."""
+    x = (x * scale).to(kind).to(tl.float32)
+    x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: halves become even
+    return tl.minimum(tl.maximum(x, -127.0), 127.0).to(tl.int32)
+
+
+@triton.jit
+def _byte_product(
+    x_p, w_p, scale_p, y_p, eps, tile, part, M, WHOLE: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, KS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ST: tl.constexpr,
+):  # fmt: skip
+    """As `_product`, of one row and of bytes w, whose columns were multiplied by `scale`; P is K as
+    a power of two. The row becomes bytes, as in a quantised layer. Without tensor cores: what
+    they take must have 16 bits or other places, and to get it there takes longer than to read w."""
+    c, m = tl.arange(0, P), tile * BM + tl.arange(0, BM)
+    row = tl.load(x_p + c, mask=c < K, other=0.0)
+    kind: tl.constexpr = x_p.dtype.element_ty
+    most = (tl.max(tl.abs(row.to(tl.float32)), 0) + eps).to(kind).to(tl.float32)
+    x_scale = (127.0 / most).to(kind).to(tl.float32)
+    total = tl.zeros((BK, BM), tl.int32)
+    for start in tl.range(part * KS, (part + 1) * KS, BK, num_stages=ST):
+        k = start + tl.arange(0, BK)
+        if WHOLE:
+            w = tl.load(w_p + k[:, None] * M + m[None, :])
+        else:
+            w = tl.load(w_p + k[:, None] * M + m[None, :], mask=k[:, None] < K, other=0)
+        x = tl.load(x_p + k, mask=k < K, other=0.0).to(tl.float32)
+        total += _byte(x, x_scale, kind)[:, None] * w.to(tl.int32)
+    y = tl.sum(total, 0).to(tl.float32) / (x_scale * tl.load(scale_p + m).to(tl.float32))
+    tl.store(y_p + part * M + m, y.to(y_p.dtype.element_ty))
+
+
+@triton.jit
+def byte_products(
+    x_p, w0_p, w1_p, w2_p, w3_p, s0_p, s1_p, s2_p, s3_p, y0_p, y1_p, y2_p, y3_p, eps,
+    K: tl.constexpr, P: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
+    M3: tl.constexpr, PARTS: tl.constexpr, KS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    ST: tl.constexpr,
+):  # fmt: skip
+    """As `products`, of one row and of bytes, whose columns were multiplied by scales (M,)."""
+    tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    WHOLE: tl.constexpr = K == KS * PARTS
+    E0: tl.constexpr = M0 // BM
+    E1: tl.constexpr = E0 + M1 // BM
+    E2: tl.constexpr = E1 + M2 // BM
+    if tile < E0:
+        _byte_product(x_p, w0_p, s0_p, y0_p, eps, tile, part, M0, WHOLE, K, P, KS, BM, BK, ST)
+    elif tile < E1:
+        if M1:
+            _byte_product(
+                x_p, w1_p, s1_p, y1_p, eps, tile - E0, part, M1, WHOLE, K, P, KS, BM, BK, ST
+            )  # fmt: skip
+    elif tile < E2:
+        if M2:
+            _byte_product(
+                x_p, w2_p, s2_p, y2_p, eps, tile - E1, part, M2, WHOLE, K, P, KS, BM, BK, ST
+            )  # fmt: skip
+    else:
+        if M3:
+            _byte_product(
+                x_p, w3_p, s3_p, y3_p, eps, tile - E2, part, M3, WHOLE, K, P, KS, BM, BK, ST
+            )  # fmt: skip
+
+
+@triton.jit
 def add_parts(parts_p, x_p, y_p, PARTS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """x plus the sum of the parts of a product."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

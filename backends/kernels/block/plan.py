@@ -71,56 +71,77 @@ def gate_pair(device, shape, H, dtype, cap):
     return _plan("gate_pair", 2 * (x.count // D), inputs, outputs, numbers, constants)
 
 
-def _product(device, N, K, widths, dtype, parts):
+def _product(device, N, K, widths, dtype, parts, in_bytes):
     """Constants of `products`: a thread block has 64 columns, of all rows of the kernel or of a
     part of them."""
-    widths = [*widths, 0, 0, 0][:4]
-    BK = 64 if parts > 1 or N > 16 else 128
+    BK = 128 if in_bytes or (parts == 1 and N <= 16) else 64
     KS = -(-K // (parts * BK)) * BK
+    widths = [*widths, 0, 0, 0][:4]
     constants = {
-        "N": N, "K": K, **{f"M{n}": M for n, M in enumerate(widths)}, "PARTS": parts, "KS": KS,
-        "BN": max(16, power(N)), "BM": _COLUMNS, "BK": BK, "ST": 4, "num_stages": 4, "num_warps": 4,
-        "PRECISION": "ieee" if dtype == "float32" else "tf32",
+        "K": K, **{f"M{n}": M for n, M in enumerate(widths)}, "PARTS": parts, "KS": KS,
+        "BM": _COLUMNS, "BK": BK, "ST": 4, "num_stages": 4, "num_warps": 4,
     }  # fmt: skip
+    if in_bytes:
+        constants["P"] = power(K)
+    else:
+        precision = "ieee" if dtype == "float32" else "tf32"
+        constants |= {"N": N, "BN": max(16, power(N)), "PRECISION": precision}
     return constants if device.pipelined else without_pipeline(constants)
 
 
-def unsupported_product(K, widths):
+def unsupported_product(K, widths, in_bytes):
     """Whether `products` cannot multiply (N, K) by kernels of these widths."""
-    return len(widths) > 4 or K % 64 or any(M % _COLUMNS for M in widths)
+    too_long = in_bytes and K > WIDEST
+    return too_long or len(widths) > 4 or K % 64 or any(M % _COLUMNS for M in widths)
 
 
-def products(device, shape, widths, dtype):
-    """x (..., K) and kernels (K, width) -> their products (..., width)."""
+def _four(kind, buffers):
+    """{parameter: buffer or None} of up to four."""
+    return {f"{kind}{n}_p": buffer for n, buffer in enumerate([*buffers, None, None, None][:4])}
+
+
+def _multiplied(device, x, K, kernels, scales, eps, outputs, parts=1):
+    """The step of x times kernels (K, M), which are bytes if there are scales, to outputs."""
     from keras_xlstm.backends.kernels.block import inference
 
+    widths = [kernel.shape[1] for kernel in kernels]
+    constants = _product(device, x.count // K, K, widths, x.dtype, parts, bool(scales))
+    kernel, reads = inference.products, {"x_p": x} | _four("w", kernels)
+    if scales:
+        kernel, reads = inference.byte_products, reads | _four("s", scales) | {"eps": eps}
+    grid = sum(widths) // _COLUMNS * parts
+    return step(kernel, grid, reads, _four("y", outputs), constants)
+
+
+def _weights(K, widths, dtype, scale_dtype):
+    """Kernels (K, M) of some widths M: in bytes, with scales, where those have a dtype."""
+    dtype, each = "int8" if scale_dtype else dtype, list(enumerate(widths))
+    kernels = [Buffer(f"w{n}", (K, M), dtype) for n, M in each]
+    return kernels, [Buffer(f"s{n}", (M,), scale_dtype) for n, M in each if scale_dtype]
+
+
+def products(device, shape, widths, dtype, scale_dtype=None, eps=None):
+    """x (..., K) and kernels (K, width), with their scales if they are bytes -> their products
+    (..., width)."""
     x, K = Buffer("x", shape, dtype), shape[-1]
-    kernels = [Buffer(f"w{n}", (K, M), dtype) for n, M in enumerate(widths)]
+    kernels, scales = _weights(K, widths, dtype, scale_dtype)
     outputs = [Buffer(f"y{n}", (*shape[:-1], M), dtype) for n, M in enumerate(widths)]
-    constants = _product(device, x.count // K, K, widths, dtype, 1)
-    names = [f"{kind}{n}_p" for kind in "wy" for n in range(4)]
-    given = {"x_p": x} | {f"{b.name}_p": b for b in (*kernels, *outputs)}
-    reads = {"x_p": x} | {name: given.get(name) for name in names if name[0] == "w"}
-    writes = {name: given.get(name) for name in names if name[0] == "y"}
-    grid = sum(widths) // _COLUMNS
-    only = step(inference.products, grid, reads, writes, constants)
-    return Plan((x, *kernels), tuple(outputs), (), (), (only,))
+    only = _multiplied(device, x, K, kernels, scales, eps, outputs)
+    return Plan((x, *kernels, *scales), tuple(outputs), (), (), (only,))
 
 
-def added_product(device, shape, K, dtype):
-    """x (..., M), h (..., K) and a kernel (K, M) -> x + h @ kernel. Thread blocks have a part of
-    the kernel's rows each: of its columns there are too few for a GPU."""
+def added_product(device, shape, K, dtype, scale_dtype=None, eps=None):
+    """x (..., M), h (..., K) and a kernel (K, M), with its scales if it is bytes -> x + h @ kernel.
+    Thread blocks have a part of its rows each: of its columns there are too few for a GPU."""
     from keras_xlstm.backends.kernels.block import inference
 
     M, x = shape[-1], Buffer("x", shape, dtype)
-    h, kernel = Buffer("h", (*shape[:-1], K), dtype), Buffer("kernel", (K, M), dtype)
+    h = Buffer("h", (*shape[:-1], K), dtype)
+    kernels, scales = _weights(K, [M], dtype, scale_dtype)
     parts, N = 4, x.count // M
     partial, y = Buffer("partial", (parts, N, M)), Buffer("y", shape, dtype)
-    constants = _product(device, N, K, [M], dtype, parts)
-    reads = {"x_p": h, "w0_p": kernel} | dict.fromkeys(f"w{n}_p" for n in (1, 2, 3))
-    writes = {"y0_p": partial} | dict.fromkeys(f"y{n}_p" for n in (1, 2, 3))
-    product = step(inference.products, M // _COLUMNS * parts, reads, writes, constants)
+    product = _multiplied(device, h, K, kernels, scales, eps, [partial], parts)
     constants = {"PARTS": parts, "COUNT": x.count, "BLOCK": 512, "num_warps": 4}
     reads = {"parts_p": partial, "x_p": x}
     add = step(inference.add_parts, -(-x.count // 512), reads, {"y_p": y}, constants)
-    return Plan((x, h, kernel), (y,), (), (partial,), (product, add))
+    return Plan((x, h, *kernels, *scales), (y,), (), (partial,), (product, add))
