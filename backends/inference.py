@@ -96,6 +96,8 @@ class Inference:
         return (kernels, ()) if same and self._fits(*kernels) else None
 
     def _bytes(self, x, layers):
+        if any(layer.compute_dtype != self._name(x.dtype) for layer in layers):
+            return None
         kernels = [layer._kernel.value for layer in layers]
         scales = [layer.kernel_scale.value for layer in layers]
         if plan.unsupported_product(x.shape[-1], [kernel.shape[1] for kernel in kernels], True):
