@@ -89,7 +89,8 @@ REFUSED = {
         ("torch", None, None, "PyTorch backend|torch"),  # Keras's
     ],
     "torch": [
-        ("tf_saved_model", None, None, "dynamic_shapes|inputs|torch_xla"),  # Keras's, of Dense too
+        # Keras's, of Dense too; the last is of inputs in a dict.
+        ("tf_saved_model", None, None, "dynamic_shapes|inputs|torch_xla|'dict' object has no"),
         ("litert", None, None, "litert-torch|keras_xlstm.export.export_model"),
         (None, None, True, "keras_xlstm.export.export_model.*length="),
     ],

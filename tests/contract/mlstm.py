@@ -9,9 +9,10 @@ from contract.base import Contract
 
 class mLSTM(Contract):
     Case = mLSTMCase
-    # The gradient of f is a difference of larger terms: 3.5e-5 was seen. A GPU's kernels multiply by
-    # 3 products of TF32, 2 bits short of float32: 1.6e-4 was seen for 5.5e-5 of the native form.
-    extreme_factor = 15.0 if GPU else 5.0
+    # Gradients are differences of larger terms: 7.2e-5 was seen of the native form, and 1.2e-4 of a
+    # kernel in that case. A GPU's kernels multiply by 3 products of TF32, 2 bits short of float32:
+    # 1.6e-4 was seen for 5.5e-5 of the native form.
+    extreme_factor = 15.0 if GPU else 10.0
     cancelling = (*"qkif",) if GPU else ()  # of terms around 1e15
     options = {"chunk_size": 16}  # noqa: RUF012
     sizes = {"T": 37}  # noqa: RUF012  several chunks, and a rest
