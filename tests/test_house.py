@@ -16,7 +16,7 @@ LIMITS = {
     "core": 9277,
     "tools": 1930,
     "wing": 10880,
-    "tests": 15633,
+    "tests": 15634,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,
     "longest other function": 116,

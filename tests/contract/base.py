@@ -216,7 +216,8 @@ class Contract:
         (before,), (after,) = before, after
         np.testing.assert_array_equal(before[0, :at], after[0, :at])
         np.testing.assert_array_equal(before[1:], after[1:])
-        assert (before[0, at:] != after[0, at:]).all()
+        # In 16 bits a few may come out equal.
+        assert (before[0, at:] != after[0, at:]).mean() > 0.99
 
 
 def poison(x, where, rng):
