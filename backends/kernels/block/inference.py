@@ -161,8 +161,8 @@ def _byte_product(
     P: tl.constexpr, KS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ST: tl.constexpr,
 ):  # fmt: skip
     """As `_product`, of one row and of bytes w, whose columns were multiplied by `scale`; P is K as
-    a power of two. The row becomes bytes, as in a quantised layer. Without tensor cores: what
-    they take must have 16 bits or other places, and to get it there takes longer than to read w."""
+    a power of two. The row becomes bytes, as in a quantised layer. Without tensor cores: they take
+    16 bits, or bytes in another order, and to make these of w takes longer than to read it."""
     c, m = tl.arange(0, P), tile * BM + tl.arange(0, BM)
     row = tl.load(x_p + c, mask=c < K, other=0.0)
     kind: tl.constexpr = x_p.dtype.element_ty
