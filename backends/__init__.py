@@ -141,6 +141,7 @@ def reads_once(k, v, implementation):
 
 def mlstm_last(q, k, v, i, f, state, *options):
     """`reference.mlstm_last` for tensors of any dtype."""
+    active.check_export(k)
     dtype = v.dtype
     q, k, v, i, f = _working(v, q, k, v, i, f)
     state = None if state is None else tuple(_working(v, *state))

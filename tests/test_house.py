@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
-    "core": 9277,
+    "core": 9278,
     "tools": 1930,
     "wing": 10880,
     "tests": 15634,
