@@ -15,7 +15,7 @@ LIMITS = {
     # Lines. The core is what one reads; the wing is what one need not enter.
     "core": 9278,
     "tools": 1930,
-    "wing": 10880,
+    "wing": 10881,
     "tests": 15634,
     # Lines of the longest function, its docstring aside; parameters of the longest signature.
     "longest kernel": 136,

@@ -188,7 +188,8 @@ def byte_products(
     M3: tl.constexpr, PARTS: tl.constexpr, KS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     ST: tl.constexpr,
 ):  # fmt: skip
-    """As `products`, of one row and of bytes, whose columns were multiplied by scales (M,)."""
+    """As `products`, of one row and of bytes, whose columns were multiplied by scales (M,). Apart
+    from it, for which these arguments would be too many."""
     tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     WHOLE: tl.constexpr = K == KS * PARTS
     E0: tl.constexpr = M0 // BM
